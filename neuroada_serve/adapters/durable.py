@@ -1,0 +1,34 @@
+"""Files that are whole or absent, whatever happens while they are written."""
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write `data` to `path`: temporary file in the same directory, fsync, rename, fsync directory.
+
+    After a crash the path holds its old bytes or its new ones. On error the temporary file is
+    removed and the old bytes stay. Mode is 0644 less the umask.
+    """
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        with open(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in this directory survive a crash."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

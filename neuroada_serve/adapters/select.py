@@ -1,0 +1,44 @@
+"""Which inputs each neuron keeps.
+
+Magnitude selection (NeuroAda, arXiv:2510.18940): the k columns of largest |W| in each row. It looks
+at the base alone, so every adapter of one base shares one index, and the index of a smaller k is
+the beginning of that of a larger k.
+"""
+
+import torch
+from torch import Tensor
+
+from neuroada_serve.errors import ShapeError
+
+_CHUNK_ENTRIES = 1 << 22  # rows are handled a few at a time: 32 MiB of sort keys
+
+
+def magnitude_index(weight: Tensor, k: int) -> Tensor:
+    """Columns of the k largest |weight| of each row, largest first, ties to the lower column.
+
+    The tie rule makes the result the same on every device and torch version; plain topk leaves it
+    open, and 4 % (k=1) to 30 % (k=20) of bf16 rows do tie.
+
+    Args:
+        weight: [d_out, d_in], any float dtype.
+        k: columns per row, 1 <= k <= d_in.
+
+    Returns:
+        index: [d_out, k] int32, distinct within a row.
+
+    Raises:
+        ShapeError: k is outside 1..d_in.
+    """
+    d_out, d_in = weight.shape
+    if not 1 <= k <= d_in:
+        raise ShapeError(f"k={k} must be within 1..d_in, and a weight here has d_in={d_in}")
+    index = torch.empty(d_out, k, dtype=torch.int32, device=weight.device)
+    # |W| as float32 has a sign bit of 0, so its bits order as its values do; the inverted column
+    # below them breaks ties.
+    inverted_column = torch.arange(d_in - 1, -1, -1, device=weight.device)
+    rows = max(1, _CHUNK_ENTRIES // d_in)
+    for start in range(0, d_out, rows):
+        magnitude = weight[start : start + rows].detach().abs().float().contiguous()
+        key = (magnitude.view(torch.int32).long() << 32) | inverted_column
+        index[start : start + rows] = key.topk(k, dim=1, sorted=True).indices.int()
+    return index

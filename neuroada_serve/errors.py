@@ -1,0 +1,73 @@
+"""Everything this package raises on purpose.
+
+NeuroAdaError
+├── UsageError                  the caller's mistake; the message carries the fix
+│   ├── RequestError            a request that cannot be run (bad parameter, too long, empty)
+│   ├── ModelError              a base model that is absent, unreadable or of an unsupported kind
+│   ├── DataError               training or evaluation rows that do not fit
+│   ├── AdapterError            an adapter that cannot be used
+│   │   ├── AdapterFormatError  its files break the format; `.faults` lists every fault found
+│   │   ├── AdapterNotFoundError
+│   │   └── AdapterConflictError  its name is taken
+│   └── ShapeError              tensors that disagree; the message names both shapes
+└── EngineError                 our own failure; the process should not go on serving
+    └── DirtyWeightsError       base weights could not be restored after a failed merge
+"""
+
+from collections.abc import Sequence
+
+
+class NeuroAdaError(Exception):
+    """Root of every exception raised on purpose by this package."""
+
+
+class UsageError(NeuroAdaError):
+    """The caller's mistake. The message says what is wrong and what would be right."""
+
+
+class RequestError(UsageError):
+    """A request that cannot be run; `param` is the field at fault, where one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelError(UsageError):
+    """A base model that is absent, unreadable or of an unsupported kind."""
+
+
+class DataError(UsageError):
+    """Training or evaluation rows that do not fit."""
+
+
+class AdapterError(UsageError):
+    """An adapter that cannot be used."""
+
+
+class AdapterFormatError(AdapterError):
+    """An adapter whose files break the format, or that belongs to another base."""
+
+    def __init__(self, source: str, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(f"adapter {source}: " + "; ".join(self.faults))
+
+
+class AdapterNotFoundError(AdapterError):
+    """No adapter of this name, or no files at this path."""
+
+
+class AdapterConflictError(AdapterError):
+    """The name is taken by another adapter, or by the base model."""
+
+
+class ShapeError(UsageError):
+    """Tensors whose shapes or dtypes disagree."""
+
+
+class EngineError(NeuroAdaError):
+    """Our own failure."""
+
+
+class DirtyWeightsError(EngineError):
+    """The base weights could not be restored after a failed merge; restart the process."""

