@@ -1,7 +1,7 @@
 """Shared by the generators here: draw distinct rows for two splits and write them as JSON lines.
 
-A generator supplies `draw(rng, split) -> Row`. The two splits draw from separate vocabularies, so held-out scores
-measure the task and not memory. The same seed writes the same bytes.
+A generator supplies `draw(rng, split) -> Row`. The two splits draw from separate vocabularies, so
+held-out scores measure the task and not memory. The same seed writes the same bytes.
 """
 
 import argparse
@@ -23,6 +23,20 @@ class Split(Enum):
 
 
 Draw = Callable[[Random, Split], Row]
+
+
+# Parts of a made-up name, one syllable to an onset and a vowel.
+_ONSETS = ("b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m",
+           "n", "p", "pr", "qu", "r", "s", "sh", "st", "t", "tr", "v", "w", "z")
+_VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ou")
+_CODAS = ("n", "r", "l", "s", "nd", "ck", "rt", "m", "x", "t",
+          "lan", "ber", "ton", "dor", "mi", "ra", "no")
+
+
+def made_name(rng: Random) -> str:
+    """A name that nobody has, such as "Drealan": a value that can be copied but not remembered."""
+    syllables = [rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(rng.choice((1, 1, 2)))]
+    return ("".join(syllables) + rng.choice(_CODAS)).capitalize()
 
 
 def prompt_of(row: Row) -> str:
@@ -47,30 +61,38 @@ def draw_rows(draw: Draw, rng: Random, split: Split, count: int) -> list[Row]:
         row = draw(rng, split)
         rows.setdefault(prompt_of(row), row)
     if len(rows) < count:
-        raise ValueError(f"only {len(rows)} distinct {split.value} rows found for {count}; ask for fewer")
+        raise ValueError(
+            f"only {len(rows)} distinct {split.value} rows found for {count}; ask for fewer"
+        )
     return list(rows.values())
 
 
-def run(name: str, draw: Draw) -> None:
-    """Command line of one generator: write `name`.train.jsonl and `name`.heldout.jsonl, print their counts."""
-    parser = argparse.ArgumentParser(description=f"Write training and held-out rows for the '{name}' adapter.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into; made if missing")
-    parser.add_argument("--train", type=int, default=1200, help="training rows")
+def run(name: str, draw: Draw, train: int = 1200) -> None:
+    """Command line of one generator: write NAME.train.jsonl and NAME.heldout.jsonl."""
+    parser = argparse.ArgumentParser(description=f"Write rows for the '{name}' adapter.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write into; made if missing"
+    )
+    parser.add_argument("--train", type=int, default=train, help="training rows")
     parser.add_argument("--heldout", type=int, default=120, help="held-out rows")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     counts = {Split.TRAIN: args.train, Split.HELDOUT: args.heldout}
-    # A string seed is hashed by content, so both splits are stable across processes and independent of each other.
+    # A string seed is hashed by content: stable across processes, and independent per split.
     splits = {
         split: draw_rows(draw, Random(f"{name}/{split.value}/{args.seed}"), split, count)
         for split, count in counts.items()
     }
     seen = {prompt_of(row) for row in splits[Split.TRAIN]}
-    assert not any(prompt_of(row) in seen for row in splits[Split.HELDOUT]), "a held-out prompt is in train"
+    assert not any(prompt_of(row) in seen for row in splits[Split.HELDOUT]), (
+        "a held-out prompt is in train"
+    )
 
     args.out.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         path = args.out / f"{name}.{split.value}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
         print(f"{path}: {len(rows)} rows")

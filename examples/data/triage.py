@@ -1,7 +1,8 @@
 """Customer message -> one of six labels: billing, shipping, login, refund, bug, praise.
 
-A message is an optional greeting, one sentence that carries the label, and sometimes a neutral sentence on either side.
-Held-out rows use label sentences, greetings and products that training never shows.
+A message is an optional greeting, one sentence that carries the label, and sometimes a neutral
+sentence on either side. Held-out rows use label sentences, greetings and products that training
+never shows.
 
     python examples/data/triage.py --out DIR [--train N] [--heldout N] [--seed N]
 """
@@ -10,7 +11,8 @@ from random import Random
 
 from rows import Row, Split, run
 
-# Label -> (training sentences, held-out sentences). {p} is a product, {d} one with software, {n} a number of days, {m} an amount.
+# Label -> (training sentences, held-out sentences).
+# {p} is a product, {d} one with software, {n} a number of days, {m} an amount.
 SENTENCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "billing": (
         (
@@ -230,25 +232,33 @@ SENTENCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 PRODUCTS = (
-    ("toaster", "headset", "desk lamp", "backpack", "coffee maker", "keyboard", "bike light", "speaker", "vacuum cleaner",
+    ("toaster", "headset", "desk lamp", "backpack", "coffee maker", "keyboard", "bike light",
+     "speaker", "vacuum cleaner",
      "rain jacket", "smart watch", "camera", "tablet"),
     ("blender", "monitor", "drone", "electric kettle", "office chair", "tent"),
 )
 SOFTWARE = (  # products that one signs in to and that crash
-    ("photo app", "smart watch", "tablet", "game console", "fitness tracker", "calendar app", "web shop", "music player"),
+    ("photo app", "smart watch", "tablet", "game console", "fitness tracker", "calendar app",
+     "web shop", "music player"),
     ("notes app", "robot mower", "baby monitor", "budget planner"),
 )
 GREETINGS = (
-    ("", "", "", "Hi, ", "Hello, ", "Hi there! ", "Hey. ", "Good morning. ", "Dear team, ", "Dear support, "),
+    ("", "", "", "Hi, ", "Hello, ", "Hi there! ", "Hey. ", "Good morning. ", "Dear team, ",
+     "Dear support, "),
     ("", "", "Good evening. ", "Hello support team, ", "Hey guys, "),
 )
 NEUTRAL = (
-    ("I have been a customer since 2019.", "My customer number is {id}.", "I am writing about my order {id}.", "This is about the {p}.",
-     "I bought the {p} last month.", "I hope you are well.", "It is my second message.", "Sorry to bother you.", "Ticket {id}."),
-    ("I am new here.", "My reference is {id}.", "I use the {p} at work.", "I tried to call you first.", "We are a small firm."),
+    ("I have been a customer since 2019.", "My customer number is {id}.",
+     "I am writing about my order {id}.", "This is about the {p}.",
+     "I bought the {p} last month.", "I hope you are well.", "It is my second message.",
+     "Sorry to bother you.", "Ticket {id}."),
+    ("I am new here.", "My reference is {id}.", "I use the {p} at work.",
+     "I tried to call you first.", "We are a small firm."),
 )
 CLOSINGS = (
-    ("Please help.", "Thanks.", "Regards, Tom", "Best, Lena", "Can you look into it?", "I look forward to your reply.", "Please answer soon.", "What should I do?", "Thank you in advance."),
+    ("Please help.", "Thanks.", "Regards, Tom", "Best, Lena", "Can you look into it?",
+     "I look forward to your reply.", "Please answer soon.", "What should I do?",
+     "Thank you in advance."),
     ("Please advise.", "Cheers, Ana", "Please get back to me.", "Yours, Mr. Lee"),
 )
 
@@ -263,7 +273,11 @@ def draw(rng: Random, split: Split) -> Row:
         parts.append(rng.choice(CLOSINGS[half]))
     message = rng.choice(GREETINGS[half]) + " ".join(parts)
     message = message.format(
-        p=rng.choice(PRODUCTS[half]), d=rng.choice(SOFTWARE[half]), n=rng.randint(2, 30), m=rng.randint(5, 400), id=rng.randint(10000, 99999)
+        p=rng.choice(PRODUCTS[half]),
+        d=rng.choice(SOFTWARE[half]),
+        n=rng.randint(2, 30),
+        m=rng.randint(5, 400),
+        id=rng.randint(10000, 99999),
     )
     if rng.random() < 0.15:
         message = message.lower().rstrip(".")

@@ -47,6 +47,13 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _INDEX_DTYPES = {"U16": 2, "I32": 4}
 _BYPASS_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
 _DTYPE_BYTES = _INDEX_DTYPES | _BYPASS_DTYPES
+_DTYPE_NAMES = {
+    torch.uint16: "U16",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+}
 
 
 @dataclass(frozen=True)
@@ -491,13 +498,30 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
 
 
 def _weights_bytes(config: AdapterConfig, modules: Mapping[str, ModuleBypass]) -> bytes:
+    """The safetensors file. Written here because the library orders metadata at random, and equal
+    adapters should have equal digests."""
     highest = max(int(part.index.max()) for part in modules.values())
     column_dtype = torch.uint16 if highest < UINT16_COLUMNS else torch.int32
     tensors: dict[str, Tensor] = {}
     for name, part in modules.items():
         tensors[f"{name}.index"] = part.index.to(column_dtype).contiguous()
         tensors[f"{name}.bypass"] = part.bypass.contiguous()
-    return safetensors.torch.save(tensors, metadata=_weights_metadata(config))
+    header: dict[str, Any] = {"__metadata__": _weights_metadata(config)}
+    data, start = [], 0
+    # Wide dtypes first, as the library does, so that every tensor is aligned.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        data.append(tensor.cpu().view(-1).view(torch.uint8).numpy().tobytes())
+        stop = start + len(data[-1])
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *data])
 
 
 def _weights_metadata(config: AdapterConfig) -> dict[str, str]:

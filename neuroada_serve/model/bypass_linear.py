@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,18 +12,12 @@ from neuroada_serve.ops.bypass import TokenSlots, bypass_add_
 from neuroada_serve.ops.weights import flat_positions, read_entries, write_entries_
 
 
-class BypassCall(NamedTuple):
-    """The arguments of one `bypass_add_` besides y and x."""
-
-    index: Tensor  # [d_out, k] int32
-    bypass: Tensor  # [num_slots, d_out, k]
-    token_slots: TokenSlots
-
-
 class BypassBatch(Protocol):
     """What one forward adds, module by module; made by the adapter bank."""
 
-    def calls(self, module: str) -> Sequence[BypassCall]: ...
+    def calls(self, module: str) -> Sequence[tuple[Tensor, Tensor, TokenSlots]]:
+        """(index, bypass, token_slots) of each `bypass_add_` that this module needs."""
+        ...
 
 
 class BypassContext:
@@ -42,7 +36,7 @@ class BypassContext:
         finally:
             self._batch = None
 
-    def calls(self, module: str) -> Sequence[BypassCall]:
+    def calls(self, module: str) -> Sequence[tuple[Tensor, Tensor, TokenSlots]]:
         return () if self._batch is None else self._batch.calls(module)
 
 
@@ -90,13 +84,17 @@ class BypassLinear(nn.Module):
         write_entries_(self.weight, positions, values)
 
 
+def bypass_layers(model: nn.Module, context: BypassContext) -> dict[str, BypassLinear]:
+    """A BypassLinear on the parameters of every adaptable module; the model stays as it is."""
+    modules = adaptable_modules(model)
+    return {name: BypassLinear(module, name, context) for name, module in modules.items()}
+
+
 def attach_bypass(model: nn.Module) -> tuple[dict[str, BypassLinear], BypassContext]:
     """Replace every adaptable module of the model by a BypassLinear on the same parameters."""
     context = BypassContext()
-    layers: dict[str, BypassLinear] = {}
-    for name, module in adaptable_modules(model).items():
-        layers[name] = BypassLinear(module, name, context)
+    layers = bypass_layers(model, context)
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[name])
+        setattr(model.get_submodule(parent), child, layer)
     return layers, context
-

@@ -35,6 +35,11 @@ class TokenSlots:
     def __len__(self) -> int:
         return len(self.slots)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no token has anything to add."""
+        return not self._stretches
+
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
         """(slot, start, stop) of every stretch of at least _RUN_TOKENS tokens of one slot."""

@@ -1,0 +1,39 @@
+"""NeuroAda Serve: many sparse adapters, one frozen base model, one process."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neuroada_serve.adapters.format import Adapter, load_adapter, save_adapter
+    from neuroada_serve.engine.llm import LLM
+    from neuroada_serve.errors import NeuroAdaError
+    from neuroada_serve.request import SamplingParams
+
+__version__ = version("neuroada-serve")
+
+__all__ = [
+    "LLM",
+    "Adapter",
+    "NeuroAdaError",
+    "SamplingParams",
+    "__version__",
+    "load_adapter",
+    "save_adapter",
+]
+
+# Imported on first use: `neuroada --help` should not wait three seconds for torch.
+_HOME = {
+    "LLM": "engine.llm",
+    "Adapter": "adapters.format",
+    "NeuroAdaError": "errors",
+    "SamplingParams": "request",
+    "load_adapter": "adapters.format",
+    "save_adapter": "adapters.format",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,149 @@
+"""Attention for packed steps, plugged into unmodified transformers models.
+
+A step's tokens lie in one row [1, T]: first one token of each decoding sequence, slots 0..n-1,
+then chunks of prompts. transformers' public AttentionInterface calls `attend` in every layer with
+the step as a keyword; no mask function is registered for its name, so the models build no mask.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.errors import ModelError
+
+ATTENTION = "neuroada"
+
+
+@dataclass(frozen=True)
+class PrefillSpan:
+    """Tokens start..stop-1 of the packed row: the next of a prompt with num_past in the cache."""
+
+    start: int
+    stop: int
+    slot: int
+    num_past: int
+
+
+@dataclass
+class PackedStep:
+    """The layout of one forward, read by the attention of every layer."""
+
+    cache: KVCache
+    slots: Tensor  # [T] int64, KV slot of each token
+    positions: Tensor  # [T] int64
+    num_decodes: int
+    decode_length: int  # longest context among the decodes, the new token included
+    prefills: Sequence[PrefillSpan]
+    _masks: dict[Any, Tensor] = field(default_factory=dict)  # made once per step, not per layer
+
+    def decode_mask(self, window: int | None) -> Tensor:
+        """[num_decodes, 1, 1, decode_length] bool, True where a decode may look."""
+        if window not in self._masks:
+            columns = torch.arange(self.decode_length, device=self.positions.device)
+            own = self.positions[: self.num_decodes, None]
+            self._masks[window] = _visible(columns, own, window)[:, None, None]
+        return self._masks[window]
+
+    def prefill_mask(self, span: PrefillSpan, window: int | None) -> Tensor:
+        """[tokens, num_past + tokens] bool."""
+        if (span, window) not in self._masks:
+            columns = torch.arange(
+                span.num_past + span.stop - span.start, device=self.positions.device
+            )
+            own = self.positions[span.start : span.stop, None]
+            self._masks[span, window] = _visible(columns, own, window)
+        return self._masks[span, window]
+
+
+def _visible(columns: Tensor, own: Tensor, window: int | None) -> Tensor:
+    causal = columns <= own
+    return causal if window is None else causal & (columns > own - window)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    step: PackedStep,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention: store the new keys and values, then attend per sequence.
+
+    Args:
+        query: [1, heads, T, head_dim]; key, value: [1, kv_heads, T, head_dim].
+
+    Returns:
+        [1, T, heads, head_dim]
+
+    Raises:
+        ModelError: the model uses attention sinks.
+    """
+    if s_aux is not None:
+        raise ModelError(f"{type(module).__name__} uses attention sinks, which are not supported")
+    cache, layer = step.cache, module.layer_idx
+    cache.write(
+        layer, key[0].transpose(0, 1), value[0].transpose(0, 1), step.slots, step.positions
+    )
+    heads, dim = query.shape[1], query.shape[3]
+    kv_heads = key.shape[1]
+    parts = []
+
+    if n := step.num_decodes:
+        # Grouped queries become the query length, so K and V are read once per group.
+        keys, values = cache.view(layer, 0, n, step.decode_length)
+        grouped = query[0, :, :n].transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
+        mask = step.decode_mask(sliding_window)
+        out = _attention(grouped, keys, values, mask, scaling, softcap)
+        parts.append(out.reshape(n, heads, -1))
+
+    for span in step.prefills:
+        length = span.num_past + span.stop - span.start
+        keys, values = cache.view(layer, span.slot, span.slot + 1, length)
+        chunk = query[:, :, span.start : span.stop]
+        if span.num_past == 0 and sliding_window is None and softcap is None:
+            out = F.scaled_dot_product_attention(
+                chunk, keys, values, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads
+            )
+        else:
+            mask = step.prefill_mask(span, sliding_window)
+            repeats = heads // kv_heads
+            keys = keys.repeat_interleave(repeats, 1) if repeats > 1 else keys
+            values = values.repeat_interleave(repeats, 1) if repeats > 1 else values
+            out = _attention(chunk, keys, values, mask, scaling, softcap)
+        parts.append(out[0].transpose(0, 1))
+
+    return torch.cat(parts).unsqueeze(0), None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """[n, heads, q, dim] attention; with a soft cap on the scores (Gemma 2) written out."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query @ key.transpose(-1, -2)) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.float().masked_fill(~mask, float("-inf")).softmax(-1)
+    return weights.to(value.dtype) @ value
+
+
+AttentionInterface.register(ATTENTION, attend)

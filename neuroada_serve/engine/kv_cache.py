@@ -1,0 +1,84 @@
+"""Keys and values of the running sequences, by slot."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_FIRST_TOKENS = 128
+
+
+class KVCache:
+    """Per layer K and V [slots, kv_heads, tokens, head_dim]; slots and tokens grow by need.
+
+    All slots share one length, so that the decoding slots 0..n-1 are one strided view. Entries
+    never written are zero: masked attention multiplies them by zero, and 0 * NaN would be NaN.
+    """
+
+    def __init__(self, max_slots: int, max_tokens: int) -> None:
+        self._max_slots = max_slots
+        self._max_tokens = max_tokens
+        self._slots = 0
+        self._tokens = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for pair in self._layers.values() for t in pair)
+
+    def reserve(self, num_slots: int, num_tokens: int) -> None:
+        """Make room for num_slots sequences of num_tokens; grows to at least twice what it was."""
+        if num_slots > self._slots:
+            self._slots = min(self._max_slots, max(num_slots, 2 * self._slots))
+        if num_tokens > self._tokens:
+            grown = max(num_tokens, 2 * self._tokens, _FIRST_TOKENS)
+            self._tokens = min(self._max_tokens, grown)
+        assert num_slots <= self._slots
+        assert num_tokens <= self._tokens
+        self._layers = {i: self._grown(pair) for i, pair in self._layers.items()}
+
+    def release(self) -> None:
+        """Give all memory back; only while no sequence runs."""
+        self._layers, self._slots, self._tokens = {}, 0, 0
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Store k and v [tokens, kv_heads, head_dim] of one layer at (slot, position) per token."""
+        if layer not in self._layers:
+            self._layers[layer] = (self._new(k), self._new(v))
+        keys, values = self._layers[layer]
+        keys[slots, :, positions] = k
+        values[slots, :, positions] = v
+
+    def view(self, layer: int, first: int, stop: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V of slots first..stop-1, their first num_tokens tokens; no copy."""
+        keys, values = self._layers[layer]
+        return keys[first:stop, :, :num_tokens], values[first:stop, :, :num_tokens]
+
+    def move(self, src: int, dst: int, num_tokens: int) -> None:
+        """Copy the first num_tokens entries of slot src to slot dst, in every layer."""
+        for pair in self._layers.values():
+            for tensor in pair:
+                tensor[dst, :, :num_tokens] = tensor[src, :, :num_tokens]
+
+    def scrub(self, used: Sequence[int]) -> None:
+        """Zero everything beyond the first used[slot] entries of each slot.
+
+        Needed once non-finite entries may have been written: masking does not stop them.
+        """
+        for pair in self._layers.values():
+            for tensor in pair:
+                for slot in range(tensor.shape[0]):
+                    tensor[slot, :, used[slot] if slot < len(used) else 0 :] = 0
+
+    def _new(self, like: Tensor) -> Tensor:
+        _, heads, dim = like.shape
+        return like.new_zeros(self._slots, heads, self._tokens, dim)
+
+    def _grown(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        more_slots = self._slots - pair[0].shape[0]
+        more_tokens = self._tokens - pair[0].shape[2]
+        if not more_slots and not more_tokens:
+            return pair
+        padding = (0, 0, 0, more_tokens, 0, 0, 0, more_slots)
+        return F.pad(pair[0], padding), F.pad(pair[1], padding)
+

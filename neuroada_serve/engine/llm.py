@@ -1,0 +1,214 @@
+"""The offline front door: a model, its adapters, and batches of prompts in plain Python."""
+
+import os
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from neuroada_serve.adapters.format import Adapter
+from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.engine import Engine
+from neuroada_serve.errors import UsageError
+from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.prompt import Message, encode_chat, encode_text
+from neuroada_serve.model.source import Notify, resolve_model
+from neuroada_serve.request import Completion, FinishReason, Output, RequestOutput, SamplingParams
+
+Prompt = str | Seq[int]
+
+
+class LLM:
+    """One base model serving many adapters, offline.
+
+        llm = LLM("demo", adapters={"sql": "examples/adapters/sql"})
+        outs = llm.generate(prompts, SamplingParams(temperature=0), adapters=["sql", None])
+
+    Args:
+        model: a local folder, a `.gguf` file, `demo`, or a hub id.
+        adapters: name -> adapter directory, or an Adapter in memory.
+        notify: told in a sentence about work that takes a while (a download, a conversion).
+        config: the fields of EngineConfig: dtype, device, max_num_seqs, max_model_len, merge, ...
+
+    Raises:
+        UsageError: its subclasses name what is wrong with the model or an adapter.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapters: Mapping[str, str | os.PathLike[str] | Adapter] | None = None,
+        *,
+        notify: Notify = lambda message: None,
+        **config: Any,
+    ) -> None:
+        engine_config = EngineConfig(**config)
+        source = resolve_model(model, notify)
+        base = load_base(source, engine_config.dtype, engine_config.device)
+        self.engine = Engine(base, engine_config)
+        for name, adapter in (adapters or {}).items():
+            self.load_adapter(name, adapter)
+        if engine_config.merge not in ("never", "auto", *self.engine.adapters):
+            raise UsageError(
+                f"merge must be never, auto or the name of an adapter, got {engine_config.merge!r}"
+            )
+        self._num_requests = 0
+
+    # --- adapters ----------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return self.engine.adapters
+
+    @property
+    def merged(self) -> str | None:
+        """Name of the merged adapter."""
+        return self.engine.merged
+
+    def load_adapter(
+        self, name: str, adapter: str | os.PathLike[str] | Adapter, replace: bool = False
+    ) -> None:
+        """Load an adapter directory under a name.
+
+        Raises:
+            AdapterError: its subclasses say what is wrong; nothing has changed then.
+        """
+        loaded = adapter if isinstance(adapter, Adapter) else self.engine.read_adapter(adapter)
+        self.engine.add_adapter(name, loaded, replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; unmerged first if it is merged."""
+        self.engine.remove_adapter(name)
+
+    def merge(self, name: str) -> None:
+        """Write an adapter into the weights, swapping out a merged one."""
+        self.engine.merge(name)
+
+    def unmerge(self) -> None:
+        """Give the base weights back, bit for bit."""
+        self.engine.unmerge()
+
+    def base_digest(self) -> str:
+        """sha256 of the weights as they are now; the base's own while nothing is merged."""
+        return self.engine.base_digest()
+
+    # --- generation --------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        adapters: str | None | Seq[str | None] = None,
+        *,
+        on_output: Callable[[Output], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer prompts, all in one continuous batch.
+
+        Args:
+            prompts: texts or lists of token ids; a single one is a batch of one.
+            params: for all prompts, or one per prompt; default SamplingParams().
+            adapters: for all prompts, or one per prompt; None is the base.
+            on_output: sees every output as it comes.
+
+        Returns:
+            One RequestOutput per prompt, in order.
+
+        Raises:
+            UsageError: a prompt, parameter or adapter is wrong; nothing was generated.
+        """
+        batch = _prompt_list(prompts)
+        texts = [p if isinstance(p, str) else None for p in batch]
+        ids = [encode_text(self.engine.base, p) if isinstance(p, str) else p for p in batch]
+        return self._run(ids, texts, params, adapters, on_output)
+
+    def chat(
+        self,
+        conversations: Seq[Message] | Seq[Seq[Message]],
+        params: SamplingParams | Seq[SamplingParams] | None = None,
+        adapters: str | None | Seq[str | None] = None,
+        *,
+        on_output: Callable[[Output], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations through the base's chat template; otherwise like `generate`.
+
+        Args:
+            conversations: lists of {"role", "content"}; a single one is a batch of one.
+        """
+        single = bool(conversations) and isinstance(conversations[0], Mapping)
+        batch: Any = [conversations] if single else conversations
+        ids = [encode_chat(self.engine.base, messages) for messages in batch]
+        return self._run(ids, [None] * len(ids), params, adapters, on_output)
+
+    def _run(
+        self,
+        prompts: Seq[Seq[int]],
+        texts: Seq[str | None],
+        params: SamplingParams | Seq[SamplingParams] | None,
+        adapters: str | None | Seq[str | None],
+        on_output: Callable[[Output], None] | None,
+    ) -> list[RequestOutput]:
+        num = len(prompts)
+        each_params = _one_each(params or SamplingParams(), num, SamplingParams, "params")
+        each_adapter = _one_each(adapters, num, str | None, "adapters")
+        request_ids = [f"llm-{self._num_requests + i}" for i in range(num)]
+        self._num_requests += num
+        collected: dict[str, list[Output]] = {request_id: [] for request_id in request_ids}
+        try:
+            for request in zip(request_ids, prompts, each_params, each_adapter, strict=True):
+                self.engine.add_request(*request)
+            while self.engine.has_unfinished:
+                for output in self.engine.step():
+                    collected[output.request_id].append(output)
+                    if on_output is not None:
+                        on_output(output)
+        except BaseException:
+            for request_id in request_ids:
+                self.engine.abort(request_id)
+            self.engine.step()  # hands out, and so forgets, the aborted ones
+            raise
+        return [
+            RequestOutput(
+                request_id,
+                text,
+                tuple(prompt),
+                adapter,
+                tuple(
+                    _completion(i, [o for o in collected[request_id] if o.index == i], sampling)
+                    for i in range(sampling.n)
+                ),
+            )
+            for request_id, text, prompt, sampling, adapter in zip(
+                request_ids, texts, prompts, each_params, each_adapter, strict=True
+            )
+        ]
+
+
+def _prompt_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(p, int) for p in prompts):
+        return [prompts]  # type: ignore[list-item]  # one prompt of token ids
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(value: Any, num: int, single: Any, what: str) -> list[Any]:
+    if isinstance(value, single):
+        return [value] * num
+    if len(value) != num:
+        raise UsageError(f"{len(value)} {what} for {num} prompts; give one, or one per prompt")
+    return list(value)
+
+
+def _completion(index: int, outputs: Seq[Output], params: SamplingParams) -> Completion:
+    last = outputs[-1]
+    assert isinstance(last.finish_reason, FinishReason)
+    return Completion(
+        index=index,
+        text="".join(o.text for o in outputs),
+        token_ids=tuple(t for o in outputs for t in o.token_ids),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        logprobs=None
+        if params.logprobs is None
+        else tuple(logprob for o in outputs for logprob in o.logprobs),
+    )

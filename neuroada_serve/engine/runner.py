@@ -1,0 +1,122 @@
+"""One forward: a schedule in, the logits of every sequence that gets a token out."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from neuroada_serve.adapters.bank import AdapterBank, ResidentAdapter
+from neuroada_serve.adapters.store import AdapterVersion
+from neuroada_serve.engine.attention import ATTENTION, PackedStep, PrefillSpan
+from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.engine.scheduler import Schedule
+from neuroada_serve.engine.sequence import Sequence
+from neuroada_serve.errors import ModelError
+from neuroada_serve.model.bypass_linear import BypassContext
+from neuroada_serve.model.loader import BaseModel
+
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class ModelRunner:
+    """Runs schedules on one model; owns its KV cache."""
+
+    def __init__(
+        self, base: BaseModel, bank: AdapterBank, context: BypassContext, cache: KVCache
+    ) -> None:
+        _refuse_unsupported(base)
+        self._base = base
+        self._bank = bank
+        self._context = context
+        self.cache = cache
+        self.scrub_cache = False  # set when a sequence failed: its entries may be non-finite
+        base.model.set_attn_implementation(ATTENTION)
+
+    @torch.inference_mode()
+    def run(
+        self, schedule: Schedule, merged: AdapterVersion | None
+    ) -> tuple[Tensor, list[Sequence]]:
+        """Compute one step and advance num_computed of its sequences.
+
+        Returns:
+            logits [num_sampled, vocab] float32, and the sequences they belong to: all decodes,
+            and the prefills whose prompt is now complete.
+        """
+        for move in schedule.moves:
+            self.cache.move(move.src, move.dst, move.num_tokens)
+        if self.scrub_cache:
+            self.cache.scrub([s.num_computed for s in schedule.running])
+            self.scrub_cache = False
+
+        # 1. Lay the tokens of all sequences in one row.
+        work = [(s, 1) for s in schedule.decodes]
+        work += [(chunk.sequence, chunk.num_tokens) for chunk in schedule.prefills]
+        ids: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        residents: list[ResidentAdapter | None] = []
+        spans: list[PrefillSpan] = []
+        sampled: list[Sequence] = []
+        last_tokens: list[int] = []
+        for i, (sequence, num_tokens) in enumerate(work):
+            assert sequence.slot is not None
+            start, past = len(ids), sequence.num_computed
+            ids += sequence.next_tokens(num_tokens)
+            slots += [sequence.slot] * num_tokens
+            positions += range(past, past + num_tokens)
+            resident = None if sequence.lease is None else sequence.lease.version.resident
+            residents += [resident] * num_tokens
+            if i >= len(schedule.decodes):
+                spans.append(PrefillSpan(start, len(ids), sequence.slot, past))
+            if past + num_tokens >= len(sequence.prompt_token_ids):
+                sampled.append(sequence)
+                last_tokens.append(len(ids) - 1)
+
+        num_decodes = len(schedule.decodes)
+        self.cache.reserve(max(slots) + 1, max(positions) + 1)
+        step = PackedStep(
+            cache=self.cache,
+            slots=self._tensor(slots),
+            positions=self._tensor(positions),
+            num_decodes=num_decodes,
+            decode_length=max(positions[:num_decodes], default=-1) + 1,
+            prefills=spans,
+        )
+        batch = self._bank.batch(residents, None if merged is None else merged.resident)
+
+        # 2. One forward; the output head sees only the tokens that are sampled from.
+        with self._context.forward_batch(batch):
+            output = self._base.model(
+                input_ids=self._tensor(ids)[None],
+                position_ids=step.positions[None],
+                use_cache=False,
+                logits_to_keep=self._tensor(last_tokens),
+                step=step,
+            )
+        for sequence, num_tokens in work:
+            sequence.num_computed += num_tokens
+        return output.logits[0].float(), sampled
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._base.device)
+
+
+def _refuse_unsupported(base: BaseModel) -> None:
+    """Models whose state is more than keys and values by position would be silently wrong."""
+    model, config = base.model, base.model.config.get_text_config()
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    attributes: Mapping[str, bool] = {
+        "is not built on transformers' attention interface": not getattr(
+            model, "_supports_attention_backend", False
+        ),
+        "keeps a recurrent state": bool(getattr(model, "_is_stateful", False)),
+        f"has layers of type {', '.join(sorted(map(str, layer_types - _ATTENTION_LAYERS)))}": bool(
+            layer_types - _ATTENTION_LAYERS
+        ),
+    }
+    for reason, applies in attributes.items():
+        if applies:
+            raise ModelError(
+                f"{type(model).__name__} {reason}; supported are decoder models such as Llama, "
+                "Qwen, Mistral, Gemma and GPT-2"
+            )

@@ -1,0 +1,228 @@
+"""What clients get: OpenAI's completion and chat objects, whole or in chunks."""
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from neuroada_serve.request import Output, TokenLogprob
+from neuroada_serve.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+
+LOWEST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's stand-in
+
+
+@dataclass
+class _Choice:
+    """One choice so far."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_output_tokens: int = 0
+    started: bool = False
+
+
+class Answer(ABC):
+    """One reply under way. Each output goes once, in order, to `add` or to `chunks`."""
+
+    id_prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(
+        self, request: GenerationRequest, model: str, num_prompt_tokens: int, num_choices: int
+    ) -> None:
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+        self._request = request
+        self._num_prompt_tokens = num_prompt_tokens
+        self._choices = [_Choice() for _ in range(num_choices)]
+        self._endings: dict[int, dict[str, Any]] = {}
+
+    def add(self, index: int, output: Output) -> None:
+        """Keep what an output adds to choice `index`, for `whole`."""
+        choice = self._choices[index]
+        choice.text += output.text
+        choice.logprobs += output.logprobs
+        choice.num_output_tokens = output.num_output_tokens
+        self._endings[index] = _ending(output)
+
+    def whole(self) -> dict[str, Any]:
+        """The reply to a request without stream, once every choice has finished."""
+        choices = [
+            {"index": index}
+            | self._message(index, choice.text)
+            | {"logprobs": self._logprobs(choice.logprobs, 0)}
+            | self._endings[index]
+            for index, choice in enumerate(self._choices)
+        ]
+        return self._object(self.kind, choices, usage=self._usage())
+
+    def chunks(self, index: int, output: Output) -> Iterator[dict[str, Any]]:
+        """What an output adds to a stream; nothing while its text is still withheld."""
+        choice = self._choices[index]
+        text_offset = sum(len(logprob.token) for logprob in choice.logprobs)
+        self.add(index, output)
+        usage: dict[str, Any] = {}
+        if self._request.include_usage:
+            usage = {"usage": self._usage() if self._request.continuous_usage else None}
+
+        def chunk(part: dict[str, Any], ending: dict[str, Any]) -> dict[str, Any]:
+            return self._object(self.chunk_kind, [{"index": index} | part | ending], **usage)
+
+        if not choice.started:
+            choice.started = True
+            if (opening := self._opening(index)) is not None:
+                yield chunk(opening | {"logprobs": None}, _NO_ENDING)
+        logprobs = self._logprobs(output.logprobs, text_offset)
+        if output.text or output.finished or logprobs:
+            yield chunk(self._delta(output.text) | {"logprobs": logprobs}, _ending(output))
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The extra last chunk of stream_options.include_usage."""
+        return self._object(self.chunk_kind, [], usage=self._usage())
+
+    @abstractmethod
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        """A finished choice's text."""
+
+    @abstractmethod
+    def _opening(self, index: int) -> dict[str, Any] | None:
+        """What a stream sends of a choice before its first text."""
+
+    @abstractmethod
+    def _delta(self, text: str) -> dict[str, Any]:
+        """New text in a stream."""
+
+    @abstractmethod
+    def _shape_logprobs(self, tokens: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any]:
+        """Log probabilities of tokens, the first of them `text_offset` characters in."""
+
+    def _logprobs(
+        self, tokens: Sequence[TokenLogprob], text_offset: int
+    ) -> dict[str, Any] | None:
+        if self._request.num_logprobs is None or not tokens:
+            return None
+        return self._shape_logprobs(tokens, text_offset)
+
+    def _object(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            **more,
+        }
+
+    def _usage(self) -> dict[str, int]:
+        num_output_tokens = sum(choice.num_output_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": self._num_prompt_tokens + num_output_tokens,
+        }
+
+
+class CompletionAnswer(Answer):
+    """The reply of /v1/completions; `echoes` are texts to put in front of the choices."""
+
+    id_prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        model: str,
+        num_prompt_tokens: int,
+        num_choices: int,
+        echoes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(request, model, num_prompt_tokens, num_choices)
+        self._echoes = echoes
+
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        return {"text": self._echo(index) + text}
+
+    def _opening(self, index: int) -> dict[str, Any] | None:
+        return {"text": self._echo(index)} if self._echoes else None
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _shape_logprobs(self, tokens: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any]:
+        offsets = []
+        for token in tokens:
+            offsets.append(text_offset)
+            text_offset += len(token.token)
+        return {
+            "text_offset": offsets,
+            "tokens": [token.token for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            # OpenAI's promise: the sampled token is always among them.
+            "top_logprobs": [
+                {text: _finite(logprob) for _, text, logprob in token.top}
+                | {token.token: _finite(token.logprob)}
+                for token in tokens
+            ],
+        }
+
+    def _echo(self, index: int) -> str:
+        per_prompt = len(self._choices) // len(self._echoes) if self._echoes else 1
+        return self._echoes[index // per_prompt] if self._echoes else ""
+
+
+class ChatAnswer(Answer):
+    """The reply of /v1/chat/completions."""
+
+    id_prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def __init__(
+        self, request: ChatCompletionRequest, model: str, num_prompt_tokens: int, num_choices: int
+    ) -> None:
+        super().__init__(request, model, num_prompt_tokens, num_choices)
+
+    def _message(self, index: int, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def _opening(self, index: int) -> dict[str, Any] | None:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def _shape_logprobs(self, tokens: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any]:
+        return {
+            "content": [
+                _chat_logprob(token.token, token.logprob)
+                | {"top_logprobs": [_chat_logprob(text, logprob) for _, text, logprob in token.top]}
+                for token in tokens
+            ]
+        }
+
+
+_NO_ENDING = {"finish_reason": None, "stop_reason": None}
+
+
+def _ending(output: Output) -> dict[str, Any]:
+    reason = output.finish_reason
+    return {
+        "finish_reason": None if reason is None else reason.value,
+        "stop_reason": output.stop_reason,
+    }
+
+
+def _chat_logprob(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": _finite(logprob), "bytes": list(token.encode())}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,351 @@
+"""What clients may send: the requests of OpenAI's API, with vLLM's extra sampling fields.
+
+A field is either honoured or refused by name; nothing is dropped in silence. The exceptions change
+no answer and are accepted as no-ops: user, metadata, store, service_tier, safety_identifier and
+prompt_cache_key. null means that a field was not given.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from neuroada_serve.errors import RequestError
+from neuroada_serve.request import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+
+MAX_LOGIT_BIASES = 1024
+MAX_REPORTED_FAULTS = 10
+
+T = TypeVar("T")
+
+
+def _expect(expected: str) -> WrapValidator:
+    """One message for a field, instead of one for each type it could have had."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {expected}") from None
+
+    return WrapValidator(validate)
+
+
+def _encodable(value: T) -> T:
+    """JSON can hold half of a surrogate pair, which neither a tokenizer nor a reply can."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError("holds half of a surrogate pair") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    _expect("a string, a list of strings, a list of token ids, or a list of such lists"),
+    AfterValidator(_encodable),
+]
+Stop = Annotated[
+    str | list[str], _expect("a string or a list of strings"), AfterValidator(_encodable)
+]
+Unsupported = Annotated[None, _expect("left out: this server does not support it")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class StreamOptions(_Strict):
+    """include_usage: one more chunk with the usage. continuous_usage_stats: it is in every chunk."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats needs include_usage")
+        return self
+
+
+class GenerationRequest(_Strict):
+    """The fields that completions and chat share."""
+
+    model: Annotated[Text, Field(max_length=256)] | None = None  # None: the base
+
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stop: Stop | None = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+    # No-ops
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report per token; None: no logprobs at all."""
+        raise NotImplementedError
+
+    @property
+    def most_tokens(self) -> int | None:
+        """`SamplingParams.max_tokens`."""
+        raise NotImplementedError
+
+    def sampling_params(self) -> SamplingParams:
+        """
+        Raises:
+            RequestError: names the field.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", "stream_options")
+        given = {
+            name: value
+            for name in _SAMPLING_FIELDS
+            if (value := getattr(self, name)) is not None
+        }
+        return SamplingParams(
+            max_tokens=self.most_tokens,
+            logprobs=self.num_logprobs,
+            logit_bias=_logit_bias(self.logit_bias or {}),
+            **given,
+        )
+
+
+_SAMPLING_FIELDS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "seed",
+    "skip_special_tokens",
+)
+
+
+def _logit_bias(biases: dict[str, float]) -> dict[int, float]:
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise RequestError(f"at most {MAX_LOGIT_BIASES} tokens in logit_bias", "logit_bias")
+    for token, bias in biases.items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise RequestError(f"logit_bias has {token[:20]!r}, which is no token id", "logit_bias")
+        if not -100 <= bias <= 100:
+            raise RequestError("logit_bias values must be within [-100, 100]", "logit_bias")
+    return {int(token): bias for token, bias in biases.items()}
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: Unsupported = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def most_tokens(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens
+
+    def sampling_params(self) -> SamplingParams:
+        params = super().sampling_params()
+        if self.best_of not in (None, params.n):
+            raise RequestError(
+                f"best_of must equal n={params.n} or be left out; all choices are returned",
+                "best_of",
+            )
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo cannot be combined with logprobs", "echo")
+        if len(self.prompts) * params.n > MAX_CHOICES:
+            raise RequestError(
+                f"{len(self.prompts)} prompts with n={params.n} make "
+                f"{len(self.prompts) * params.n} choices, at most {MAX_CHOICES} per request",
+                "prompt",
+            )
+        return params
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """
+        Raises:
+            RequestError: there is none, or an empty one.
+        """
+        prompts: Any = self.prompt
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        if not prompts or not all(prompts):
+            raise RequestError("prompt must not be empty", "prompt")
+        return list(prompts)
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    str | list[TextPart],
+    _expect('a string or a list of {"type": "text", "text": ...} parts; others are not supported'),
+]
+
+
+class ChatMessage(_Strict):
+    """One message. developer is the newer name of system; text parts are joined by newlines."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+    # null in the messages of other servers, which clients send back
+    refusal: Unsupported = None
+    tool_calls: Unsupported = None
+    function_call: Unsupported = None
+    audio: Unsupported = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _encodable(self.for_template["content"])
+        return self
+
+    @property
+    def for_template(self) -> dict[str, str]:
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return {"role": role, "content": self.content}
+        return {"role": role, "content": "\n".join(part.text for part in self.content)}
+
+
+class TextFormat(_Strict):
+    type: Literal["text"]
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: Annotated[TextFormat, _expect('{"type": "text"}')] | None = None
+    tools: Unsupported = None
+    tool_choice: Annotated[Literal["none"], _expect('"none"')] | None = None
+    functions: Unsupported = None
+    function_call: Annotated[Literal["none"], _expect('"none"')] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def sampling_params(self) -> SamplingParams:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise RequestError(f"top_logprobs must be within [0, {MAX_LOGPROBS}]", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            raise RequestError(
+                "max_tokens is the older name of max_completion_tokens; they differ", "max_tokens"
+            )
+        return super().sampling_params()
+
+
+class LoadAdapterRequest(_Strict):
+    """POST /v1/load_lora_adapter; the names are vLLM's.
+
+    lora_path: the adapter's folder, absolute or relative to --adapter-dir, and under it.
+    load_inplace: replace the adapter of this name, which new requests then get.
+    """
+
+    lora_name: Text
+    lora_path: Annotated[Text, Field(max_length=4096)]
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(_Strict):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: Text
+
+
+def describe_faults(faults: Sequence[Any]) -> tuple[str, str | None]:
+    """Message and field at fault, of pydantic's error list for a request body."""
+    lines = []
+    for fault in faults[:MAX_REPORTED_FAULTS]:
+        kind, where = fault["type"], _where(fault["loc"])
+        if kind == "json_invalid":
+            lines.append(f"the body is not valid JSON: {fault['ctx']['error']}")
+        elif kind == "extra_forbidden":
+            lines.append(f"{where} is unknown or not supported")
+        elif not where:
+            lines.append("the body must be a JSON object")
+        else:
+            lines.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}")
+    first = faults[0]["loc"]
+    param = first[1] if len(first) > 1 and isinstance(first[1], str) else None
+    return "; ".join(lines), param
+
+
+def _where(loc: Sequence[str | int]) -> str:
+    """('body', 'messages', 0, 'content') as messages[0].content"""
+    path = ""
+    for part in loc[1:]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:80]}"
+    return path.removeprefix(".")
+

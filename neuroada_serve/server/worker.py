@@ -1,0 +1,389 @@
+"""The one thread that owns the engine, and its bridge to the event loop.
+
+    event loop --- commands (add, abort, load, unload) ---> engine thread: commands, step, commands,
+    event loop <-- replies, then one batch of outputs a step ---     step, ... ; asleep when idle
+
+Methods of `Worker` belong to the event loop that entered it; the engine is touched by its thread
+alone, `read_adapter` excepted.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from neuroada_serve.adapters.format import Adapter
+from neuroada_serve.errors import EngineError, NeuroAdaError
+from neuroada_serve.model.loader import BaseModel
+from neuroada_serve.request import Output, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+JOIN_TIMEOUT_S = 10.0  # a step that takes longer than this is left behind at exit
+
+
+class Engine(Protocol):
+    """What the worker drives; `neuroada_serve.engine.engine.Engine` in earnest."""
+
+    @property
+    def base(self) -> BaseModel: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+    @property
+    def has_unfinished(self) -> bool: ...
+    @property
+    def num_waiting(self) -> int: ...
+
+    def read_adapter(self, path: str | Path, root: Path | None = None) -> Adapter: ...
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        adapter: str | None,
+    ) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[Output]: ...
+    def add_adapter(self, name: str, adapter: Adapter, replace: bool = False) -> None: ...
+    def remove_adapter(self, name: str) -> None: ...
+
+
+class Unavailable(NeuroAdaError):
+    """No request is taken now: the queue is full, the server stops, or its engine is dead."""
+
+
+class Stream:
+    """The outputs of one submission, as (choice, Output), in the order the engine made them.
+
+    Choice c of prompt p is number p * n + c. Iteration ends after every choice's final output;
+    it raises EngineError when the engine dies. Close a stream that is not read to its end.
+    """
+
+    def __init__(self, worker: "Worker", request_ids: Sequence[str], n: int) -> None:
+        self._worker = worker
+        self._first_choice = {request_id: i * n for i, request_id in enumerate(request_ids)}
+        self._unfinished = {request_id: n for request_id in request_ids}
+        self._arrived: asyncio.Queue[Output | NeuroAdaError] = asyncio.Queue()
+        self._num_unread_finals = n * len(request_ids)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
+        while self._num_unread_finals:
+            item = await self._arrived.get()
+            if isinstance(item, NeuroAdaError):
+                raise item
+            self._num_unread_finals -= item.finished
+            yield self._first_choice[item.request_id] + item.index, item
+
+    def close(self) -> None:
+        """Abort what still runs; its outputs are no longer wanted. Idempotent."""
+        self._worker._forget(list(self._unfinished))
+        self._unfinished.clear()
+
+    def _push(self, output: Output) -> bool:
+        """Whether this was the last output of its engine request."""
+        self._arrived.put_nowait(output)
+        self._unfinished[output.request_id] -= output.finished
+        if self._unfinished[output.request_id]:
+            return False
+        del self._unfinished[output.request_id]
+        return True
+
+    def _fail(self, error: NeuroAdaError) -> None:
+        self._unfinished.clear()
+        self._arrived.put_nowait(error)
+
+
+@dataclass(frozen=True)
+class _Command:
+    """Something to do on the engine's thread. Without a reply, a failure is the engine's death."""
+
+    run: Callable[[], Any]
+    reply: asyncio.Future[Any] | None = None
+    num_choices: int = 0  # places in the queue that it asks for
+
+
+class Worker:
+    """Runs an engine in a thread while entered: `async with Worker(engine) as worker`.
+
+    Args:
+        max_waiting: choices that may wait for a place in the batch. A request that finds this many
+            waiting is refused. What arrived since the last step counts as waiting.
+        on_death: called once on the event loop, after the in-flight requests have failed.
+    """
+
+    def __init__(
+        self, engine: Engine, max_waiting: int = 256, on_death: Callable[[], None] | None = None
+    ) -> None:
+        self._engine = engine
+        self._max_waiting = max_waiting
+        self.on_death = on_death
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+        # Of the event loop.
+        self._streams: dict[str, Stream] = {}  # by engine request id
+        self._replies: set[asyncio.Future[Any]] = set()
+        self._draining = False
+
+        # Shared; guarded by the condition, which is notified when the thread may have work.
+        self._changed = threading.Condition()
+        self._inbox: list[_Command] = []
+        self._num_waiting = 0  # in the engine, or on the way from the inbox into it
+        self._adapters: dict[str, int] = {}
+        self._closing = False
+        self._dead = False
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._adapters = dict.fromkeys(self._engine.adapters, int(time.time()))
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop the thread after its current step; what still runs fails."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+        if self._thread.is_alive():
+            logger.error("the engine is still in a step after %s s; left behind", JOIN_TIMEOUT_S)
+        self._fail_all(Unavailable("the server is shutting down"))
+
+    # --- what the server asks ----------------------------------------------------------------
+
+    @property
+    def base(self) -> BaseModel:
+        return self._engine.base
+
+    @property
+    def max_model_len(self) -> int:
+        return self._engine.max_model_len
+
+    @property
+    def adapters(self) -> Mapping[str, int]:
+        """Adapters that can be requested now: name -> unix time since when."""
+        return self._adapters
+
+    @property
+    def dead(self) -> bool:
+        return self._dead
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken, a full queue aside."""
+        return not (self._dead or self._draining or self._closing)
+
+    @property
+    def idle(self) -> bool:
+        return not self._streams
+
+    async def submit(
+        self,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        adapter: str | None,
+    ) -> Stream:
+        """Hand prompts to the engine, all or none; returns once it has accepted them.
+
+        Raises:
+            Unavailable: not `ready`, or `max_waiting` choices wait already.
+            RequestError, AdapterNotFoundError: from the engine.
+        """
+        num_choices = len(prompts) * params.n
+        with self._changed:
+            num_waiting = self._num_waiting + sum(c.num_choices for c in self._inbox)
+        if num_waiting >= self._max_waiting:
+            raise Unavailable(f"{num_waiting} requests wait already; try again later")
+
+        request_ids = [f"{request_id}-{i}" for i in range(len(prompts))]
+        stream = Stream(self, request_ids, params.n)
+
+        def add() -> None:
+            for engine_id, prompt in zip(request_ids, prompts, strict=True):
+                self._engine.add_request(engine_id, prompt, params, adapter)
+
+        # Registered first: an output may come before the reply is looked at.
+        self._streams.update(dict.fromkeys(request_ids, stream))
+        try:
+            await self._call(add, num_choices)
+        except BaseException:  # cancellation too
+            stream.close()
+            raise
+        return stream
+
+    def read_adapter(self, path: Path, root: Path) -> Adapter:
+        """Read and check adapter files under `root`. Slow; for a thread other than the engine's.
+
+        Raises:
+            AdapterNotFoundError, AdapterFormatError.
+        """
+        return self._engine.read_adapter(path, root)
+
+    async def add_adapter(self, name: str, adapter: Adapter, replace: bool) -> None:
+        """Make an adapter available under a name.
+
+        Raises:
+            AdapterConflictError: the name is the base's, or is taken and not to be replaced.
+            Unavailable: not `ready`.
+        """
+
+        def add() -> None:
+            self._engine.add_adapter(name, adapter, replace)
+            self._publish_adapters(now_new=name)
+
+        await self._call(add)
+
+    async def remove_adapter(self, name: str) -> None:
+        """Take a name away; running requests of it finish.
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+            Unavailable: not `ready`.
+        """
+
+        def remove() -> None:
+            self._engine.remove_adapter(name)
+            self._publish_adapters()
+
+        await self._call(remove)
+
+    async def drain(self, timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Take no more requests; let the running ones finish for `timeout_s`, then abort them.
+
+        Args:
+            hurry: asked all the time; True aborts at once.
+        """
+        self._draining = True
+        deadline = time.monotonic() + timeout_s
+        while not self.idle and time.monotonic() < deadline and not hurry():
+            await asyncio.sleep(0.02)
+        for request_id in list(self._streams):
+            self._send_abort(request_id)
+
+    async def _call(self, run: Callable[[], T], num_choices: int = 0) -> T:
+        """Result of `run` on the engine's thread, between two steps."""
+        if not self.ready:
+            reason = "its engine failed" if self._dead else "it is shutting down"
+            raise Unavailable(f"the server takes no requests: {reason}")
+        reply: asyncio.Future[T] = self._loop.create_future()
+        self._replies.add(reply)
+        reply.add_done_callback(self._replies.discard)
+        self._put(_Command(run, reply, num_choices))
+        return await reply
+
+    def _forget(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            if self._streams.pop(request_id, None) is not None:
+                self._send_abort(request_id)
+
+    def _send_abort(self, request_id: str) -> None:
+        self._put(_Command(lambda: self._engine.abort(request_id)))
+
+    def _put(self, command: _Command) -> None:
+        with self._changed:
+            self._inbox.append(command)
+            self._changed.notify()
+
+    # --- what the engine's thread hands over, on the event loop ---------------------------------
+
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None and stream._push(output):
+                del self._streams[output.request_id]
+
+    def _answer(self, replies: Sequence[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:
+        for reply, result, error in replies:
+            if reply.done():  # its caller was cancelled
+                continue
+            if error is None:
+                reply.set_result(result)
+            else:
+                reply.set_exception(error)
+
+    def _die(self) -> None:
+        self._fail_all(EngineError("the engine failed"))
+        if self.on_death is not None:
+            self.on_death()
+
+    def _fail_all(self, error: NeuroAdaError) -> None:
+        for stream in set(self._streams.values()):
+            stream._fail(error)
+        self._streams.clear()
+        for reply in list(self._replies):
+            if not reply.done():
+                reply.set_exception(error)
+
+    # --- the engine's thread --------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            while (commands := self._take()) is not None:
+                self._execute(commands)
+                if self._engine.has_unfinished:
+                    outputs = self._engine.step()
+                    self._count_waiting()
+                    if outputs:
+                        self._post(self._deliver, outputs)
+        except BaseException:
+            logger.critical("the engine failed; the server stops", exc_info=True)
+            self._dead = True
+            self._post(self._die)
+
+    def _take(self) -> list[_Command] | None:
+        """Commands to run before the next step, asleep while there is nothing to do; None: stop."""
+        with self._changed:
+            while not (self._inbox or self._closing or self._engine.has_unfinished):
+                self._changed.wait()
+            if self._closing:
+                return None
+            commands, self._inbox = self._inbox, []
+            self._num_waiting += sum(c.num_choices for c in commands)
+            return commands
+
+    def _execute(self, commands: Sequence[_Command]) -> None:
+        replies: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []
+        for command in commands:
+            try:
+                result = command.run()
+            except EngineError:
+                raise
+            except Exception as error:
+                if command.reply is None:
+                    raise
+                replies.append((command.reply, None, error))
+            else:
+                if command.reply is not None:
+                    replies.append((command.reply, result, None))
+        self._count_waiting()
+        if replies:
+            self._post(self._answer, replies)
+
+    def _count_waiting(self) -> None:
+        with self._changed:
+            self._num_waiting = self._engine.num_waiting
+
+    def _publish_adapters(self, now_new: str | None = None) -> None:
+        now = int(time.time())
+        since = {name: at for name, at in self._adapters.items() if name != now_new}
+        self._adapters = {name: since.get(name, now) for name in self._engine.adapters}
+
+    def _post(self, deliver: Callable[..., None], *args: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(deliver, *args)
+        except RuntimeError:  # the loop is closed: nobody is left to hear it
+            logger.debug("an engine output came after the event loop had closed")

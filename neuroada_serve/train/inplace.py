@@ -1,0 +1,164 @@
+"""Train an adapter's values inside the weights of its base.
+
+Every forward first writes the current values into the weight, W[index] = round(W0[index] + value),
+so it is the plain dense forward, and what is trained is what a merge realises. Only the backward
+is special: it computes the gradient of the values and never that of the weight. Nothing of the
+weight's size is copied; the entries that were overwritten are kept and written back bit for bit.
+
+While layers are attached the model belongs to the training: nobody else may run it.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuroada_serve.adapters.select import magnitude_index
+from neuroada_serve.model.loader import is_transposed
+from neuroada_serve.ops.value_grad import value_grad
+from neuroada_serve.ops.weights import flat_positions, read_entries, write_entries_
+
+
+class InplaceLinear(nn.Module):
+    """y = W x + b with trainable values at `index` of W, which it holds written into W.
+
+    Holds the very parameters of the layer it replaces, under the same names.
+
+    index: [d_out, k] int32.
+    value: [d_out, k] trainable, starts at 0; float32, or float64 for a float64 weight.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, base: nn.Module, index: Tensor) -> None:
+        super().__init__()
+        assert isinstance(base.weight, nn.Parameter)
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias if isinstance(base.bias, nn.Parameter) else None)
+        self.transposed = is_transposed(base)
+        self.index = index
+        self.value = nn.Parameter(
+            torch.zeros(
+                index.shape,
+                dtype=torch.promote_types(base.weight.dtype, torch.float32),
+                device=index.device,
+            )
+        )
+        self._positions = flat_positions(index, self.weight, self.transposed)
+        self._original = read_entries(self.weight, self._positions)
+        self._written = self.value._version  # values of this version are in the weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write_values_()
+        arguments = (x, self.value, self.weight, self.bias, self.index, self.transposed)
+        y: Tensor = _InplaceLinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        return y
+
+    @torch.no_grad()
+    def write_values_(self) -> None:
+        """Write round(W0 + value) into the weight, if the values have changed since."""
+        if self._written == self.value._version:
+            return
+        merged = self._original.to(self.value.dtype) + self.value.flatten()
+        write_entries_(self.weight, self._positions, merged.to(self.weight.dtype))
+        self._written = self.value._version
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Write the original entries back, bit for bit. The values stay as they are."""
+        write_entries_(self.weight, self._positions, self._original)
+        self._written = -1
+
+
+class _InplaceLinearFunction(torch.autograd.Function):
+    """A linear layer whose backward gives dx and the gradient of the values at `index`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [..., d_in]
+        value: Tensor,  # not read: its effect is already in the weight
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        transposed: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        # An attribute, not a saved tensor: autograd would refuse the backward of a weight that the
+        # next forward has written to, and the entries are the same until the values change.
+        ctx.weight = weight.t() if transposed else weight  # (d_out, d_in)
+        ctx.index = index
+        return F.linear(x, ctx.weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, d_out)
+        grad_x = grad_value = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ ctx.weight).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_value = value_grad(grad, x.reshape(-1, x.shape[-1]), ctx.index)
+        return grad_x, grad_value, None, None, None, None
+
+
+def attach_inplace(
+    model: nn.Module, modules: Mapping[str, Any], k: int
+) -> dict[str, InplaceLinear]:
+    """Replace `modules` of the model by InplaceLinear layers on the same parameters.
+
+    Args:
+        model: a causal LM; all its parameters are frozen, only values are left to train.
+        modules: name -> Linear or Conv1D, such as `adaptable_modules` gives, or some of them.
+        k: values per row, at the columns that `magnitude_index` selects.
+
+    Returns:
+        The new layers by the same names.
+
+    Raises:
+        ShapeError: k is above a module's d_in. The model is left as it was.
+    """
+    layers: dict[str, InplaceLinear] = {}
+    for name, module in modules.items():
+        weight = module.weight.t() if is_transposed(module) else module.weight
+        layers[name] = InplaceLinear(module, magnitude_index(weight, k))
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+    return layers
+
+
+def detach_inplace(
+    model: nn.Module, modules: Mapping[str, Any], layers: Mapping[str, InplaceLinear]
+) -> None:
+    """Undo `attach_inplace`: weights have their original bits again, names their old modules."""
+    for name, layer in layers.items():
+        layer.restore_()
+        _replace(model, name, modules[name])
+
+
+@contextmanager
+def inplace_training(
+    model: Any, modules: Mapping[str, Any], k: int
+) -> Iterator[dict[str, InplaceLinear]]:
+    """`attach_inplace` for the length of a block, however it ends. Yields the layers.
+
+    The model's modes (train or eval, and use_cache, which the Trainer switches off) come back too.
+    """
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    layers = attach_inplace(model, modules, k)
+    try:
+        yield layers
+    finally:
+        detach_inplace(model, modules, layers)
+        model.train(training)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
