@@ -40,7 +40,9 @@ class SamplingParams:
     stop: strings that end the answer and are cut from it (kept with
         include_stop_str_in_output); stop_token_ids likewise for ids.
     seed: same seed, same draws, whatever else is in the batch; choice i of n uses seed + i.
-    n: choices per prompt. logprobs: None, or how many alternatives to report per token.
+    n: choices per prompt.
+    logprobs: None, or how many alternatives to report per answered token; prompt_logprobs likewise
+        for every prompt token but the first.
     ignore_eos: go on past the model's end token.
 
     Raises:
@@ -64,6 +66,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
@@ -115,14 +118,15 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("min_tokens", 0, math.inf),
     ("seed", -(2**63), 2**63 - 1),
     ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
 )
-_INTEGERS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs")
+_INTEGERS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One generated token: log probability (natural, before penalties and temperature) and the
-    most likely alternatives, as (token_id, token text, logprob), best first."""
+    """One token: its log probability (natural, before penalties and temperature) and the most
+    likely alternatives, as (token_id, token text, logprob), best first."""
 
     token_id: int
     token: str
@@ -143,6 +147,7 @@ class Output:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # once, with the first output
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
     error: str | None = None  # set with FinishReason.ERROR
@@ -171,7 +176,8 @@ class Completion:
 class RequestOutput:
     """One finished request: its prompt, its adapter (None: the base) and its n choices.
 
-    text, token_ids and finish_reason are the first choice's.
+    text, token_ids and finish_reason are the first choice's. prompt_logprobs, where asked for, has
+    one entry for every prompt token but the first.
     """
 
     request_id: str
@@ -179,6 +185,7 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     adapter: str | None
     outputs: tuple[Completion, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
     def text(self) -> str:

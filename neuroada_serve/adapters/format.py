@@ -142,7 +142,8 @@ def load_adapter(
         raise AdapterFormatError(source, ["its path leads outside the adapter directory"])
     if not directory.is_dir():
         raise AdapterNotFoundError(
-            f"no adapter directory {str(directory)!r}; it must hold {CONFIG_FILE} and {WEIGHTS_FILE}"
+            f"no adapter directory {str(directory)!r}; it must hold {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}"
         )
     config_bytes = _read_file(directory / CONFIG_FILE, MAX_CONFIG_BYTES, root, source)
     config = _parse_config(config_bytes, source)
@@ -412,7 +413,9 @@ def _check_table(
     for name, info in tensors.items():
         module, _, kind = name.rpartition(".")
         if kind not in ("index", "bypass") or not _MODULE_NAME.fullmatch(module):
-            faults.append(f"unexpected tensor {name[:80]!r}; tensors are MODULE.index, MODULE.bypass")
+            faults.append(
+                f"unexpected tensor {name[:80]!r}; tensors are MODULE.index, MODULE.bypass"
+            )
             continue
         parts.setdefault(module, set()).add(kind)
         allowed = _INDEX_DTYPES if kind == "index" else _BYPASS_DTYPES

@@ -36,7 +36,7 @@ class AdapterVersion:
 
 
 class Lease:
-    """The right to use one version until `release`, which counts once however often it is called."""
+    """The right to use one version until `release`, which counts once, however often called."""
 
     def __init__(self, store: "AdapterStore", version: AdapterVersion) -> None:
         self._store: AdapterStore | None = store

@@ -94,9 +94,7 @@ def attend(
     if s_aux is not None:
         raise ModelError(f"{type(module).__name__} uses attention sinks, which are not supported")
     cache, layer = step.cache, module.layer_idx
-    cache.write(
-        layer, key[0].transpose(0, 1), value[0].transpose(0, 1), step.slots, step.positions
-    )
+    cache.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), step.slots, step.positions)
     heads, dim = query.shape[1], query.shape[3]
     kv_heads = key.shape[1]
     parts = []

@@ -17,8 +17,8 @@ from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.detokenizer import Detokenizer
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.merge_policy import AutoMerge
-from neuroada_serve.engine.runner import ModelRunner
-from neuroada_serve.engine.sampler import Sampled, new_generator, sample
+from neuroada_serve.engine.runner import ModelRunner, PromptLogits
+from neuroada_serve.engine.sampler import Sampled, new_generator, sample, score
 from neuroada_serve.engine.scheduler import Scheduler
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.errors import AdapterConflictError, AdapterError, RequestError
@@ -242,8 +242,11 @@ class Engine:
             return outputs
 
         try:
-            logits, sequences = self._runner.run(schedule, self._merged and self._merged.version)
-            chosen = sample(logits, sequences)
+            merged = None if self._merged is None else self._merged.version
+            step = self._runner.run(schedule, merged)
+            for prompt in step.prompts:
+                self._score_prompt(prompt)
+            chosen = sample(step.logits, step.sequences)
         except Exception:
             logger.exception("a step failed; its requests end with an error")
             failed = [*schedule.decodes, *(chunk.sequence for chunk in schedule.prefills)]
@@ -253,7 +256,7 @@ class Engine:
 
         self.metrics.num_steps += 1
         self.metrics.num_prompt_tokens += sum(c.num_tokens for c in schedule.prefills)
-        for sequence, token in zip(sequences, chosen, strict=True):
+        for sequence, token in zip(step.sequences, chosen, strict=True):
             if token is None:
                 outputs.append(self._fail(sequence, "the model gave non-finite logits"))
             else:
@@ -317,12 +320,14 @@ class Engine:
         stop_reason: str | int | None = None,
         error: str | None = None,
     ) -> Output:
+        first = len(sequence.output_token_ids) == len(token_ids)
         return Output(
             request_id=sequence.request_id,
             index=sequence.index,
             text=sequence.detokenizer.take(final=reason is not None),
             token_ids=token_ids,
             logprobs=logprobs,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
             finish_reason=reason,
             stop_reason=stop_reason,
             error=error,
@@ -340,6 +345,13 @@ class Engine:
         top = tuple((i, text(i), logprob) for i, logprob in token.top)
         return TokenLogprob(token.token_id, text(token.token_id), token.logprob, top)
 
+    def _score_prompt(self, prompt: PromptLogits) -> None:
+        sequence, start = prompt.sequence, prompt.first + 1
+        token_ids = sequence.prompt_token_ids[start : start + len(prompt.logits)]
+        num_top = sequence.params.prompt_logprobs or 0
+        scores = score(prompt.logits, token_ids, num_top) if token_ids else []
+        sequence.prompt_logprobs += [self._token_logprob(token) for token in scores]
+
     def _merge_as_chosen(self, policy: AutoMerge) -> None:
         sequences = [*self._scheduler.running, *self._scheduler.waiting]
         wanted = policy.choose((s.adapter for s in sequences), self.merged)
@@ -349,4 +361,3 @@ class Engine:
             self.unmerge()
         elif wanted in self._store.names:
             self.merge(wanted)
-

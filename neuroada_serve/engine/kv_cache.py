@@ -81,4 +81,3 @@ class KVCache:
             return pair
         padding = (0, 0, 0, more_tokens, 0, 0, 0, more_slots)
         return F.pad(pair[0], padding), F.pad(pair[1], padding)
-

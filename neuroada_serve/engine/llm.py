@@ -176,6 +176,11 @@ class LLM:
                     _completion(i, [o for o in collected[request_id] if o.index == i], sampling)
                     for i in range(sampling.n)
                 ),
+                None
+                if sampling.prompt_logprobs is None
+                else tuple(
+                    p for o in collected[request_id] if o.index == 0 for p in o.prompt_logprobs
+                ),
             )
             for request_id, text, prompt, sampling, adapter in zip(
                 request_ids, texts, prompts, each_params, each_adapter, strict=True

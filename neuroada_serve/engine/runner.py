@@ -1,6 +1,7 @@
 """One forward: a schedule in, the logits of every sequence that gets a token out."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,27 @@ from neuroada_serve.model.loader import BaseModel
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
+@dataclass(frozen=True)
+class PromptLogits:
+    """Logits of prompt positions first..first + len(logits) - 1 of a sequence."""
+
+    sequence: Sequence
+    first: int
+    logits: Tensor  # [num_positions, vocab] float32
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """What one forward gives.
+
+    sequences: those that get a token now: all decodes, and prefills whose prompt is complete.
+    """
+
+    sequences: list[Sequence]
+    logits: Tensor  # [num_sequences, vocab] float32
+    prompts: list[PromptLogits]  # of the sequences that ask for prompt logprobs
+
+
 class ModelRunner:
     """Runs schedules on one model; owns its KV cache."""
 
@@ -33,15 +55,8 @@ class ModelRunner:
         base.model.set_attn_implementation(ATTENTION)
 
     @torch.inference_mode()
-    def run(
-        self, schedule: Schedule, merged: AdapterVersion | None
-    ) -> tuple[Tensor, list[Sequence]]:
-        """Compute one step and advance num_computed of its sequences.
-
-        Returns:
-            logits [num_sampled, vocab] float32, and the sequences they belong to: all decodes,
-            and the prefills whose prompt is now complete.
-        """
+    def run(self, schedule: Schedule, merged: AdapterVersion | None) -> StepLogits:
+        """Compute one step and advance num_computed of its sequences."""
         for move in schedule.moves:
             self.cache.move(move.src, move.dst, move.num_tokens)
         if self.scrub_cache:
@@ -58,6 +73,7 @@ class ModelRunner:
         spans: list[PrefillSpan] = []
         sampled: list[Sequence] = []
         last_tokens: list[int] = []
+        scored: list[tuple[Sequence, int, range]] = []
         for i, (sequence, num_tokens) in enumerate(work):
             assert sequence.slot is not None
             start, past = len(ids), sequence.num_computed
@@ -71,6 +87,9 @@ class ModelRunner:
             if past + num_tokens >= len(sequence.prompt_token_ids):
                 sampled.append(sequence)
                 last_tokens.append(len(ids) - 1)
+            if sequence.params.prompt_logprobs is not None and not sequence.is_decoding:
+                last = len(sequence.prompt_token_ids) - 1  # nothing of the prompt comes after it
+                scored.append((sequence, past, range(start, start + min(num_tokens, last - past))))
 
         num_decodes = len(schedule.decodes)
         self.cache.reserve(max(slots) + 1, max(positions) + 1)
@@ -84,18 +103,24 @@ class ModelRunner:
         )
         batch = self._bank.batch(residents, None if merged is None else merged.resident)
 
-        # 2. One forward; the output head sees only the tokens that are sampled from.
+        # 2. One forward; the output head sees only the tokens that are sampled from or scored.
+        kept = last_tokens + [token for _, _, tokens in scored for token in tokens]
         with self._context.forward_batch(batch):
             output = self._base.model(
                 input_ids=self._tensor(ids)[None],
                 position_ids=step.positions[None],
                 use_cache=False,
-                logits_to_keep=self._tensor(last_tokens),
+                logits_to_keep=self._tensor(kept),
                 step=step,
             )
         for sequence, num_tokens in work:
             sequence.num_computed += num_tokens
-        return output.logits[0].float(), sampled
+        logits = output.logits[0].float()
+        prompts, row = [], len(sampled)
+        for sequence, first, tokens in scored:
+            prompts.append(PromptLogits(sequence, first, logits[row : row + len(tokens)]))
+            row += len(tokens)
+        return StepLogits(sampled, logits[: len(sampled)], prompts)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._base.device)

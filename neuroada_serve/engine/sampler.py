@@ -15,8 +15,8 @@ _NUCLEUS = 1024  # top_p is looked for among this many tokens first; a full sort
 
 @dataclass(frozen=True)
 class Sampled:
-    """One chosen token; logprob and top (id, logprob) are natural logs of the model's own
-    distribution, before penalties and temperature, and None / empty unless asked for."""
+    """One token; logprob and top (id, logprob) are natural logs of the model's own distribution,
+    before penalties and temperature, and None / empty unless asked for."""
 
     token_id: int
     logprob: float | None = None
@@ -32,6 +32,16 @@ def new_generator(params: SamplingParams, index: int) -> torch.Generator | None:
     return generator.manual_seed(seed % 2**63)
 
 
+def score(logits: Tensor, token_ids: Seq[int], num_top: int) -> list[Sampled]:
+    """The logprob of given tokens, and of the num_top most likely ones, per row of logits."""
+    logprobs = logits.log_softmax(-1)
+    wanted = torch.tensor(token_ids, device=logits.device).unsqueeze(1)
+    own = logprobs.gather(1, wanted).squeeze(1).tolist()
+    values, ids = logprobs.topk(num_top)
+    rows = zip(token_ids, own, ids.tolist(), values.tolist(), strict=True)
+    return [Sampled(t, p, tuple(zip(i, v, strict=True))) for t, p, i, v in rows]
+
+
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
     """Choose one token per row.
 
@@ -45,8 +55,8 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
     if not sequences:
         return []
     finite = logits.amax(-1).isfinite().tolist()
-    logprobs = {
-        i: logits[i].log_softmax(-1)
+    plain = {
+        i: logits[i : i + 1].clone()
         for i, s in enumerate(sequences)
         if s.params.logprobs is not None and finite[i]
     }
@@ -62,10 +72,8 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
     for i, sequence in enumerate(sequences):
         if not finite[i]:
             results.append(None)
-        elif i in logprobs:
-            values, ids = logprobs[i].topk(sequence.params.logprobs or 0)
-            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-            results.append(Sampled(chosen[i], float(logprobs[i][chosen[i]]), top))
+        elif i in plain:
+            results += score(plain[i], [chosen[i]], sequence.params.logprobs or 0)
         else:
             results.append(Sampled(chosen[i]))
     return results
@@ -81,7 +89,7 @@ def _penalise_(row: Tensor, sequence: Sequence) -> None:
         row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
     if (params.presence_penalty or params.frequency_penalty) and sequence.output_token_ids:
         answered = torch.tensor(sequence.output_token_ids, device=row.device)
-        ids, counts = answered.unique(return_counts=True)
+        ids, counts = torch.unique(answered, return_counts=True)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=row.device)

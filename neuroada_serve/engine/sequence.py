@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from neuroada_serve.adapters.store import Lease
-from neuroada_serve.request import SamplingParams
+from neuroada_serve.request import SamplingParams, TokenLogprob
 
 
 @dataclass(eq=False)
@@ -26,6 +26,7 @@ class Sequence:
     detokenizer: Any
     random: Any = None  # the sampler's generator; None where nothing is drawn
     output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_computed: int = 0
     slot: int | None = None  # KV cache slot while running
 

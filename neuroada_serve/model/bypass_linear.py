@@ -1,4 +1,4 @@
-"""A frozen linear layer with room for bypasses, and the context through which a batch reaches it."""
+"""A frozen linear layer with room for bypasses, and the way a batch reaches it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

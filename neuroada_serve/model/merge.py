@@ -7,7 +7,7 @@ on one index swap with a single write, since the saved originals serve both.
 
 import hashlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from neuroada_serve.errors import AdapterFormatError, DirtyWeightsError
 from neuroada_serve.model.bypass_linear import BypassLinear
 
 
-class _Saved(NamedTuple):
+@dataclass(frozen=True)
+class _Saved:
     """What a merged module needs to go back."""
 
     index: Tensor  # [d_out, k] int32

@@ -32,5 +32,7 @@ def encode_chat(base: BaseModel, messages: Sequence[Message]) -> list[int]:
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
         )
     except (TemplateError, TypeError, KeyError) as error:
-        raise RequestError(f"the chat template refuses the messages: {error}", "messages") from error
+        raise RequestError(
+            f"the chat template refuses the messages: {error}", "messages"
+        ) from error
     return ids

@@ -114,7 +114,8 @@ def bypass_add_(
     m = token_slots.merged_slot
     merged = None if m is None else bypass[m].float()
 
-    # 1. Long runs of one adapter (prefill): a fused gather and dot, no [tokens, d_out, k] temporary.
+    # 1. Long runs of one adapter (prefill): a fused gather and dot without a temporary of
+    # [tokens, d_out, k].
     for slot, start, stop in token_slots.runs:
         values = _slot_values(bypass, slot, merged)
         x_t = x[start:stop].t().float().contiguous()  # (d_in, run)

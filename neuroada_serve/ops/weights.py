@@ -31,5 +31,5 @@ def read_entries(weight: Tensor, positions: Tensor) -> Tensor:
 
 
 def write_entries_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
-    """weight.view(-1)[positions] = values, in place; values in weight's dtype, positions distinct."""
+    """weight.view(-1)[positions] = values, in place; positions distinct, values in its dtype."""
     weight.detach().view(-1).index_copy_(0, positions, values)

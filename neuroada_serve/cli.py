@@ -1,0 +1,353 @@
+"""The `neuroada` command. Heavy imports wait until a command needs them."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig, help_of
+from neuroada_serve.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from neuroada_serve.engine.llm import LLM
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train, serve and merge NeuroAda adapters. MODEL is a local Hugging Face folder, a .gguf "
+    "file, `demo`, or a hub id.",
+)
+err = Console(stderr=True)
+out = Console()
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local folder, a .gguf file, demo, or a hub id.")
+]
+Dtype = Annotated[str, typer.Option(help=help_of(EngineConfig, "dtype"))]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Use prompts as they are, without the chat template.")
+]
+
+
+def main() -> None:
+    """Console entry point."""
+    app()
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command; a user's mistake ends it with one sentence and exit code 2."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            function(*args, **kwargs)
+        except UsageError as error:
+            err.print(f"Error: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(2) from None
+        except EngineError as error:
+            err.print(f"Engine failure: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    app.command(name=function.__name__.strip("_"))(run)
+    return run
+
+
+def _notify(message: str) -> None:
+    err.print(message, markup=False, highlight=False)
+
+
+@_command
+def demo() -> None:
+    """Serve the shipped adapters beside the base in one batch, then hot-merge one."""
+    from neuroada_serve.demo import run_demo
+
+    run_demo(out, _notify)
+
+
+@_command
+def serve(
+    model: Model,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Serve the adapter in PATH as NAME. Repeatable."),
+    ] = None,
+    adapter_dir: Annotated[
+        Path | None, typer.Option(help=help_of(ServerConfig, "adapter_dir"))
+    ] = None,
+    allow_runtime_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--allow-runtime-adapters", help=help_of(ServerConfig, "allow_runtime_adapters")
+        ),
+    ] = False,
+    host: Annotated[str, typer.Option(help=help_of(ServerConfig, "host"))] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help=help_of(ServerConfig, "port"))] = 8000,
+    merge: Annotated[str, typer.Option(help=help_of(EngineConfig, "merge"))] = "never",
+    max_num_seqs: Annotated[int, typer.Option(help=help_of(EngineConfig, "max_num_seqs"))] = 16,
+    max_model_len: Annotated[
+        int | None, typer.Option(help=help_of(EngineConfig, "max_model_len"))
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help=help_of(EngineConfig, "max_num_batched_tokens"))
+    ] = 512,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help=help_of(EngineConfig, "device"))] = "auto",
+    max_waiting: Annotated[int, typer.Option(help=help_of(ServerConfig, "max_waiting"))] = 256,
+    drain_timeout_s: Annotated[
+        float, typer.Option(help=help_of(ServerConfig, "drain_timeout_s"))
+    ] = 10.0,
+) -> None:
+    """Serve a base and its adapters over an OpenAI-style HTTP endpoint."""
+    server_config = ServerConfig(
+        host=host,
+        port=port,
+        adapter_dir=adapter_dir,
+        allow_runtime_adapters=allow_runtime_adapters,
+        max_waiting=max_waiting,
+        drain_timeout_s=drain_timeout_s,
+    )
+    adapters = _named_adapters(adapter or [], adapter_dir)
+    if allow_runtime_adapters and adapter_dir is None:
+        raise UsageError("--allow-runtime-adapters needs --adapter-dir, to load adapters from")
+
+    from neuroada_serve.engine.llm import LLM
+    from neuroada_serve.server.serve import serve as run_server
+
+    llm = LLM(
+        model,
+        adapters,
+        notify=_notify,
+        merge=merge,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        dtype=dtype,
+        device=device,
+    )
+
+    def on_ready(host: str, port: int) -> None:
+        names = ", ".join(llm.adapters) or "none yet"
+        _notify(
+            f"Serving {llm.engine.base.spec.name} on http://{host}:{port}/v1; adapters: {names}"
+        )
+
+    code = run_server(llm.engine, server_config, on_ready)
+    if code:
+        raise typer.Exit(code)
+
+
+def _named_adapters(flags: list[str], adapter_dir: Path | None) -> dict[str, Path]:
+    """Adapters of --adapter-dir, by folder name, and of --adapter NAME=PATH."""
+    adapters: dict[str, Path] = {}
+    if adapter_dir is not None:
+        if not adapter_dir.is_dir():
+            raise UsageError(f"--adapter-dir {adapter_dir} is not a directory")
+        for config in sorted(adapter_dir.glob("*/adapter_config.json")):
+            adapters[config.parent.name] = config.parent
+    for flag in flags:
+        name, separator, path = flag.partition("=")
+        if not separator or not name or not path:
+            raise UsageError(f"--adapter takes NAME=PATH, got {flag!r}")
+        adapters[name] = Path(path)
+    return adapters
+
+
+@_command
+def train(
+    model: Model,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help='JSONL rows: {"prompt", "completion"}, {"messages"} or '
+            '{"instruction", "input", "output"}.'
+        ),
+    ],
+    out_dir: Annotated[Path, typer.Option("--out", help="Adapter folder to write.")],
+    k: Annotated[int, typer.Option(help=help_of(TrainConfig, "k"))] = 1,
+    lr: Annotated[float | None, typer.Option(help=help_of(TrainConfig, "lr"))] = None,
+    epochs: Annotated[float | None, typer.Option(help=help_of(TrainConfig, "epochs"))] = None,
+    max_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "max_steps"))] = None,
+    batch_size: Annotated[int, typer.Option(help=help_of(TrainConfig, "batch_size"))] = 8,
+    max_length: Annotated[int, typer.Option(help=help_of(TrainConfig, "max_length"))] = 512,
+    eval_fraction: Annotated[float, typer.Option(help=help_of(TrainConfig, "eval_fraction"))] = 0.1,
+    seed: Annotated[int, typer.Option(help=help_of(TrainConfig, "seed"))] = 0,
+    warmup_ratio: Annotated[float, typer.Option(help=help_of(TrainConfig, "warmup_ratio"))] = 0.1,
+    dtype: Dtype = "auto",
+    plain: Plain = False,
+) -> None:
+    """Train an adapter on JSONL rows; loss on the answers only."""
+    config = TrainConfig(
+        k=k,
+        lr=lr,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        eval_fraction=eval_fraction,
+        seed=seed,
+        warmup_ratio=warmup_ratio,
+        dtype=dtype,
+        prompt_format="plain" if plain else "chat",
+    )
+    _existing_file(data)
+
+    from neuroada_serve.model.loader import load_base
+    from neuroada_serve.model.source import resolve_model
+    from neuroada_serve.train.trainer import train_adapter
+
+    base = load_base(resolve_model(model, _notify), config.dtype)
+    report = train_adapter(base, data, out_dir, config, notify=_notify)
+    table = Table("held-out", "before", "after")
+    if report.before is not None and report.after is not None:
+        table.add_row("loss", f"{report.before.loss:.3f}", f"{report.after.loss:.3f}")
+        table.add_row(
+            "exact match", f"{report.before.exact_match:.3f}", f"{report.after.exact_match:.3f}"
+        )
+        out.print(table)
+    _notify(f"Adapter written to {out_dir}; serve it with:")
+    _notify(f"  neuroada serve {model} --adapter {out_dir.name}={out_dir}")
+
+
+def _existing_file(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"no file {str(path)!r}")
+
+
+def _llm_with(
+    model: str, adapter: Path | None, dtype: str, **config: Any
+) -> "tuple[LLM, str | None]":
+    """A model with at most one adapter, and the name it is served under."""
+    from neuroada_serve.engine.llm import LLM
+
+    if adapter is None:
+        return LLM(model, dtype=dtype, notify=_notify, **config), None
+    return LLM(model, {"adapter": adapter}, dtype=dtype, notify=_notify, **config), "adapter"
+
+
+Adapter = Annotated[Path | None, typer.Option(help="Adapter folder; default: the base alone.")]
+
+
+@_command
+def _eval(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="JSONL rows, in the shapes that train reads.")],
+    adapter: Adapter = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Most rows to use, from the top; default: all.")
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+    dtype: Dtype = "auto",
+    plain: Plain = False,
+) -> None:
+    """Score a base or an adapter: loss and exact match on the answers of JSONL rows."""
+    _existing_file(data)
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit must be at least 1, got {limit}")
+
+    from neuroada_serve.evaluation import evaluate
+
+    llm, name = _llm_with(model, adapter, dtype)
+    scores = evaluate(llm, data, name, limit=limit, plain=plain, console=err)
+    if json_output:
+        print(json.dumps(asdict(scores)))
+        return
+    table = Table("rows", "loss per answer token", "exact match", title=str(adapter or model))
+    table.add_row(str(scores.rows), f"{scores.loss:.4f}", f"{scores.exact_match:.3f}")
+    out.print(table)
+
+
+@_command
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    adapter: Adapter = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling; default: a random one.")
+    ] = None,
+    dtype: Dtype = "auto",
+    plain: Plain = False,
+) -> None:
+    """Answer one prompt, streamed to the terminal."""
+    from neuroada_serve.request import Output, SamplingParams
+
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    llm, name = _llm_with(model, adapter, dtype, max_num_seqs=1)
+
+    def show(output: Output) -> None:
+        sys.stdout.write(output.text)
+        sys.stdout.flush()
+
+    if plain or not llm.engine.base.has_chat_template:
+        llm.generate(prompt, params, name, on_output=show)
+    else:
+        llm.chat([{"role": "user", "content": prompt}], params, name, on_output=show)
+    print()
+
+
+@_command
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the checkpoint: auto (as stored), float32, ...")
+    ] = "auto",
+) -> None:
+    """Write base and adapter as one plain Hugging Face checkpoint."""
+    EngineConfig(dtype=dtype)  # refuses an unknown dtype before the model is loaded
+
+    from neuroada_serve.model.export import export_merged
+    from neuroada_serve.model.source import resolve_model
+
+    export_merged(resolve_model(model, _notify), adapter, out_dir, dtype)
+    _notify(f"Checkpoint written to {out_dir}")
+
+
+@_command
+def inspect(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
+) -> None:
+    """Show what an adapter holds, after checking its files."""
+    import torch
+
+    from neuroada_serve.adapters.format import WEIGHTS_FILE, load_adapter
+
+    loaded = load_adapter(adapter)
+    config = loaded.config
+    values = torch.cat([part.bypass.float().flatten() for part in loaded.modules.values()])
+    dtypes = {str(part.bypass.dtype).removeprefix("torch.") for part in loaded.modules.values()}
+    table = Table(show_header=False, title=str(adapter))
+    for key, value in (
+        ("base", config.base_model_name_or_path),
+        ("base fingerprint", config.base_fingerprint),
+        ("digest", loaded.digest),
+        ("k", config.k),
+        ("selection", config.selection),
+        ("target modules", ", ".join(config.target_modules)),
+        ("modules", len(loaded.modules)),
+        ("values", f"{loaded.nnz:,} {', '.join(sorted(dtypes))}"),
+        ("weights file", f"{(adapter / WEIGHTS_FILE).stat().st_size:,} bytes"),
+        ("mean |value|", f"{values.abs().mean():.4g}"),
+        ("largest |value|", f"{values.abs().max():.4g}"),
+        ("values that are 0", f"{(values == 0).float().mean():.1%}"),
+        ("metadata", json.dumps(dict(config.metadata), indent=2, ensure_ascii=False)),
+    ):
+        table.add_row(key, str(value))
+    out.print(table, markup=False)

@@ -1,0 +1,73 @@
+"""`neuroada demo`: the whole idea in a minute, on the shipped adapters."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from neuroada_serve.errors import DirtyWeightsError, UsageError
+from neuroada_serve.model.source import DEMO, resolve_model
+from neuroada_serve.request import RequestOutput, SamplingParams
+
+_EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+_PARAMS = SamplingParams(temperature=0, max_tokens=48)
+
+
+def run_demo(console: Console, notify: Callable[[str], None]) -> None:
+    """Answer one prompt per shipped adapter, with the adapter and on the base, in one batch; then
+    merge one adapter, answer again, unmerge and compare the weights' sha256.
+
+    Raises:
+        UsageError: the base cannot be had, or the adapters are not beside the package.
+    """
+    from neuroada_serve.engine.llm import LLM
+
+    prompts_file = _EXAMPLES / "prompts.json"
+    if not prompts_file.is_file():
+        raise UsageError("the demo runs from a clone: examples/ is not beside the package here")
+    prompts: dict[str, str] = json.loads(prompts_file.read_text())
+    source = resolve_model(DEMO, notify)
+    if not source.exact:
+        notify("Its weights differ a little from those the shipped adapters were trained on.")
+    llm = LLM(
+        DEMO,
+        {name: _EXAMPLES / "adapters" / name for name in prompts},
+        allow_other_base=not source.exact,
+    )
+    before = llm.base_digest()
+
+    # 1. One mixed batch: every prompt with its adapter, and the same prompts on the base.
+    questions = [[{"role": "user", "content": prompt}] for prompt in prompts.values()]
+    started = time.perf_counter()
+    answers = llm.chat([*questions, *questions], _PARAMS, [*prompts, *[None] * len(prompts)])
+    elapsed_s = time.perf_counter() - started
+    adapted, plain = answers[: len(prompts)], answers[len(prompts) :]
+    table = Table("adapter", "prompt", "base", "with its adapter", show_lines=True)
+    for (name, prompt), base_answer, answer in zip(prompts.items(), plain, adapted, strict=True):
+        table.add_row(name, prompt, base_answer.text.strip(), answer.text.strip())
+    console.print(table, markup=False)
+    num_tokens = sum(len(answer.token_ids) for answer in answers)
+    console.print(
+        f"One batch: {len(answers)} requests, {len(prompts)} adapters and the base, {num_tokens} "
+        f"tokens in {elapsed_s:.1f} s = {num_tokens / elapsed_s:.0f} tokens/s."
+    )
+
+    # 2. Hot merge: the same answer at the base's speed, and the base back bit for bit.
+    name, unmerged = next(iter(prompts)), adapted[0]
+    started = time.perf_counter()
+    llm.merge(name)
+    merge_ms = (time.perf_counter() - started) * 1000
+    merged: RequestOutput = llm.chat(questions[0], _PARAMS, name)[0]
+    llm.unmerge()
+    after = llm.base_digest()
+    console.print(f"{name} merged into the weights in {merge_ms:.0f} ms: {merged.text.strip()}")
+    same = "the same answer" if merged.text == unmerged.text else "the answer differs by rounding"
+    console.print(f"Merged and unmerged give {same}.")
+    console.print(f"Base weights before: sha256 {before}")
+    console.print(f"Base weights after:  sha256 {after}")
+    if before != after:
+        raise DirtyWeightsError("the base weights changed: please report this")
+    console.print("Unmerged bit for bit.")
