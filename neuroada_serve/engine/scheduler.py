@@ -94,7 +94,8 @@ class Scheduler:
         for last in [*fillers, len(self.running) - 1]:
             if last != hole:
                 filler = self.running[last]
-                self._moves.append(Move(last, hole, filler.num_computed))
+                if filler.num_computed:
+                    self._moves.append(Move(last, hole, filler.num_computed))
                 self.running[hole] = filler
                 filler.slot = hole
             hole = last
