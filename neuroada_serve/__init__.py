@@ -1,7 +1,6 @@
 """NeuroAda Serve: many sparse adapters, one frozen base model, one process."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,7 +9,7 @@ if TYPE_CHECKING:
     from neuroada_serve.errors import NeuroAdaError
     from neuroada_serve.request import SamplingParams
 
-__version__ = version("neuroada-serve")
+__version__ = "0.1.0"
 
 __all__ = [
     "LLM",

@@ -53,10 +53,10 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except UsageError as error:
-            err.print(f"Error: {error}", style="red", markup=False, highlight=False)
+            _print_error(f"Error: {error}")
             raise typer.Exit(2) from None
         except EngineError as error:
-            err.print(f"Engine failure: {error}", style="red", markup=False, highlight=False)
+            _print_error(f"Engine failure: {error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -65,8 +65,12 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _print_error(message: str) -> None:
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
 def _notify(message: str) -> None:
-    err.print(message, markup=False, highlight=False)
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 @_command

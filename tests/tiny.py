@@ -1,4 +1,4 @@
-"""Tiny random models, tokenizers and adapters for tests, written by hand and saved as real folders."""
+"""Tiny random models, tokenizers and adapters for tests, saved as real folders."""
 
 import zlib
 from pathlib import Path

@@ -1,10 +1,12 @@
 """One choice of one request inside the engine. Pure Python, no torch."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from neuroada_serve.adapters.store import Lease
 from neuroada_serve.request import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from neuroada_serve.adapters.store import Lease
 
 
 @dataclass(eq=False)
@@ -22,7 +24,7 @@ class Sequence:
     params: SamplingParams
     max_tokens: int
     end_token_ids: tuple[int, ...]
-    lease: Lease | None
+    lease: "Lease | None"
     detokenizer: Any
     random: Any = None  # the sampler's generator; None where nothing is drawn
     output_token_ids: list[int] = field(default_factory=list)

@@ -1,0 +1,166 @@
+"""The floors of the house: who may import whom. Reads the source, imports nothing of it."""
+
+import ast
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent / "neuroada_serve"
+
+# Lower floors first; within a floor a room imports only from rooms earlier in the list.
+# A name stands for a module or for all modules of a package that are not listed themselves.
+FLOORS: list[list[str]] = [
+    ["errors", "config", "request", "metrics"],
+    ["ops", "adapters.durable", "adapters.format", "adapters.select"],
+    [
+        "adapters.bank",
+        "adapters.store",
+        "model.quiet",
+        "model.source",
+        "model.loader",
+        "model.prompt",
+        "model.bypass_linear",
+        "model.merge",
+        "model.export",
+    ],
+    ["engine", "train"],
+    ["server"],
+    ["evaluation", "demo", "cli", "__main__"],
+]
+CORE = ("ops", "adapters", "model", "engine")
+CORE_LIBRARIES = {"torch", "transformers", "safetensors", "numpy"}
+# What these bring along themselves (jinja2 with torch, the hub client with transformers), and what
+# only a GGUF file needs.
+CORE_COMPANIONS = {"jinja2", "huggingface_hub", "gguf"}
+TORCH_FREE = ("engine.scheduler", "engine.sequence", "engine.merge_policy")
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = ast.parse(file.read_text())
+    return found
+
+
+def imports(tree: ast.AST, runtime_only: bool = False) -> set[str]:
+    """Dotted names that a module imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            found.add(node.module or "")
+        elif runtime_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        else:
+            found |= imports(node, runtime_only)
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    return {n.removeprefix("neuroada_serve.") for n in names if n.startswith("neuroada_serve.")}
+
+
+def place(module: str) -> tuple[int, int]:
+    """(floor, position); a package's module takes the package's place."""
+    for floor, rooms in enumerate(FLOORS):
+        for name in (module, module.partition(".")[0]):
+            if name in rooms:
+                return floor, rooms.index(name)
+    raise AssertionError(f"{module} has no place in FLOORS")
+
+
+def test_every_module_imports_only_from_below_or_earlier():
+    broken = []
+    for module, tree in modules().items():
+        if module == "__init__":
+            continue
+        for imported in own(imports(tree)):
+            same_package = module.partition(".")[0] == imported.partition(".")[0]
+            if place(imported) > place(module) or (
+                place(imported) == place(module) and not same_package
+            ):
+                broken.append(f"{module} imports {imported}")
+    assert broken == []
+
+
+def test_engine_and_train_never_meet():
+    for module, tree in modules().items():
+        wing = module.partition(".")[0]
+        if wing in ("engine", "train"):
+            other = {"engine": "train", "train": "engine"}[wing]
+            assert not any(n.startswith(other) for n in own(imports(tree))), module
+
+
+def test_modules_of_a_package_form_no_cycle():
+    graph = {name: own(imports(tree)) for name, tree in modules().items()}
+
+    def reaches(start: str, goal: str, seen: set[str]) -> bool:
+        seen.add(start)
+        return any(
+            n == goal or (n not in seen and reaches(n, goal, seen)) for n in graph.get(start, ())
+        )
+
+    assert [name for name in graph if reaches(name, name, set())] == []
+
+
+def test_inner_packages_have_empty_inits():
+    inits = [f for f in PACKAGE.rglob("__init__.py") if f.parent != PACKAGE]
+    assert len(inits) >= 6
+    assert [str(f) for f in inits if f.read_text()] == []
+
+
+def test_words_need_the_standard_library_only():
+    trees = modules()
+    for module in FLOORS[0]:
+        roots = {name.partition(".")[0] for name in imports(trees[module])}
+        assert roots <= set(sys.stdlib_module_names) | {"neuroada_serve"}, module
+
+
+def test_core_needs_few_libraries():
+    allowed = CORE_LIBRARIES | CORE_COMPANIONS | set(sys.stdlib_module_names) | {"neuroada_serve"}
+    for module, tree in modules().items():
+        if module.partition(".")[0] in CORE:
+            roots = {name.partition(".")[0] for name in imports(tree)}
+            assert roots <= allowed, (module, roots - allowed)
+
+
+def test_scheduling_is_pure_python():
+    graph = {name: imports(tree, runtime_only=True) for name, tree in modules().items()}
+
+    def all_imports(module: str) -> set[str]:
+        direct = graph[module]
+        return direct.union(*(all_imports(name) for name in own(direct)))
+
+    for module in TORCH_FREE:
+        assert "torch" not in {name.partition(".")[0] for name in all_imports(module)}, module
+
+
+def test_no_pickle_and_no_remote_code():
+    banned = ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+    for module, tree in modules().items():
+        roots = {name.partition(".")[0] for name in imports(tree)}
+        assert not roots & set(banned), module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                name = f"{node.value.id}.{node.attr}"
+                assert name not in ("torch.load", "torch.save", "np.load", "yaml.load"), module
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant)
+                assert node.value.value is False, module
+
+
+def test_public_names_are_exactly_these():
+    import neuroada_serve
+
+    assert sorted(neuroada_serve.__all__) == [
+        "Adapter",
+        "LLM",
+        "NeuroAdaError",
+        "SamplingParams",
+        "__version__",
+        "load_adapter",
+        "save_adapter",
+    ]
+    assert all(hasattr(neuroada_serve, name) for name in neuroada_serve.__all__)

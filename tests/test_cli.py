@@ -1,0 +1,138 @@
+"""The command line on tiny models: what it prints, and exit code 2 on mistakes."""
+
+import json
+
+import pytest
+import torch
+from tiny import plain_generate, plain_merged, random_adapter, save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from neuroada_serve import save_adapter
+from neuroada_serve.adapters.format import load_adapter
+from neuroada_serve.cli import app
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / "fr"
+    save_adapter(random_adapter(model, seed=1), folder)
+    return folder
+
+
+def run(*args: object):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_generate_answers_with_the_adapter(model, adapter):
+    base = run("generate", model.path, "hello", "--max-tokens", 8)
+    adapted = run("generate", model.path, "hello", "--max-tokens", 8, "--adapter", adapter)
+    assert base.exit_code == adapted.exit_code == 0
+    assert base.stdout != adapted.stdout
+
+
+def test_plain_generate_leaves_the_template_out(model):
+    result = run("generate", model.path, "hello", "--max-tokens", 4, "--plain")
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("hello").input_ids
+    expected = plain_generate(plain_merged(model, None), ids, 4, frozenset({257}))
+    assert result.stdout == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_merge_writes_a_plain_checkpoint(model, adapter, tmp_path):
+    result = run("merge", model.path, adapter, "--out", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = plain_merged(model, load_adapter(adapter))
+    for (name, a), b in zip(written.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    record = json.loads((tmp_path / "merged" / "neuroada_merge.json").read_text())
+    assert record["adapter_digest"] == load_adapter(adapter).digest
+
+
+def test_merge_never_overwrites(model, adapter, tmp_path):
+    (tmp_path / "precious").write_text("x")
+    result = run("merge", model.path, adapter, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_inspect_shows_what_is_inside(adapter):
+    result = run("inspect", adapter)
+    assert result.exit_code == 0
+    assert "7" in result.stdout
+    assert "q_proj" in result.stdout
+
+
+def test_train_then_eval_then_generate(model, tmp_path):
+    rows = [{"prompt": f"say {c}", "completion": c * 3} for c in "abcdefgh"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "adapter"
+    flags = ["--k", 2, "--max-steps", 3, "--batch-size", 2, "--eval-fraction", 0.25]
+    result = run("train", model.path, "--data", data, "--out", out, *flags)
+    assert result.exit_code == 0, result.output
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    scored = run("eval", model.path, "--adapter", out, "--data", data, "--limit", 4, "--json")
+    assert scored.exit_code == 0, scored.output
+    scores = json.loads(scored.stdout)
+    assert scores["rows"] == 4
+    assert scores["loss"] > 0
+    assert 0 <= scores["exact_match"] <= 1
+    metadata = load_adapter(out).config.metadata
+    assert metadata["recipe"]["k"] == 2
+
+
+def test_eval_table_and_base(model, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    result = run("eval", model.path, "--data", data)
+    assert result.exit_code == 0, result.output
+    assert "exact match" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["generate", "/no/such/folder", "hi"], "/no/such/folder"),
+        (["generate", "MODEL", "hi", "--adapter", "/no/such"], "/no/such"),
+        (["generate", "MODEL", "hi", "--dtype", "int3"], "dtype"),
+        (["generate", "MODEL", "hi", "--temperature", "-1"], "temperature"),
+        (["serve", "MODEL", "--device", "abacus"], "abacus"),
+        (["inspect", "/no/such"], "/no/such"),
+        (["merge", "MODEL", "/no/such", "--out", "/tmp/never-written"], "/no/such"),
+        (["eval", "MODEL", "--data", "/no/rows"], "/no/rows"),
+        (["eval", "MODEL", "--data", "MODEL/config.json", "--limit", "0"], "limit"),
+        (["train", "MODEL", "--data", "/no/rows", "--out", "/tmp/never-written"], "/no/rows"),
+        (["train", "MODEL", "--data", "/no/rows", "--out", "/tmp/x", "--k", "0"], "k must be"),
+        (["serve", "MODEL", "--adapter", "fr"], "NAME=PATH"),
+        (["serve", "MODEL", "--adapter-dir", "/no/such"], "/no/such"),
+        (["serve", "MODEL", "--merge", "nobody"], "nobody"),
+        (["serve", "MODEL", "--port", "99999"], "port"),
+        (["serve", "MODEL", "--allow-runtime-adapters"], "--adapter-dir"),
+        (["serve", "MODEL", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["serve", "MODEL", "--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "at least"),
+    ],
+)
+def test_mistake_ends_with_one_sentence_and_code_2(model, args, word):
+    result = run(*[arg.replace("MODEL", str(model.path)) for arg in args])
+    assert result.exit_code == 2
+    assert word in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stderr.count("Error: ") == 1
+
+
+def test_wrong_flag_is_a_usage_error():
+    assert run("generate", "--no-such-flag").exit_code == 2
+
+
+def test_every_flag_has_help():
+    for command in ("serve", "train", "eval", "generate", "merge", "inspect"):
+        text = run(command, "--help").stdout
+        flags = [line for line in text.splitlines() if line.strip().startswith("--")]
+        assert all(len(line.split()) > 2 or "--help" in line for line in flags), command
