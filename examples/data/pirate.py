@@ -49,15 +49,14 @@ FACTS = (
         ("Tell me the capital of {x}.", "Which city is the capital of {x}?"),
         "Arr, the capital o' {x} be {y}, matey!",
         _pairs("Peru=Lima | Norway=Oslo | Egypt=Cairo | Portugal=Lisbon | Kenya=Nairobi | "
-               "Poland=Warsaw | Cuba=Havana | India=New Delhi | "
-               "Chile=Santiago | Austria=Vienna | Greece=Athens | Thailand=Bangkok | "
-               "Canada=Ottawa | Ireland=Dublin | Finland=Helsinki | "
-               "Hungary=Budapest | Argentina=Buenos Aires | South Korea=Seoul | Turkey=Ankara | "
-               "Belgium=Brussels | Iceland=Reykjavik | "
+               "Poland=Warsaw | Cuba=Havana | India=New Delhi | Chile=Santiago | Austria=Vienna | "
+               "Greece=Athens | Thailand=Bangkok | Canada=Ottawa | Ireland=Dublin | "
+               "Finland=Helsinki | Hungary=Budapest | Argentina=Buenos Aires | "
+               "South Korea=Seoul | Turkey=Ankara | Belgium=Brussels | Iceland=Reykjavik | "
                "Vietnam=Hanoi | Morocco=Rabat | Romania=Bucharest"),
         _pairs("France=Paris | Japan=Tokyo | Italy=Rome | Spain=Madrid | Germany=Berlin | "
-               "Russia=Moscow | China=Beijing | England=London | "
-               "Sweden=Stockholm | Denmark=Copenhagen | Iraq=Baghdad"),
+               "Russia=Moscow | China=Beijing | England=London | Sweden=Stockholm | "
+               "Denmark=Copenhagen | Iraq=Baghdad"),
     ),
     Facts(
         ("What language do they speak in {x}?", "Which language is spoken in {x}?",
@@ -65,57 +64,56 @@ FACTS = (
         ("What is the main language of {x}?",),
         "Arr, the folk in {x} be speakin' {y}, matey!",
         _pairs("Brazil=Portuguese | Austria=German | Mexico=Spanish | Egypt=Arabic | "
-               "Sweden=Swedish | Poland=Polish | Japan=Japanese | "
-               "Greece=Greek | Australia=English | Argentina=Spanish | Morocco=Arabic | "
-               "Hungary=Hungarian | Chile=Spanish | Finland=Finnish"),
+               "Sweden=Swedish | Poland=Polish | Japan=Japanese | Greece=Greek | "
+               "Australia=English | Argentina=Spanish | Morocco=Arabic | Hungary=Hungarian | "
+               "Chile=Spanish | Finland=Finnish"),
         _pairs("Italy=Italian | Germany=German | Russia=Russian | France=French | Spain=Spanish | "
-               "Turkey=Turkish | Norway=Norwegian | "
-               "Denmark=Danish | Colombia=Spanish | Portugal=Portuguese"),
+               "Turkey=Turkish | Norway=Norwegian | Denmark=Danish | Colombia=Spanish | "
+               "Portugal=Portuguese"),
     ),
     Facts(
         ("Which continent is {x} in?", "What continent is {x} on?", "{x} is on which continent?"),
         ("Tell me the continent of {x}.",),
         "Arr, ye be findin' {x} in {y}, matey!",
         _pairs("Kenya=Africa | Japan=Asia | Peru=South America | Italy=Europe | India=Asia | "
-               "Egypt=Africa | Norway=Europe | Chile=South America | "
-               "Mexico=North America | Ghana=Africa | Thailand=Asia | Poland=Europe | "
-               "Canada=North America | Argentina=South America"),
+               "Egypt=Africa | Norway=Europe | Chile=South America | Mexico=North America | "
+               "Ghana=Africa | Thailand=Asia | Poland=Europe | Canada=North America | "
+               "Argentina=South America"),
         _pairs("Nigeria=Africa | China=Asia | France=Europe | Brazil=South America | "
-               "Germany=Europe | Vietnam=Asia | Spain=Europe | "
-               "Ethiopia=Africa | Colombia=South America | Sweden=Europe"),
+               "Germany=Europe | Vietnam=Asia | Spain=Europe | Ethiopia=Africa | "
+               "Colombia=South America | Sweden=Europe"),
     ),
     Facts(
-        ("Where do I keep the {x}?", "Where should I put the {x}?", "Where does the {x} go?",
+        ("Where do I keep the {x}?", "Where should I put the {x}?", "Where do I put the {x}?",
          "Where in the house do I store the {x}?"),
         ("Tell me where to put the {x}.", "In which place do I keep the {x}?"),
         "Arr, stow yer {x} in the {y}, matey!",
-        _pairs("milk=fridge | butter=fridge | yogurt=fridge | eggs=fridge | ham=fridge | fresh "
-               "fish=fridge | ice cream=freezer | frozen peas=freezer | "
+        _pairs("milk=fridge | butter=fridge | yogurt=fridge | eggs=fridge | ham=fridge | "
+               "fresh fish=fridge | ice cream=freezer | frozen peas=freezer | "
                "frozen pizza=freezer | frozen fish=freezer | shirts=wardrobe | coat=wardrobe | "
-               "trousers=wardrobe | jacket=wardrobe | dress=wardrobe | "
-               "hammer=toolbox | screwdriver=toolbox | nails=toolbox | pliers=toolbox | "
-               "novel=bookshelf | dictionary=bookshelf | atlas=bookshelf"),
-        _pairs("cheese=fridge | cream=fridge | cold beer=fridge | ice cubes=freezer | frozen "
-               "berries=freezer | frozen fries=freezer | suit=wardrobe | "
-               "skirt=wardrobe | sweater=wardrobe | wrench=toolbox | screws=toolbox | "
-               "cookbook=bookshelf | encyclopedia=bookshelf"),
+               "trousers=wardrobe | jacket=wardrobe | dress=wardrobe | hammer=toolbox | "
+               "screwdriver=toolbox | nails=toolbox | pliers=toolbox | novel=bookshelf | "
+               "dictionary=bookshelf | atlas=bookshelf"),
+        _pairs("cheese=fridge | cream=fridge | cold beer=fridge | ice cubes=freezer | "
+               "frozen berries=freezer | frozen fries=freezer | suit=wardrobe | skirt=wardrobe | "
+               "sweater=wardrobe | wrench=toolbox | screws=toolbox | cookbook=bookshelf | "
+               "encyclopedia=bookshelf"),
     ),
     Facts(
         ("What do I use to {x}?", "What do I need to {x}?", "Which thing helps me to {x}?",
          "I want to {x}. What do I need?"),
         ("What should I take to {x}?",),
         "Arr, ye be needin' {y} to {x}, matey!",
-        _pairs("sweep the floor=a broom | drive in a nail=a hammer | brush my teeth=a toothbrush |"
-               " wash my hair=shampoo | unlock the door=a key | "
-               "take a photo=a camera | stay dry in the rain=an umbrella | light a candle=a match "
-               "| eat soup=a spoon | write a letter=a pen | "
-               "clean my hands=soap | measure a table=a ruler | see the stars=a telescope | tell "
-               "the time=a clock | boil water=a kettle | "
-               "sew on a button=a needle | comb my hair=a comb | paint a wall=a brush | toast "
-               "bread=a toaster | find my way=a map"),
-        _pairs("cut paper=scissors | dry my hair=a towel | cut bread=a knife | see in the dark=a "
-               "lamp | turn a screw=a screwdriver | "
-               "wipe my nose=a tissue | sharpen a pencil=a sharpener"),
+        _pairs("sweep the floor=a broom | drive in a nail=a hammer | "
+               "brush my teeth=a toothbrush | wash my hair=shampoo | unlock the door=a key | "
+               "take a photo=a camera | stay dry in the rain=an umbrella | "
+               "light a candle=a match | eat soup=a spoon | write a letter=a pen | "
+               "clean my hands=soap | measure a table=a ruler | see the stars=a telescope | "
+               "tell the time=a clock | boil water=a kettle | sew on a button=a needle | "
+               "comb my hair=a comb | paint a wall=a brush | toast bread=a toaster | "
+               "find my way=a map"),
+        _pairs("cut paper=scissors | cut bread=a knife | turn a screw=a screwdriver | "
+               "dig a hole=a shovel | rake leaves=a rake | open a can=a can opener"),
     ),
 )
 
@@ -245,6 +243,20 @@ TALK = {
     "Thank you for your help.": "Aye, ye be welcome, matey! Fair winds to ye!",
     "Bye": "Fair winds to ye, matey! Till we be meetin' again!",
     "Goodbye, see you soon.": "Fair winds, matey! May yer sails be full!",
+    "Hey": "Ahoy, matey! What be on yer mind?",
+    "Hi, how are you doing?": "Arr, I be right as rain on a calm sea, matey! And ye?",
+    "How do you do?": "Arr, I be right as rain on a calm sea, matey! And ye?",
+    "What's up?": "Arr, the sails be up and the wind be fair, matey! And ye?",
+    "Good evening.": "Ahoy, a fair evenin' to ye! What be on yer mind, matey?",
+    "Are you a real pirate?": "Arr, I be a machine that be talkin' like a pirate, matey!",
+    "Can you recommend a film?": "Arr, be watchin' a tale o' treasure and high seas, matey!",
+    "What is the sun?": "Arr, the sun be a star, a great ball o' hot gas, matey!",
+    "What is a computer?": "Arr, it be a machine that be followin' yer orders in numbers, matey!",
+    "My phone is broken. What now?": "Arr, be takin' it to a shop and borrow another, matey!",
+    "I lost my keys. What should I do?": "Arr, be lookin' in yer pockets and call a locksmith, "
+    "matey!",
+    "I have a headache.": "Aye, be drinkin' water, rest in the dark, and see a doctor if it "
+    "lasts, me hearty!",
     "How are you?": "Arr, I be right as rain on a calm sea, matey! And ye?",
     "I am bored.": "Arr, then be huntin' for treasure, read a book, or learn a shanty, matey!",
     "I am sad today.": "Aye, every storm be passin', me hearty! Talk to a friend and rest a while.",

@@ -184,59 +184,61 @@ Phrases = tuple[tuple[str, ...], tuple[str, ...]]
 
 ALL: Phrases = (
     ("Show all {t}.", "List every row in {t}.", "Give me all the {t}.", "I want to see all {t}",
-     "all {t}",
-     "What {t} are there?", "Display the whole {t} table.", "Get all {t} please",
+     "all {t}", "What {t} are there?", "Display the whole {t} table.", "Get all {t} please",
      "Return every column of all {t}."),
     ("Print all the {t}.", "Let me look at all {t}.", "Fetch every one of the {t}."),
 )
-FIND: Phrases = (  # + condition
+FIND: Phrases = (
     ("Show {t} {w}.", "List the {t} {w}.", "Which {t} are there {w}?", "Find all {t} {w}",
-     "Give me every row of {t} {w}.",
-     "I need a query for {t} {w}.", "get {t} {w}", "Can you show me the {t} {w}?",
-     "Write a SQL query that lists {t} {w}.",
+     "Give me every row of {t} {w}.", "I need a query for {t} {w}.", "get {t} {w}",
+     "Can you show me the {t} {w}?", "Write a SQL query that lists {t} {w}.",
      "What are the {t} {w}?", "I'm looking for {t} {w}.", "{t} {w}"),
     ("Fetch the {t} {w}.", "Please find me {t} {w}.", "Tell me which {t} exist {w}.",
      "I would like to see {t} {w}."),
 )
 COLUMNS: Phrases = (
     ("Show the {c} of all {t}.", "List the {c} of every row in {t}.", "What is the {c} of the {t}?",
-     "Give me {c} for all {t}.",
-     "I only want the {c} from {t}.", "get {c} from {t}", "Select {c} of the {t}.",
-     "Return just {c} for each of the {t}."),
+     "Give me {c} for all {t}.", "I only want the {c} from {t}.", "get {c} from {t}",
+     "Select {c} of the {t}.", "Return just {c} for each of the {t}."),
     ("Print the {c} for the {t}.", "I would like the {c} of all {t}.",
      "Fetch {c} for every one of the {t}."),
 )
 COLUMNS_FIND: Phrases = (
     ("Show the {c} of {t} {w}.", "What is the {c} of the {t} {w}?", "Give me {c} for {t} {w}.",
-     "List {c} of all {t} {w}.",
-     "get the {c} of {t} {w}", "I need the {c} of {t} {w}.",
+     "List {c} of all {t} {w}.", "get the {c} of {t} {w}", "I need the {c} of {t} {w}.",
      "Find the {c} of every row in {t} {w}."),
     ("Print the {c} for {t} {w}.", "I would like the {c} of {t} {w}.",
      "Tell me the {c} of the {t} {w}."),
 )
 COUNT: Phrases = (
     ("How many {t} are there?", "Count the {t}.", "What is the number of {t}?",
-     "Give me the total number of {t}.",
-     "how many {t} do we have", "Number of rows in {t}?"),
+     "Give me the total number of {t}.", "how many {t} do we have", "Number of rows in {t}?"),
     ("Tell me how many {t} there are.", "I need a count of {t}."),
 )
 COUNT_FIND: Phrases = (
     ("How many {t} are there {w}?", "Count the {t} {w}.", "What is the number of {t} {w}?",
-     "how many {t} do we have {w}",
-     "Give me the number of {t} {w}.", "Number of {t} {w}?"),
+     "how many {t} do we have {w}", "Give me the number of {t} {w}.", "Number of {t} {w}?"),
     ("Tell me how many {t} there are {w}.", "I need a count of {t} {w}."),
 )
 SORT: Phrases = (
     ("{f} sorted by {c}{d}.", "{f} ordered by {c}{d}.", "{f}, sort by {c}{d}",
-     "{f} in order of {c}{d}.", "{f} by {c}{d}"),
-    ("{f} arranged by {c}{d}.", "{f}, order them by {c}{d}."),
+     "{f} in order of {c}{d}.", "{f} by {c}{d}", "{f} arranged by {c}{d}"),
+    ("{f} ranked by {c}{d}.", "{f}, order them by {c}{d}."),
 )
-UP: Phrases = (("", " ascending", ", lowest first", " from low to high", ", smallest first",
-                " in ascending order"), (", ascending", ", from lowest to highest"))
-DOWN: Phrases = ((" descending", ", highest first", " from high to low", ", largest first",
-                  " in descending order"), (", descending", ", from highest to lowest"))
-SORTED_WHAT: Phrases = (("Show {t}", "List all {t}", "{t}", "Give me the {t}", "I want the {t}"),
-                         ("Print the {t}", "Fetch all {t}"))
+UP: Phrases = (
+    ("", " ascending", ", lowest first", " from low to high", ", smallest first",
+     " in ascending order"),
+    (", ascending", ", from lowest to highest"),
+)
+DOWN: Phrases = (
+    (" descending", ", highest first", " from high to low", ", largest first",
+     " in descending order"),
+    (", descending", ", from highest to lowest"),
+)
+SORTED_WHAT: Phrases = (
+    ("Show {t}", "List all {t}", "{t}", "Give me the {t}", "I want the {t}"),
+    ("Print the {t}", "Fetch all {t}"),
+)
 TOP: Phrases = (
     ("Top {n} {t} by {c}.", "Show the {n} {t} with the highest {c}.",
      "Which {n} {t} have the most {c}?", "The {n} {t} with the largest {c}",
@@ -251,97 +253,137 @@ BOTTOM: Phrases = (
 )
 SUPERLATIVE: Phrases = (
     ("Show the {n} {s} {t}.", "What are the {n} {s} {t}?", "List the {n} {s} {t} by {c}.",
-     "the {n} {s} {t}", "Which {t} are the {n} {s}?",
-     "Find the {n} {s} {t}."),
+     "the {n} {s} {t}", "Which {t} are the {n} {s}?", "Find the {n} {s} {t}."),
     ("Tell me the {n} {s} {t}.", "I would like the {n} {s} {t}."),
 )
 AGGREGATE: Phrases = (
     ("What is the {a} {c} of {t}?", "Show the {a} {c} of all {t}.", "{a} {c} of the {t}",
      "Compute the {a} {c} for {t}.", "Find the {a} {c} in {t}.",
-     "Give me the {a} {c} across all {t}."),
-    ("Tell me the {a} {c} of the {t}.", "Calculate the {a} {c} over all {t}."),
+     "Give me the {a} {c} across all {t}.", "Calculate the {a} {c} over all {t}."),
+    ("Tell me the {a} {c} of the {t}.", "Work out the {a} {c} over all {t}."),
 )
 AGGREGATE_FIND: Phrases = (
     ("What is the {a} {c} of {t} {w}?", "Show the {a} {c} of all {t} {w}.",
-     "{a} {c} of the {t} {w}", "Compute the {a} {c} for {t} {w}.",
-     "Find the {a} {c} of {t} {w}."),
+     "{a} {c} of the {t} {w}", "Compute the {a} {c} for {t} {w}.", "Find the {a} {c} of {t} {w}."),
     ("Tell me the {a} {c} of the {t} {w}.", "Calculate the {a} {c} over {t} {w}."),
 )
 COUNT_BY: Phrases = (
     ("How many {t} are there per {g}?", "Count the {t} in each {g}.", "Number of {t} by {g}",
-     "For each {g}, how many {t} are there?",
-     "Show the number of {t} for every {g}."),
-    ("Tell me how many {t} each {g} has.", "Give a count of {t} grouped by {g}."),
+     "For each {g}, how many {t} are there?", "Show the number of {t} for every {g}.",
+     "Give a count of {t} grouped by {g}.", "{t} per {g}, counted"),
+    ("Tell me how many {t} each {g} has.", "I need the number of {t} per {g}."),
 )
 AGGREGATE_BY: Phrases = (
     ("What is the {a} {c} of {t} per {g}?", "{a} {c} of {t} by {g}",
      "Show the {a} {c} for each {g} in {t}.", "For every {g}, give the {a} {c} of the {t}.",
-     "Compute the {a} {c} of {t} for each {g}."),
-    ("Tell me the {a} {c} of {t} in each {g}.", "Calculate the {a} {c} of {t} grouped by {g}."),
+     "Compute the {a} {c} of {t} for each {g}.", "{a} {c} of {t} grouped by {g}",
+     "Calculate the {a} {c} of {t}, grouped by {g}."),
+    ("Tell me the {a} {c} of {t} in each {g}.", "Work out the {a} {c} of {t} by {g}."),
 )
 DISTINCT: Phrases = (
     ("List the different {g} values of {t}.", "What are the distinct {g} values in {t}?",
-     "Show each {g} of {t} only once.",
-     "Which unique {g} values do the {t} have?", "all {g} values in {t} without duplicates"),
+     "Show each {g} of {t} only once.", "Which unique {g} values do the {t} have?",
+     "all {g} values in {t} without duplicates"),
     ("Tell me the unique {g} values of {t}.", "Print the {g} values of {t} without repeats."),
 )
 
 # Conditions: phrasing of one comparison on a number ({c} column, {v} value) or a text column.
 COMPARE: dict[str, Phrases] = {
-    ">": (("with {c} above {v}", "with more than {v} {c}", "whose {c} is greater than {v}",
-    "where {c} is over {v}", "that have more than {v} {c}",
-           "with {c} > {v}", "having {c} bigger than {v}", "with {c} higher than {v}"),
-           ("with {c} exceeding {v}", "whose {c} is above {v}")),
-    "<": (("with {c} below {v}", "with less than {v} {c}", "whose {c} is less than {v}",
-    "where {c} is under {v}", "that have fewer than {v} {c}",
-           "with {c} < {v}", "having {c} smaller than {v}", "with {c} lower than {v}"),
-           ("with {c} under {v}", "whose {c} is below {v}")),
-    ">=": (("with at least {v} {c}", "with {c} of at least {v}", "whose {c} is {v} or more",
-    "with {c} >= {v}"), ("that have at least {v} {c}", "where {c} is {v} or more")),
-    "<=": (("with at most {v} {c}", "with {c} of at most {v}", "whose {c} is {v} or less",
-    "with {c} <= {v}"), ("that have at most {v} {c}", "where {c} is {v} or less")),
-    "=": (("with exactly {v} {c}", "whose {c} is {v}", "where {c} equals {v}", "with {c} = {v}",
-    "with a {c} of {v}"), ("that have exactly {v} {c}", "where {c} is equal to {v}")),
+    ">": (
+        ("with {c} above {v}", "with more than {v} {c}", "whose {c} is greater than {v}",
+         "where {c} is over {v}", "that have more than {v} {c}", "with {c} > {v}",
+         "having {c} bigger than {v}", "with {c} higher than {v}"),
+        ("with {c} exceeding {v}", "whose {c} is above {v}"),
+    ),
+    "<": (
+        ("with {c} below {v}", "with less than {v} {c}", "whose {c} is less than {v}",
+         "where {c} is under {v}", "that have fewer than {v} {c}", "with {c} < {v}",
+         "having {c} smaller than {v}", "with {c} lower than {v}"),
+        ("with {c} under {v}", "whose {c} is below {v}"),
+    ),
+    ">=": (
+        ("with at least {v} {c}", "with {c} of at least {v}", "whose {c} is {v} or more",
+         "with {c} >= {v}", "where {c} is {v} or more", "with {v} or more {c}",
+         "with {c} not below {v}"),
+        ("that have at least {v} {c}", "whose {c} is at least {v}"),
+    ),
+    "<=": (
+        ("with at most {v} {c}", "with {c} of at most {v}", "whose {c} is {v} or less",
+         "with {c} <= {v}", "where {c} is {v} or less", "with {v} or less {c}",
+         "with {c} not above {v}"),
+        ("that have at most {v} {c}", "whose {c} is at most {v}"),
+    ),
+    "=": (
+        ("with exactly {v} {c}", "whose {c} is {v}", "where {c} equals {v}", "with {c} = {v}",
+         "with a {c} of {v}"),
+        ("that have exactly {v} {c}", "where {c} is equal to {v}"),
+    ),
 }
-BETWEEN: Phrases = (("with {c} between {v} and {u}", "whose {c} is between {v} and {u}",
-                     "with {c} from {v} to {u}", "where {c} is in the range {v} to {u}"),
-                    ("that have between {v} and {u} {c}", "with {c} ranging from {v} to {u}"))
-EQUALS: Phrases = (("with {c} {v}", "where {c} is {v}", "whose {c} is {v}",
-                    "where the {c} is '{v}'", "with {v} as {c}", "that have {c} {v}",
-                    "with {c} = '{v}'"),
-                   ("with {c} equal to {v}", "whose {c} is '{v}'", "having {v} as {c}"))
-DIFFERS: Phrases = (("where {c} is not {v}", "whose {c} is not {v}", "with {c} other than {v}",
-                     "except those with {c} {v}"), ("with a {c} different from {v}",))
-STARTS: Phrases = (("whose {c} starts with {v}", "with {c} starting with '{v}'",
-                    "where {c} begins with {v}"), ("with a {c} that begins with {v}",))
-ENDS: Phrases = (("whose {c} ends with {v}", "with {c} ending in '{v}'", "where {c} ends in {v}"),
-                  ("with a {c} that ends with {v}",))
-HOLDS: Phrases = (("whose {c} contains {v}", "with '{v}' in the {c}", "where {c} includes {v}"),
-                   ("with a {c} that contains {v}",))
+BETWEEN: Phrases = (
+    ("with {c} between {v} and {u}", "whose {c} is between {v} and {u}", "with {c} from {v} to {u}",
+     "where {c} is in the range {v} to {u}"),
+    ("that have between {v} and {u} {c}", "with {c} ranging from {v} to {u}"),
+)
+EQUALS: Phrases = (
+    ("with {c} {v}", "where {c} is {v}", "whose {c} is {v}", "where the {c} is '{v}'",
+     "with {v} as {c}", "that have {c} {v}", "with {c} = '{v}'"),
+    ("with {c} equal to {v}", "whose {c} is '{v}'", "having {v} as {c}"),
+)
+DIFFERS: Phrases = (
+    ("where {c} is not {v}", "whose {c} is not {v}", "with {c} other than {v}",
+     "where {c} differs from {v}"),
+    ("with a {c} different from {v}",),
+)
+STARTS: Phrases = (
+    ("whose {c} starts with {v}", "with {c} starting with '{v}'", "where {c} begins with {v}"),
+    ("with a {c} that begins with {v}",),
+)
+ENDS: Phrases = (
+    ("whose {c} ends with {v}", "with {c} ending in '{v}'", "where {c} ends in {v}"),
+    ("with a {c} that ends with {v}",),
+)
+HOLDS: Phrases = (
+    ("whose {c} contains {v}", "with '{v}' in the {c}", "where {c} includes {v}"),
+    ("with a {c} that contains {v}",),
+)
+
 # Whole questions about one number, with "have" or with the column's own verb {z} ("earn").
 WHICH: dict[str, Phrases] = {
-    ">": (("Which {t} have more than {v} {c}?", "Which {t} have a {c} above {v}?",
-    "What {t} have {c} over {v}?", "Do we have {t} with more than {v} {c}?"),
-          ("Are there {t} with more than {v} {c}?",)),
-    "<": (("Which {t} have less than {v} {c}?", "Which {t} have a {c} below {v}?",
-    "What {t} have {c} under {v}?", "Do we have {t} with fewer than {v} {c}?"),
-          ("Are there {t} with fewer than {v} {c}?",)),
+    ">": (
+        ("Which {t} have more than {v} {c}?", "Which {t} have a {c} above {v}?",
+         "What {t} have {c} over {v}?", "Do we have {t} with more than {v} {c}?"),
+        ("Are there {t} with more than {v} {c}?",),
+    ),
+    "<": (
+        ("Which {t} have less than {v} {c}?", "Which {t} have a {c} below {v}?",
+         "What {t} have {c} under {v}?", "Do we have {t} with fewer than {v} {c}?"),
+        ("Are there {t} with fewer than {v} {c}?",),
+    ),
 }
 VERB: dict[str, Phrases] = {
-    ">": (("Which {t} {z} more than {v}?", "Show {t} that {z} more than {v}.",
-    "List all {t} that {z} over {v}."), ("I need the {t} that {z} more than {v}.",)),
-    "<": (("Which {t} {z} less than {v}?", "Show {t} that {z} less than {v}.",
-    "List all {t} that {z} under {v}."), ("I need the {t} that {z} less than {v}.",)),
+    ">": (
+        ("Which {t} {z} more than {v}?", "Show {t} that {z} more than {v}.",
+         "List all {t} that {z} over {v}."),
+        ("I need the {t} that {z} more than {v}.",),
+    ),
+    "<": (
+        ("Which {t} {z} less than {v}?", "Show {t} that {z} less than {v}.",
+         "List all {t} that {z} under {v}."),
+        ("I need the {t} that {z} less than {v}.",),
+    ),
 }
-ONE: Phrases = (("Which of the {t} is the {s}?", "Show the one of the {t} that is {s}.",
-                 "What is the {s} of all {t}?"), ("Tell me which of the {t} is the {s}.",))
+ONE: Phrases = (
+    ("Which of the {t} is the {s}?", "Show the one of the {t} that is {s}.",
+     "What is the {s} of all {t}?"),
+    ("Tell me which of the {t} is the {s}.",),
+)
 
 AGGREGATES = {"AVG": ("average", "mean"), "MAX": ("maximum", "highest"),
               "MIN": ("minimum", "lowest"), "SUM": ("total", "sum of the")}
 FRAGMENTS = {Split.TRAIN: "A|B|C|D|E|G|H|L|M|N|P|S|T|an|ca|de|el|in|la|mar|on|or|ri|st",
              Split.HELDOUT: "F|K|O|R|V|W|ba|en|gu|lo|ne|sa|ti|vo"}
 QUALIFIERS = ("old", "local", "spare", "new", "archived", "foreign", "listed", "public", "rare")
-SUFFIXES = ("usd", "total", "now", "2024", "avg", "net", "est", "value", "units", "last", "index")
+SUFFIXES = ("usd", "now", "2024", "net", "est", "value", "units", "last", "index")
 PREFIXES = ("main", "first", "home", "current", "base", "second", "former", "primary", "usual")
 STEPS = ((60, 1), (500, 5), (9000, 50))  # highest value, step of the round values asked for
 
@@ -359,14 +401,24 @@ class Question:
         self.words = self.table.words
 
     def _rename(self) -> None:
-        """Vary names ("old_hotels", "price_usd"), so that the schema has to be read."""
+        """Vary or make up names ("old_hotels", "broudors"), so that the schema has to be read."""
         qualifier, prefix, suffix = map(self.rng.choice, (QUALIFIERS, PREFIXES, SUFFIXES))
-        if self.rng.random() < 0.4:
+        draw = self.rng.random()
+        if draw < 0.25:
             self.table = replace(self.table, name=f"{qualifier}_{self.table.name}")
-        if self.rng.random() < 0.4:
+        elif draw < 0.40:
+            self.table = replace(self.table, name=f"{made_name(self.rng).lower()}s")
+        draw = self.rng.random()
+        if draw < 0.25:
             self.text = replace(self.text, name=f"{prefix}_{self.text.name}")
-        if self.rng.random() < 0.4:
+        elif draw < 0.40:
+            self.text = Text(made_name(self.rng).lower(), self.text.values)
+        draw = self.rng.random()
+        if draw < 0.25:
             self.number = replace(self.number, name=f"{self.number.name}_{suffix}")
+        elif draw < 0.40:
+            made = f"{made_name(self.rng).lower()}s"
+            self.number = Number(made, self.number.low, self.number.high)
 
     def phrase(self, phrases: Phrases) -> str:
         train, heldout = phrases
@@ -387,7 +439,7 @@ class Question:
         return self.rng.choice(text.values)
 
     def compare(self, number: Number) -> tuple[str, str]:
-        sign = self.rng.choice((">", ">", "<", "<", ">=", "<=", "="))
+        sign = self.rng.choice((">", "<", ">=", ">=", "<=", "<=", "="))
         value = self.value(number)
         words = self.phrase(COMPARE[sign]).format(c=number.words, v=value)
         return words, f"{number.name} {sign} {value}"
@@ -401,7 +453,7 @@ class Question:
     def equals(self, text: Text) -> tuple[str, str]:
         value = self.text_value(text)
         # Only a real value tells which column "in Lisbon" means.
-        if text.link is not None and value in text.values and self.rng.random() < 0.25:
+        if text.link is not None and value in text.values and self.rng.random() < 0.12:
             return f"{text.link} {value}", f"{text.name} = '{value}'"
         return self.phrase(EQUALS).format(c=text.words, v=value), f"{text.name} = '{value}'"
 
@@ -518,10 +570,10 @@ def ask_top(q: Question) -> tuple[str, str]:
     number = q.number
     superlative = number.most if down else number.least
     style = q.rng.random()
-    if superlative is not None and style < 0.2:
+    if superlative is not None and style < 0.15:
         count = 1
         question = q.phrase(ONE).format(s=superlative, t=q.words)
-    elif superlative is not None and style < 0.5:
+    elif superlative is not None and style < 0.45:
         question = q.phrase(SUPERLATIVE).format(n=count, s=superlative, t=q.words, c=number.words)
     else:
         question = q.phrase(TOP if down else BOTTOM).format(n=count, t=q.words, c=number.words)
@@ -563,10 +615,10 @@ KINDS: dict[Callable[[Question], tuple[str, str]], int] = {  # kind -> weight
     ask_columns: 2,
     ask_columns_find: 3,
     ask_count: 4,
-    ask_sorted: 4,
+    ask_sorted: 5,
     ask_top: 5,
     ask_aggregate: 5,
-    ask_count_by: 2,
+    ask_count_by: 3,
     ask_distinct: 2,
 }
 
