@@ -27,11 +27,11 @@ def asked(tmp_path_factory):
     """`count` mixed batches in one: held-out questions, and the adapter of each."""
     out = tmp_path_factory.mktemp("rows")
     rows = {}
-    for name in ("sql", "json", "triage", "pirate"):
-        script = EXAMPLES / "data" / f"{name}.py"
+    tasks = {"sql": "sql", "json": "json_record", "triage": "triage", None: "pirate"}
+    for name, task in tasks.items():
+        script = EXAMPLES / "data" / f"{task}.py"
         subprocess.run([sys.executable, script, "--out", out], check=True, capture_output=True)
-        rows[name] = [row.messages for row in read_rows(out / f"{name}.heldout.jsonl")]
-    rows[None] = rows["pirate"]
+        rows[name] = [row.messages for row in read_rows(out / f"{task}.heldout.jsonl")]
 
     def make(count: int):
         return [rows[name][i] for i in range(count) for name in MIX], MIX * count

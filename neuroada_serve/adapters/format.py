@@ -138,7 +138,7 @@ def load_adapter(
     """
     directory = Path(path)
     source = repr(directory.name)
-    if root is not None and not _within(directory, root):
+    if root is not None and not directory.resolve().is_relative_to(root.resolve()):
         raise AdapterFormatError(source, ["its path leads outside the adapter directory"])
     if not directory.is_dir():
         raise AdapterNotFoundError(
@@ -152,16 +152,18 @@ def load_adapter(
     return _parse_adapter(config, data, base, allow_other_base, source)
 
 
-def _within(path: Path, root: Path) -> bool:
-    return path.resolve().is_relative_to(root.resolve())
-
-
 def _read_file(path: Path, limit: int, root: Path | None, source: str) -> bytes:
     """The bytes of one regular file; opened once, so what is checked is what is used."""
-    if root is not None and not _within(path, root):
-        raise AdapterFormatError(source, [f"{path.name} is a link out of the adapter directory"])
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if root is None:
+            fd = os.open(path, flags)
+        else:
+            resolved = path.resolve()
+            if not resolved.is_relative_to(root.resolve()):
+                fault = f"{path.name} is a link out of the adapter directory"
+                raise AdapterFormatError(source, [fault])
+            fd = os.open(resolved, flags | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise AdapterNotFoundError(f"adapter {source} has no {path.name}") from None
     except OSError as error:

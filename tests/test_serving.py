@@ -1,0 +1,173 @@
+"""`neuroada serve demo` as a process, real clients against it: openai, curl, many broken files."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from broken import BROKEN
+from openai import OpenAI
+from tiny import adapter_for
+
+from neuroada_serve import save_adapter
+from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.source import resolve_model
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+QUESTION = {
+    "sql": "How many hotels have 5 stars?\nTable hotels, columns: name, stars, city",
+    "triage": "I was charged twice this month.",
+    "pirate": "How do I clean a window?",
+    "demo": "Tell me a long story about a lighthouse.",
+}
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tmp_path_factory):
+    """The shipped adapters, but for `json`, which is loaded later."""
+    folder = tmp_path_factory.mktemp("served")
+    for name in ("sql", "triage", "pirate"):
+        shutil.copytree(EXAMPLES / "adapters" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(adapter_dir):
+    """(base URL, process) of a running server."""
+    command = [sys.executable, "-m", "neuroada_serve", "serve", "demo", "--port", "0"]
+    command += ["--adapter-dir", str(adapter_dir), "--allow-runtime-adapters"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(r"Serving demo on (http://\S+)/v1", line):
+                break
+        else:
+            raise AssertionError("the server did not start")
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        yield found[1], process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        drain.join(5)
+
+
+@pytest.fixture
+def client(server):
+    with OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client: OpenAI, model: str, **more) -> str:
+    more = {"temperature": 0, "max_tokens": 48} | more
+    messages = [{"role": "user", "content": QUESTION[model]}]
+    answer = client.chat.completions.create(model=model, messages=messages, **more)
+    assert answer.model == model
+    return answer.choices[0].message.content
+
+
+def streamed(client: OpenAI, model: str, order: list[str], **more) -> str:
+    """The streamed answer; notes in `order` whose chunk came."""
+    text = ""
+    more = {"temperature": 0, "max_tokens": 48} | more
+    messages = [{"role": "user", "content": QUESTION[model]}]
+    for chunk in client.chat.completions.create(
+        model=model, messages=messages, stream=True, **more
+    ):
+        order.append(model)
+        text += chunk.choices[0].delta.content or ""
+    return text
+
+
+def curl(url: str, body: object) -> tuple[int, str]:
+    command = ["curl", "-s", "-w", "\n%{http_code}", url, "-d", json.dumps(body)]
+    command += ["-H", "Content-Type: application/json"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    content, _, status = text.rpartition("\n")
+    return int(status), content
+
+
+def test_two_adapters_stream_at_once_as_each_alone(client):
+    alone = {name: ask(client, name) for name in ("sql", "pirate")}
+    order: list[str] = []
+    together: dict[str, str] = {}
+    threads = [
+        threading.Thread(
+            target=lambda name=name: together.__setitem__(name, streamed(client, name, order))
+        )
+        for name in alone
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+    switches = sum(a != b for a, b in zip(order, order[1:], strict=False))
+    assert switches > 2, f"one stream came after the other: {order}"
+
+
+def test_models_are_the_base_and_its_adapters(client):
+    parents = {model.id: model.parent for model in client.models.list()}
+    assert parents["demo"] is None
+    assert all(parents[name] == "demo" for name in ("sql", "triage", "pirate"))
+
+
+def test_wrong_name_is_404_never_the_base(client):
+    with pytest.raises(openai.NotFoundError, match="nope"):
+        client.chat.completions.create(model="nope", messages=[{"role": "user", "content": "hi"}])
+
+
+def test_fresh_adapter_is_served_without_restart_or_a_dropped_stream(
+    client, server, adapter_dir, tmp_path
+):
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "Tell me a long story about a lighthouse.", "completion": "No."}
+    rows.write_text(json.dumps(row) + "\n")
+    fresh = adapter_dir / "fresh"
+    train = [sys.executable, "-m", "neuroada_serve", "train", "demo", "--data", str(rows)]
+    train += ["--out", str(fresh), "--max-steps", "6", "--lr", "0.05", "--eval-fraction", "0"]
+
+    order: list[str] = []
+    long = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
+    texts: list[str] = []
+    stream = threading.Thread(target=lambda: texts.append(streamed(client, "demo", order, **long)))
+    stream.start()
+    subprocess.run(train, check=True, capture_output=True)
+    load = {"lora_name": "fresh", "lora_path": "fresh"}
+    assert curl(f"{server[0]}/v1/load_lora_adapter", load) == (
+        200,
+        "Success: LoRA adapter 'fresh' added successfully.",
+    )
+    QUESTION["fresh"] = QUESTION["demo"]
+    assert ask(client, "fresh") == "No."
+    stream.join()
+    assert texts == [ask(client, "demo", **long)]
+
+
+def test_broken_adapters_are_refused_by_name_and_serving_goes_on(
+    client, server, adapter_dir, tmp_path
+):
+    expected = {name: ask(client, name) for name in ("sql", "triage")}
+    base = load_base(resolve_model("demo"))
+    good = tmp_path / "good"
+    save_adapter(adapter_for(base.model, base.spec, seed=1), good)
+    assert len(BROKEN) >= 60
+    for kind, broken in BROKEN.items():
+        folder = adapter_dir / f"broken-{kind}"
+        shutil.copytree(good, folder)
+        path = broken.apply(folder, base.spec)
+        body = {"lora_name": "broken", "lora_path": str(path)}
+        reply = httpx.post(f"{server[0]}/v1/load_lora_adapter", json=body, timeout=60)
+        message = reply.json()["error"]["message"]
+        assert reply.status_code in (400, 404), (kind, message)
+        if path.resolve().is_relative_to(adapter_dir) and reply.status_code == 400:
+            assert re.search(broken.match, message), kind
+        assert str(adapter_dir) not in message.replace(str(path), ""), kind
+    assert {name: ask(client, name) for name in expected} == expected
+    assert "broken" not in [model.id for model in client.models.list()]
