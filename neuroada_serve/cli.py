@@ -187,6 +187,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help=help_of(TrainConfig, "batch_size"))] = 8,
     max_length: Annotated[int, typer.Option(help=help_of(TrainConfig, "max_length"))] = 512,
     eval_fraction: Annotated[float, typer.Option(help=help_of(TrainConfig, "eval_fraction"))] = 0.1,
+    eval_data: Annotated[Path | None, typer.Option(help=help_of(TrainConfig, "eval_data"))] = None,
     seed: Annotated[int, typer.Option(help=help_of(TrainConfig, "seed"))] = 0,
     warmup_ratio: Annotated[float, typer.Option(help=help_of(TrainConfig, "warmup_ratio"))] = 0.1,
     dtype: Dtype = "auto",
@@ -201,12 +202,15 @@ def train(
         batch_size=batch_size,
         max_length=max_length,
         eval_fraction=eval_fraction,
+        eval_data=eval_data,
         seed=seed,
         warmup_ratio=warmup_ratio,
         dtype=dtype,
         prompt_format="plain" if plain else "chat",
     )
     _existing_file(data)
+    if eval_data is not None:
+        _existing_file(eval_data)
 
     from neuroada_serve.model.loader import load_base
     from neuroada_serve.model.source import resolve_model

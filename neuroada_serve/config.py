@@ -100,6 +100,9 @@ class TrainConfig:
     eval_fraction: float = _option(
         0.1, "Share of the rows held out and scored before and after; 0 holds out none."
     )
+    eval_data: Path | None = _option(
+        None, "JSONL file of held-out rows; instead of --eval-fraction."
+    )
     seed: int = _option(0, "Seed of the split and of the order of rows.")
     warmup_ratio: float = _option(0.1, "Share of the steps in which the learning rate rises.")
     dtype: str = _option("auto", "Weight dtype while training: auto (as stored), float32, ...")

@@ -10,6 +10,7 @@ NeuroAdaError
 │   │   ├── AdapterNotFoundError
 │   │   └── AdapterConflictError  its name is taken
 │   └── ShapeError              tensors that disagree; the message names both shapes
+├── Unavailable                 no request is taken now: full, stopping, or the engine is dead
 └── EngineError                 our own failure; the process should not go on serving
     └── DirtyWeightsError       base weights could not be restored after a failed merge
 """
@@ -63,6 +64,10 @@ class AdapterConflictError(AdapterError):
 
 class ShapeError(UsageError):
     """Tensors whose shapes or dtypes disagree."""
+
+
+class Unavailable(NeuroAdaError):
+    """No request is taken now: the queue is full, the server stops, or its engine is dead."""
 
 
 class EngineError(NeuroAdaError):

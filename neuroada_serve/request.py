@@ -82,6 +82,10 @@ class SamplingParams:
         for name in _INTEGERS:
             if (value := getattr(self, name)) is not None and not isinstance(value, int):
                 raise RequestError(f"{name} must be an integer, got {value!r}", name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}", "min_tokens"
+            )
         if self.top_p <= 0:
             raise RequestError("top_p must be above 0; use temperature=0 for greedy", "top_p")
         if self.repetition_penalty <= 0:

@@ -1,5 +1,6 @@
 """What clients get: OpenAI's completion and chat objects, whole or in chunks."""
 
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -8,11 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from neuroada_serve.request import Output, TokenLogprob
-from neuroada_serve.server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationRequest,
-)
+from neuroada_serve.server.protocol import GenerationRequest
 
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's stand-in
 
@@ -23,6 +20,7 @@ class _Choice:
 
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_token_chars: int = 0  # of all its tokens' texts
     num_output_tokens: int = 0
     started: bool = False
 
@@ -49,7 +47,8 @@ class Answer(ABC):
         """Keep what an output adds to choice `index`, for `whole`."""
         choice = self._choices[index]
         choice.text += output.text
-        choice.logprobs += output.logprobs
+        choice.logprobs += _tokens(output)
+        choice.num_token_chars += sum(len(token.token) for token in _tokens(output))
         choice.num_output_tokens = output.num_output_tokens
         self._endings[index] = _ending(output)
 
@@ -57,7 +56,7 @@ class Answer(ABC):
         """The reply to a request without stream, once every choice has finished."""
         choices = [
             {"index": index}
-            | self._message(index, choice.text)
+            | self._message(choice.text)
             | {"logprobs": self._logprobs(choice.logprobs, 0)}
             | self._endings[index]
             for index, choice in enumerate(self._choices)
@@ -67,8 +66,11 @@ class Answer(ABC):
     def chunks(self, index: int, output: Output) -> Iterator[dict[str, Any]]:
         """What an output adds to a stream; nothing while its text is still withheld."""
         choice = self._choices[index]
-        text_offset = sum(len(logprob.token) for logprob in choice.logprobs)
+        opening = None if choice.started else self._opening(choice)
+        opening_logprobs = self._logprobs(choice.logprobs, 0)
+        text_offset = choice.num_token_chars
         self.add(index, output)
+        choice.started = True
         usage: dict[str, Any] = {}
         if self._request.include_usage:
             usage = {"usage": self._usage() if self._request.continuous_usage else None}
@@ -76,11 +78,9 @@ class Answer(ABC):
         def chunk(part: dict[str, Any], ending: dict[str, Any]) -> dict[str, Any]:
             return self._object(self.chunk_kind, [{"index": index} | part | ending], **usage)
 
-        if not choice.started:
-            choice.started = True
-            if (opening := self._opening(index)) is not None:
-                yield chunk(opening | {"logprobs": None}, _NO_ENDING)
-        logprobs = self._logprobs(output.logprobs, text_offset)
+        if opening is not None:
+            yield chunk(opening | {"logprobs": opening_logprobs}, _NO_ENDING)
+        logprobs = self._logprobs(_tokens(output), text_offset)
         if output.text or output.finished or logprobs:
             yield chunk(self._delta(output.text) | {"logprobs": logprobs}, _ending(output))
 
@@ -89,11 +89,11 @@ class Answer(ABC):
         return self._object(self.chunk_kind, [], usage=self._usage())
 
     @abstractmethod
-    def _message(self, index: int, text: str) -> dict[str, Any]:
+    def _message(self, text: str) -> dict[str, Any]:
         """A finished choice's text."""
 
     @abstractmethod
-    def _opening(self, index: int) -> dict[str, Any] | None:
+    def _opening(self, choice: _Choice) -> dict[str, Any] | None:
         """What a stream sends of a choice before its first text."""
 
     @abstractmethod
@@ -104,9 +104,7 @@ class Answer(ABC):
     def _shape_logprobs(self, tokens: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any]:
         """Log probabilities of tokens, the first of them `text_offset` characters in."""
 
-    def _logprobs(
-        self, tokens: Sequence[TokenLogprob], text_offset: int
-    ) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any] | None:
         if self._request.num_logprobs is None or not tokens:
             return None
         return self._shape_logprobs(tokens, text_offset)
@@ -130,28 +128,40 @@ class Answer(ABC):
         }
 
 
+@dataclass(frozen=True)
+class Echo:
+    """A prompt to repeat in front of its answer, and the text of its first token."""
+
+    text: str
+    first_token: str
+
+
 class CompletionAnswer(Answer):
-    """The reply of /v1/completions; `echoes` are texts to put in front of the choices."""
+    """The reply of /v1/completions; `echoes` has one for each choice."""
 
     id_prefix = "cmpl"
     kind = chunk_kind = "text_completion"
 
     def __init__(
         self,
-        request: CompletionRequest,
+        request: GenerationRequest,
         model: str,
         num_prompt_tokens: int,
         num_choices: int,
-        echoes: Sequence[str] = (),
+        echoes: Sequence[Echo] = (),
     ) -> None:
         super().__init__(request, model, num_prompt_tokens, num_choices)
-        self._echoes = echoes
+        for choice, echo in zip(self._choices, echoes, strict=bool(echoes)):
+            choice.text = echo.text
+            # It has no log probability, as nothing comes before it; nan becomes null.
+            choice.logprobs = [TokenLogprob(-1, echo.first_token, math.nan)]
+            choice.num_token_chars = len(echo.first_token)
 
-    def _message(self, index: int, text: str) -> dict[str, Any]:
-        return {"text": self._echo(index) + text}
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"text": text}
 
-    def _opening(self, index: int) -> dict[str, Any] | None:
-        return {"text": self._echo(index)} if self._echoes else None
+    def _opening(self, choice: _Choice) -> dict[str, Any] | None:
+        return {"text": choice.text} if choice.text else None
 
     def _delta(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -164,18 +174,9 @@ class CompletionAnswer(Answer):
         return {
             "text_offset": offsets,
             "tokens": [token.token for token in tokens],
-            "token_logprobs": [_finite(token.logprob) for token in tokens],
-            # OpenAI's promise: the sampled token is always among them.
-            "top_logprobs": [
-                {text: _finite(logprob) for _, text, logprob in token.top}
-                | {token.token: _finite(token.logprob)}
-                for token in tokens
-            ],
+            "token_logprobs": [_number(token.logprob) for token in tokens],
+            "top_logprobs": [_top_logprobs(token) for token in tokens],
         }
-
-    def _echo(self, index: int) -> str:
-        per_prompt = len(self._choices) // len(self._echoes) if self._echoes else 1
-        return self._echoes[index // per_prompt] if self._echoes else ""
 
 
 class ChatAnswer(Answer):
@@ -185,15 +186,10 @@ class ChatAnswer(Answer):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(
-        self, request: ChatCompletionRequest, model: str, num_prompt_tokens: int, num_choices: int
-    ) -> None:
-        super().__init__(request, model, num_prompt_tokens, num_choices)
-
-    def _message(self, index: int, text: str) -> dict[str, Any]:
+    def _message(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}}
 
-    def _opening(self, index: int) -> dict[str, Any] | None:
+    def _opening(self, choice: _Choice) -> dict[str, Any] | None:
         return {"delta": {"role": "assistant", "content": ""}}
 
     def _delta(self, text: str) -> dict[str, Any]:
@@ -220,9 +216,20 @@ def _ending(output: Output) -> dict[str, Any]:
     }
 
 
+def _tokens(output: Output) -> tuple[TokenLogprob, ...]:
+    return (*output.prompt_logprobs, *output.logprobs)
+
+
+def _top_logprobs(token: TokenLogprob) -> dict[str, float | None] | None:
+    if math.isnan(token.logprob):
+        return None
+    top = {text: _number(logprob) for _, text, logprob in token.top}
+    return top | {token.token: _number(token.logprob)}  # OpenAI promises that it is among them
+
+
 def _chat_logprob(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": _finite(logprob), "bytes": list(token.encode())}
+    return {"token": token, "logprob": _number(logprob), "bytes": list(token.encode())}
 
 
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
+def _number(logprob: float) -> float | None:
+    return None if math.isnan(logprob) else max(logprob, LOWEST_LOGPROB)

@@ -68,7 +68,7 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """include_usage: one more chunk with the usage. continuous_usage_stats: it is in every chunk."""
+    """include_usage: one more chunk, with the usage; continuous_usage_stats: all have it."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -129,6 +129,11 @@ class GenerationRequest(_Strict):
         raise NotImplementedError
 
     @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Likewise for the prompt's tokens."""
+        return None
+
+    @property
     def most_tokens(self) -> int | None:
         """`SamplingParams.max_tokens`."""
         raise NotImplementedError
@@ -141,13 +146,12 @@ class GenerationRequest(_Strict):
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream=true", "stream_options")
         given = {
-            name: value
-            for name in _SAMPLING_FIELDS
-            if (value := getattr(self, name)) is not None
+            name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None
         }
         return SamplingParams(
             max_tokens=self.most_tokens,
             logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
             logit_bias=_logit_bias(self.logit_bias or {}),
             **given,
         )
@@ -197,6 +201,10 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
     @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+    @property
     def most_tokens(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens
 
@@ -207,8 +215,6 @@ class CompletionRequest(GenerationRequest):
                 f"best_of must equal n={params.n} or be left out; all choices are returned",
                 "best_of",
             )
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo cannot be combined with logprobs", "echo")
         if len(self.prompts) * params.n > MAX_CHOICES:
             raise RequestError(
                 f"{len(self.prompts)} prompts with n={params.n} make "
@@ -313,7 +319,7 @@ class LoadAdapterRequest(_Strict):
     load_inplace: replace the adapter of this name, which new requests then get.
     """
 
-    lora_name: Text
+    lora_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
     lora_path: Annotated[Text, Field(max_length=4096)]
     load_inplace: bool = False
 
@@ -348,4 +354,3 @@ def _where(loc: Sequence[str | int]) -> str:
     for part in loc[1:]:
         path += f"[{part}]" if isinstance(part, int) else f".{part[:80]}"
     return path.removeprefix(".")
-

@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from neuroada_serve.adapters.format import Adapter
-from neuroada_serve.errors import EngineError, NeuroAdaError
+from neuroada_serve.config import EngineConfig
+from neuroada_serve.errors import EngineError, NeuroAdaError, Unavailable
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import Output, SamplingParams
 
@@ -35,11 +36,15 @@ class Engine(Protocol):
     @property
     def base(self) -> BaseModel: ...
     @property
+    def config(self) -> EngineConfig: ...
+    @property
     def max_model_len(self) -> int: ...
     @property
     def adapters(self) -> tuple[str, ...]: ...
     @property
     def has_unfinished(self) -> bool: ...
+    @property
+    def num_running(self) -> int: ...
     @property
     def num_waiting(self) -> int: ...
 
@@ -55,10 +60,6 @@ class Engine(Protocol):
     def step(self) -> list[Output]: ...
     def add_adapter(self, name: str, adapter: Adapter, replace: bool = False) -> None: ...
     def remove_adapter(self, name: str) -> None: ...
-
-
-class Unavailable(NeuroAdaError):
-    """No request is taken now: the queue is full, the server stops, or its engine is dead."""
 
 
 class Stream:
@@ -115,8 +116,8 @@ class Worker:
     """Runs an engine in a thread while entered: `async with Worker(engine) as worker`.
 
     Args:
-        max_waiting: choices that may wait for a place in the batch. A request that finds this many
-            waiting is refused. What arrived since the last step counts as waiting.
+        max_waiting: a request that finds this many choices waiting for a place in the batch is
+            refused.
         on_death: called once on the event loop, after the in-flight requests have failed.
     """
 
@@ -136,7 +137,7 @@ class Worker:
         # Shared; guarded by the condition, which is notified when the thread may have work.
         self._changed = threading.Condition()
         self._inbox: list[_Command] = []
-        self._num_waiting = 0  # in the engine, or on the way from the inbox into it
+        self._num_unfinished = 0  # choices in the engine, or on their way from the inbox into it
         self._adapters: dict[str, int] = {}
         self._closing = False
         self._dead = False
@@ -205,7 +206,8 @@ class Worker:
         """
         num_choices = len(prompts) * params.n
         with self._changed:
-            num_waiting = self._num_waiting + sum(c.num_choices for c in self._inbox)
+            num_unfinished = self._num_unfinished + sum(c.num_choices for c in self._inbox)
+        num_waiting = num_unfinished - self._engine.config.max_num_seqs
         if num_waiting >= self._max_waiting:
             raise Unavailable(f"{num_waiting} requests wait already; try again later")
 
@@ -336,7 +338,7 @@ class Worker:
                 self._execute(commands)
                 if self._engine.has_unfinished:
                     outputs = self._engine.step()
-                    self._count_waiting()
+                    self._count_unfinished()
                     if outputs:
                         self._post(self._deliver, outputs)
         except BaseException:
@@ -352,7 +354,7 @@ class Worker:
             if self._closing:
                 return None
             commands, self._inbox = self._inbox, []
-            self._num_waiting += sum(c.num_choices for c in commands)
+            self._num_unfinished += sum(c.num_choices for c in commands)
             return commands
 
     def _execute(self, commands: Sequence[_Command]) -> None:
@@ -369,13 +371,13 @@ class Worker:
             else:
                 if command.reply is not None:
                     replies.append((command.reply, result, None))
-        self._count_waiting()
+        self._count_unfinished()
         if replies:
             self._post(self._answer, replies)
 
-    def _count_waiting(self) -> None:
+    def _count_unfinished(self) -> None:
         with self._changed:
-            self._num_waiting = self._engine.num_waiting
+            self._num_unfinished = self._engine.num_running + self._engine.num_waiting
 
     def _publish_adapters(self, now_new: str | None = None) -> None:
         now = int(time.time())

@@ -1,0 +1,68 @@
+"""What a client is told when something fails: OpenAI's error envelope, always."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from neuroada_serve.errors import AdapterNotFoundError, RequestError, Unavailable, UsageError
+from neuroada_serve.server.protocol import describe_faults
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    400: "BadRequestError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+
+@dataclass(eq=False)
+class Failure(Exception):
+    """An error reply. Its message is read by clients: no paths, no text of foreign exceptions."""
+
+    status: int
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        """The reply to any exception."""
+        match error:
+            case Failure():
+                return error
+            case RequestValidationError():
+                return cls(400, *describe_faults(error.errors()))
+            case HTTPException():
+                return cls(error.status_code, str(error.detail), headers=error.headers or {})
+            case Unavailable():
+                return cls(503, str(error), headers={"Retry-After": "1"})
+            case RequestError():
+                return cls(400, str(error), error.param)
+            case AdapterNotFoundError():
+                return cls(404, str(error))
+            case UsageError():
+                return cls(400, str(error))
+        return cls(500, "the server failed; its log has the cause")
+
+    def body(self) -> bytes:
+        error: dict[str, Any] = {
+            "message": self.message,
+            "type": _TYPES.get(self.status, "APIError"),
+            "param": self.param,
+            "code": self.status,
+        }
+        return json.dumps({"error": error}).encode()  # ASCII: it may quote what does not encode
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, self.headers, "application/json")

@@ -1,0 +1,99 @@
+"""Replies that last: server-sent events, and work that ends when its client leaves."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from neuroada_serve.errors import NeuroAdaError, Unavailable
+from neuroada_serve.request import FinishReason, Output
+from neuroada_serve.server.answer import Answer
+from neuroada_serve.server.failure import Failure
+from neuroada_serve.server.worker import Stream
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Result of `work`; None if the client leaves first, which cancels the work."""
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(left())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def collect(stream: Stream, answer: Answer) -> dict[str, Any]:
+    """The whole reply.
+
+    Raises:
+        Failure, Unavailable, EngineError: a choice could not be finished.
+    """
+    async for index, output in stream:
+        _check(output)
+        answer.add(index, output)
+    return answer.whole()
+
+
+class EventStream(StreamingResponse):
+    """A reply in chunks; a failure under way becomes an error event before [DONE]."""
+
+    def __init__(self, stream: Stream, answer: Answer, include_usage: bool) -> None:
+        super().__init__(
+            _events(stream, answer, include_usage),
+            headers={"Cache-Control": "no-cache"},
+            media_type="text/event-stream",
+        )
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Not StreamingResponse's own way: it may notice a lost client only when it next sends.
+        try:
+            await unless_disconnected(receive, self.stream_response(send))
+        finally:
+            self._stream.close()
+
+
+async def _events(stream: Stream, answer: Answer, include_usage: bool) -> AsyncIterator[bytes]:
+    try:
+        async for index, output in stream:
+            _check(output)
+            for chunk in answer.chunks(index, output):
+                yield _event(_to_json(chunk))
+        if include_usage:
+            yield _event(_to_json(answer.usage_chunk()))
+    except Exception as error:
+        if not isinstance(error, Failure | NeuroAdaError):
+            logger.exception("a stream failed")
+        yield _event(Failure.of(error).body())
+    yield _event(b"[DONE]")
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+def _to_json(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _check(output: Output) -> None:
+    """A choice that the engine gave up has no place among the finished ones."""
+    if output.finish_reason is FinishReason.ERROR:
+        raise Failure(500, output.error or "the engine could not finish this request")
+    if output.finish_reason is FinishReason.ABORT:  # the client is there: it was not its wish
+        raise Unavailable("the server is shutting down")
