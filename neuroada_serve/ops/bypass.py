@@ -126,8 +126,11 @@ def bypass_add_(
     if token_slots.lanes is None:
         return
     positions, slots = token_slots.lanes
-    x_t = x.index_select(0, positions).t().float().contiguous()  # (d_in, lanes)
-    total = torch.zeros(index.shape[0], len(positions), device=y.device)  # (d_out, lanes)
+    all_lanes = len(positions) == len(token_slots)  # a decode step: no rows to pick
+    x_lanes = x if all_lanes else x.index_select(0, positions)
+    x_t = x_lanes.t().float().contiguous()  # (d_in, lanes)
+    y_lanes = y if all_lanes else y.index_select(0, positions)
+    total = y_lanes.t().float()  # (d_out, lanes)
     rows = slots.clamp_min(0)
     for j in range(index.shape[1]):
         lane_values = bypass[:, :, j].index_select(0, rows).float()  # (lanes, d_out)
@@ -135,8 +138,11 @@ def bypass_add_(
             lane_values[slots == NO_SLOT] = 0
         if merged is not None:
             lane_values -= merged[:, j]
-        total.addcmul_(x_t.index_select(0, index[:, j]), lane_values.t())
-    y[positions] = (y.index_select(0, positions).float() + total.t()).to(y.dtype)
+        total = torch.addcmul(total, x_t.index_select(0, index[:, j]), lane_values.t())
+    if all_lanes:
+        y.copy_(total.t())
+    else:
+        y.index_copy_(0, positions, total.t().to(y.dtype))
 
 
 def _slot_values(bypass: Tensor, slot: int, merged: Tensor | None) -> Tensor:
