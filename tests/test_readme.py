@@ -1,0 +1,108 @@
+"""README's commands, run as they stand there (but for pip, which is how the tests got here)."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BASH = [text for language, text in BLOCKS if language == "bash"]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder that looks like the clone, in which commands may write."""
+    for name in ("examples", "bench"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def run(command: str, cwd: Path) -> str:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-euc", command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def block_with(word: str) -> str:
+    (block,) = [block for block in BASH if word in block]
+    return block
+
+
+def test_the_two_commands_are_the_promised_ones():
+    assert "pip install -c constraints.txt -e . && neuroada demo\n" in BASH
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest -q\n' in BASH
+
+
+def test_demo_runs(clone):
+    shown = run("neuroada demo", clone)
+    assert "Unmerged bit for bit." in shown
+    assert "tokens/s" in shown
+
+
+def test_training_commands_run(clone):
+    block = block_with("neuroada train")
+    shown = run("\n".join(line for line in block.splitlines() if "pip install" not in line), clone)
+    assert "exact match" in shown
+    assert (clone / "my-triage" / "loss.png").is_file()
+
+
+def test_python_example_runs(clone):
+    (example,) = [text for language, text in BLOCKS if language == "python"]
+    result = subprocess.run(
+        [sys.executable, "-c", example], cwd=clone, capture_output=True, text=True, check=True
+    )
+    assert re.search(r"^sql SELECT .* stop$", result.stdout, re.MULTILINE)
+    assert re.search(r"^triage \w+ stop$", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("serve", "requests", "expected"),
+    [
+        ("--adapter sql=", "/v1/chat/completions", "SELECT"),
+        ("--allow-runtime-adapters", "load_lora_adapter", "added successfully"),
+    ],
+)
+def test_serve_and_curl(clone, serve, requests, expected):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", "-c", f"exec {block_with(serve)}"]
+    with subprocess.Popen(
+        command, cwd=clone, env=environment, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stderr is not None
+        seen = []
+        for line in server.stderr:
+            seen.append(line)
+            if line.startswith("Serving"):
+                break
+        else:
+            raise AssertionError("".join(seen))
+        reader = threading.Thread(target=server.stderr.read, daemon=True)
+        reader.start()
+        try:
+            assert expected in run(block_with(requests), clone)
+        finally:
+            server.send_signal(signal.SIGINT)
+            assert server.wait(30) == 0
+            reader.join(5)
+
+
+def test_every_listed_file_is_there_and_every_module_is_listed():
+    (tree,) = [text for _, text in BLOCKS if "engine/llm.py" in text]
+    listed = set(re.findall(r"[\w/]+(?:\.py|/)", tree)) - {"neuroada_serve/"}
+    for name in sorted(listed):
+        assert (ROOT / "neuroada_serve" / name).exists() or (ROOT / name).exists(), name
+    for file in (ROOT / "neuroada_serve").rglob("*.py"):
+        name = file.relative_to(ROOT / "neuroada_serve")
+        if file.name in ("__init__.py", "__main__.py"):
+            continue
+        assert str(name) in listed, f"{name} is missing from README's tree"
