@@ -105,7 +105,7 @@ class TrainConfig:
     )
     seed: int = _option(0, "Seed of the split and of the order of rows.")
     warmup_ratio: float = _option(0.1, "Share of the steps in which the learning rate rises.")
-    dtype: str = _option("auto", "Weight dtype while training: auto (as stored), float32, ...")
+    dtype: str = _option("auto", "Weight dtype while training: auto (as stored), float32 or bfloat16.")
     prompt_format: Literal["chat", "plain"] = _option(
         "chat",
         "chat: rows go through the base's chat template; plain: prompt and answer as they are.",
@@ -119,8 +119,12 @@ class TrainConfig:
         if self.prompt_format not in ("chat", "plain"):
             raise UsageError(f"prompt_format must be chat or plain, got {self.prompt_format!r}")
         _at_least(self, k=1, max_steps=1, batch_size=1, max_length=2, seed=0, warmup_ratio=0)
-        if self.lr is not None and self.lr <= 0:
-            raise UsageError(f"lr must be above 0, got {self.lr}")
+        if self.seed >= 2**32:
+            raise UsageError(f"seed must be below 2**32, got {self.seed}")
+        if self.warmup_ratio >= 1:
+            raise UsageError(f"warmup_ratio must be below 1, got {self.warmup_ratio}")
+        if self.lr is not None and not 0 < self.lr <= 1:
+            raise UsageError(f"lr must be above 0 and at most 1, got {self.lr}")
         if self.epochs is not None and self.epochs <= 0:
             raise UsageError(f"epochs must be above 0, got {self.epochs}")
         if not 0 <= self.eval_fraction < 1:

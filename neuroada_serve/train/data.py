@@ -92,12 +92,14 @@ def load_data(base: BaseModel, path: Path, config: TrainConfig) -> TrainingData:
         DataError: names the file and the lines at fault, or says why no row is left to train on.
     """
     rows = read_rows(path)
-    train_rows, heldout_rows = split_rows(rows, config.eval_fraction, config.seed)
+    if config.eval_data is None:
+        train_rows, heldout_rows = split_rows(rows, config.eval_fraction, config.seed)
+    else:
+        train_rows, heldout_rows = rows, read_rows(config.eval_data)
+        _refuse_shared_prompts(path, train_rows, config.eval_data, heldout_rows)
     most = min(config.max_length, base.max_model_len)
-    faults = _Faults(path)
-    train = _encode_rows(base, train_rows, config.prompt_format, faults)
-    heldout = _encode_rows(base, heldout_rows, config.prompt_format, faults)
-    faults.raise_if_any()
+    train = _encode_rows(base, path, train_rows, config.prompt_format)
+    heldout = _encode_rows(base, config.eval_data or path, heldout_rows, config.prompt_format)
 
     short_train = tuple(e for e in train if len(e) <= most)
     short_heldout = tuple(e for e in heldout if len(e) <= most)
@@ -113,10 +115,10 @@ def load_data(base: BaseModel, path: Path, config: TrainConfig) -> TrainingData:
         )
     used = short_train + short_heldout
     report = DataReport(
-        rows=len(rows),
+        rows=len(train_rows) + len(heldout_rows),
         train_rows=len(short_train),
         heldout_rows=len(short_heldout),
-        too_long=len(rows) - len(used),
+        too_long=len(train_rows) + len(heldout_rows) - len(used),
         tokens=sum(map(len, used)),
     )
     return TrainingData(short_train, short_heldout, report)
@@ -219,16 +221,31 @@ def end_token_id(base: BaseModel) -> int:
     return min(base.eos_token_ids)
 
 
+def _refuse_shared_prompts(
+    path: Path, train_rows: Sequence[Row], eval_path: Path, heldout_rows: Sequence[Row]
+) -> None:
+    """Held-out rows that are trained on would score the memory."""
+    trained = {row.text for row in train_rows}
+    shared = [row.line for row in heldout_rows if row.text in trained]
+    if shared:
+        raise DataError(
+            f"{len(shared)} prompts of {eval_path} are in {path} too, the first on line "
+            f"{shared[0]}; held-out rows must not be trained on"
+        )
+
+
 def _encode_rows(
-    base: BaseModel, rows: Iterable[Row], prompt_format: str, faults: "_Faults"
+    base: BaseModel, path: Path, rows: Iterable[Row], prompt_format: str
 ) -> list[Example]:
     examples = []
+    faults = _Faults(path)
     with quiet_transformers():  # the tokenizer warns of rows that we are about to leave out
         for row in rows:
             try:
                 examples.append(encode_row(base, row, prompt_format))
             except RequestError as error:
                 faults.add(row.line, str(error))
+    faults.raise_if_any()
     return examples
 
 
@@ -269,10 +286,12 @@ def _row(number: int, line: bytes) -> Row:
         raw = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise _RowFault("not UTF-8 text") from None
-    except RecursionError:
-        raise _RowFault("nested too deeply") from None
-    except ValueError as error:
-        raise _RowFault(f"not valid JSON ({error}); each line must be one JSON object") from None
+    except json.JSONDecodeError as error:
+        raise _RowFault(
+            f"not valid JSON ({error.msg}, column {error.colno}); each line must be one JSON object"
+        ) from None
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
+        raise _RowFault("no JSON that can be read") from None
     if not isinstance(raw, dict):
         raise _RowFault(f"must be a JSON object, not {type(raw).__name__}: {_SHAPES}")
     if "messages" in raw:
@@ -296,7 +315,8 @@ def _row_of_messages(number: int, messages: Any) -> Row:
             raise _RowFault(f'messages[{position}] must be an object {{"role", "content"}}')
         _string(message, "content", f"messages[{position}].")
     if messages[-1]["role"] != "assistant":
-        raise _RowFault(f"the last message must be the assistant's, not {messages[-1]['role']!r}'s")
+        role = messages[-1]["role"]
+        raise _RowFault(f"the last message must have role 'assistant', not {role!r}")
     *question, last = messages
     answer = _text(last, "content", f"messages[{len(question)}].")
     text = "".join(f"{message['content']}\n" for message in question)

@@ -101,16 +101,19 @@ def train_adapter(
     batches = LengthGroupedBatches([len(e) for e in loaded.train], config.batch_size, config.seed)
     steps = config.max_steps or max(1, round((config.epochs or 1) * len(batches)))
 
-    def score_heldout(what: str) -> Score | None:
+    def score_heldout(what: str, next_step: int) -> Score | None:
         if not loaded.heldout:
             return None
         notify(f"Scoring {what} on {len(loaded.heldout)} held-out rows.")
-        return score(base.model, loaded.heldout, config.batch_size)
+        found = score(base.model, loaded.heldout, config.batch_size)
+        if not math.isfinite(found.loss):
+            raise _diverged(next_step, config.peak_lr)
+        return found
 
     modules = adaptable_modules(base.model)
     assert modules.keys() == base.spec.shapes.keys(), "the model is in use by an engine"
     with quiet_transformers(), inplace_training(base.model, modules, config.k) as layers:
-        before = score_heldout("the base")
+        before = score_heldout("the base", next_step=1)
 
         # 2. The steps.
         count = sum(layer.value.numel() for layer in layers.values())
@@ -123,7 +126,7 @@ def train_adapter(
         for layer in layers.values():
             with torch.no_grad():
                 layer.value.copy_(layer.value.to(FILE_DTYPE))
-        after = score_heldout("the adapter")
+        after = score_heldout("the adapter", next_step=steps + 1)
         parts = {
             name: ModuleBypass(layer.index.cpu(), layer.value.detach().to("cpu", FILE_DTYPE))
             for name, layer in layers.items()
@@ -200,11 +203,15 @@ def _check_fits(base: BaseModel, config: TrainConfig) -> None:
 class LengthGroupedBatches(Sampler[list[int]]):
     """Batches of row numbers: rows of like length together, yet in random order.
 
-    Rows are shuffled, sorted by length within windows of many batches, cut into batches, and the
+    Rows are shuffled, sorted by length within windows of a few batches, cut into batches, and the
     batches are shuffled. Each pass draws anew; the same seed gives the same passes.
     """
 
-    _WINDOW = 16  # batches
+    # In batches. A wide window saves padding, but rows of one length are often of one kind, and
+    # steps of one kind train worse. Tokens computed per token of data, rows of very mixed length:
+    # 1.86 at window 1, 1.29 at 4, 1.08 at 16; held-out loss after 40 steps of SQL, one seed: 0.150,
+    # 0.150 and 0.202.
+    _WINDOW = 4
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self._lengths = lengths
@@ -277,7 +284,7 @@ def _run_steps(
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     if not all(bool(layer.value.isfinite().all()) for layer in layers.values()):
-        raise _diverged(steps, config.peak_lr)
+        raise _diverged(steps + 1, config.peak_lr)
     return tuple(progress.losses)
 
 
@@ -312,8 +319,12 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
 
 def _diverged(step: int, lr: float) -> UsageError:
+    """The loss that step `step`, from 1, starts from is not a number."""
+    if step == 1:  # nothing has been trained yet
+        return UsageError("the base's own loss is not a number; try --dtype float32")
     return UsageError(
-        f"training diverged: the loss is not a number at step {step}; try a --lr below {lr:.2g}"
+        f"training diverged: the loss is not a number after step {step - 1}; "
+        f"try a --lr below {lr:.2g}"
     )
 
 
@@ -382,7 +393,9 @@ def _recipe(
         "rows": report.rows,
         "train_rows": report.train_rows,
         "too_long_rows": report.too_long,
-        "eval_fraction": config.eval_fraction,
+        "heldout": f"{config.eval_fraction:g} of the rows"
+        if config.eval_data is None
+        else config.eval_data.name,
         "k": config.k,
         "lr": config.peak_lr,
         "warmup_ratio": config.warmup_ratio,

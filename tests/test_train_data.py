@@ -1,0 +1,220 @@
+"""Rows of a data file: three shapes, their faults, the split, and their token ids."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from neuroada_serve.adapters.format import BaseSpec
+from neuroada_serve.config import TrainConfig
+from neuroada_serve.errors import DataError
+from neuroada_serve.model.loader import BaseModel
+from neuroada_serve.train.data import (
+    Row,
+    encode_prompt,
+    encode_row,
+    load_data,
+    read_rows,
+    split_rows,
+)
+
+END = 3
+
+
+class CharTokenizer:
+    """One token a character; a plain prompt starts with token 1, a chat turn with its role's."""
+
+    eos_token_id: int | None = END
+
+    def __init__(self, chat_template="yes"):
+        self.chat_template = chat_template
+
+    def __call__(self, text, add_special_tokens=True):
+        return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(c) for c in text])
+
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize, return_dict):
+        assert add_generation_prompt
+        assert tokenize
+        assert not return_dict
+        if messages[0]["role"] == "bard":
+            raise TypeError("no bards")
+        ids = [[ord(m["role"][0]), *map(ord, m["content"])] for m in messages]
+        return [*sum(ids, []), ord("a")]
+
+
+def _base(tokenizer=None, max_model_len=1000):
+    return BaseModel(
+        model=None,
+        tokenizer=tokenizer or CharTokenizer(),
+        spec=BaseSpec("fake", "0" * 64, {}),
+        path=Path(),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        eos_token_ids=frozenset({END}),
+        max_model_len=max_model_len,
+    )
+
+
+def _file(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
+def _rows(*prompts):
+    return [
+        Row(line, ({"role": "user", "content": p},), p, f"answer {line}")
+        for line, p in enumerate(prompts, start=1)
+    ]
+
+
+def test_three_shapes_read_alike(tmp_path):
+    path = _file(
+        tmp_path,
+        {"prompt": "hi\nyou", "completion": "yo"},
+        {"messages": [{"role": "user", "content": "hi\nyou"}, _assistant("yo")]},
+        {"instruction": "hi", "input": "you", "output": "yo", "answer": "ignored"},
+    )
+    assert [(r.messages, r.answer) for r in read_rows(path)] == [
+        (({"role": "user", "content": "hi\nyou"},), "yo")
+    ] * 3
+
+
+def test_plain_text_of_each_shape(tmp_path):
+    system = {"role": "system", "content": "be"}
+    path = _file(
+        tmp_path,
+        {"prompt": "2+2=", "completion": "4"},
+        {"messages": [system, {"role": "user", "content": "hi"}, _assistant("yo")]},
+        {"instruction": "hi", "input": "", "output": "yo"},
+    )
+    assert [row.text for row in read_rows(path)] == ["2+2=", "be\nhi\n", "hi\n"]
+
+
+def _assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("{", "not valid JSON (Expecting property name enclosed in double quotes, column 2)"),
+        ("[" * 100_000, "no JSON that can be read"),
+        ("[1]", "must be a JSON object, not list"),
+        ({"question": "a", "answer": "b"}, "has keys ['answer', 'question']"),
+        ({"prompt": "a", "completion": " "}, "completion is empty"),
+        ({"prompt": "", "completion": "b"}, "prompt is empty"),
+        ({"prompt": 3, "completion": "b"}, "prompt must be a string, not int"),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, "input must be a string, not list"),
+        ({"messages": [_assistant("b")]}, "at least a question and an answer"),
+        ({"messages": ["a", _assistant("b")]}, "messages[0] must be an object"),
+        ({"messages": [_assistant("a"), {"role": "user", "content": "b"}]}, "not 'user'"),
+        ({"messages": [{"role": "user", "content": "a"}, _assistant("")]}, "[1].content is empty"),
+        ('{"prompt": "a", "completion": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, fault):
+    path = _file(tmp_path, {"prompt": "a", "completion": "b"}, "", row)
+    with pytest.raises(DataError) as raised:
+        read_rows(path)
+    assert str(path) in str(raised.value)
+    assert "line 3: " in str(raised.value)
+    assert fault in str(raised.value)
+
+
+def test_ten_faults_are_shown_and_the_rest_counted(tmp_path):
+    with pytest.raises(DataError) as raised:
+        read_rows(_file(tmp_path, *["{"] * 13))
+    assert str(raised.value).count("not valid JSON") == 10
+    assert "13 unusable rows" in str(raised.value)
+    assert "and 3 more" in str(raised.value)
+
+
+def test_bytes_that_are_no_text_are_a_fault(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\xff\xfe\n')
+    with pytest.raises(DataError, match="1 unusable row:\n  line 2: not UTF-8 text"):
+        read_rows(path)
+
+
+def test_absent_and_empty_files_say_so(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl cannot be read: No such file"):
+        read_rows(tmp_path / "nowhere.jsonl")
+    with pytest.raises(DataError, match="has no rows"):
+        read_rows(_file(tmp_path, ""))
+
+
+def test_messages_that_the_template_refuses_are_named_by_line(tmp_path):
+    bard = {"messages": [{"role": "bard", "content": "a"}, _assistant("b")]}
+    path = _file(tmp_path, {"prompt": "a", "completion": "b"}, bard)
+    with pytest.raises(DataError, match="line 2: the chat template refuses the messages: no bards"):
+        load_data(_base(), path, TrainConfig())
+
+
+def test_split_is_by_seed_and_not_by_order():
+    rows = _rows(*map(str, range(50)))
+    train, heldout = split_rows(rows, 0.2, seed=1)
+    assert (len(train), len(heldout)) == (40, 10)
+    again = split_rows(rows[::-1], 0.2, seed=1)[1]
+    assert {r.line for r in again} == {r.line for r in heldout}
+    assert {r.line for r in split_rows(rows, 0.2, seed=2)[1]} != {r.line for r in heldout}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prompt_is_never_on_both_sides(seed):
+    rows = _rows(*(str(i % 7) for i in range(60)))
+    train, heldout = split_rows(rows, 0.3, seed)
+    assert len(train) + len(heldout) == 60
+    assert heldout
+    assert not {r.text for r in train} & {r.text for r in heldout}
+
+
+def test_split_leaves_something_to_train_on():
+    assert split_rows(_rows("a", "a"), 0.9, 0)[1] == []
+    assert len(split_rows(_rows("a", "b"), 0.99, 0)[0]) == 1
+    assert len(split_rows(_rows("a", "b", "c"), 0.01, 0)[1]) == 1
+    assert split_rows(_rows("a", "b", "c"), 0, 0)[1] == []
+
+
+def test_answer_is_tokenized_apart_and_ends_with_the_end_token():
+    (row,) = _rows("hi")
+    example = encode_row(_base(), row, "chat")
+    assert example.prompt_ids == (ord("u"), ord("h"), ord("i"), ord("a"))
+    assert example.answer_ids == (*map(ord, "answer 1"), END)
+
+
+def test_plain_prompts_skip_the_template():
+    (row,) = _rows("hi")
+    plain = [1, ord("h"), ord("i")]
+    assert encode_prompt(_base(), row, "plain") == plain
+    assert encode_prompt(_base(CharTokenizer(chat_template=None)), row, "chat") == plain
+
+
+def test_a_base_without_end_token_is_refused():
+    tokenizer = CharTokenizer()
+    tokenizer.eos_token_id = None
+    (row,) = _rows("hi")
+    assert encode_row(_base(tokenizer), row, "chat").answer_ids[-1] == END
+    endless = BaseModel(**{**vars(_base(tokenizer)), "eos_token_ids": frozenset()})
+    with pytest.raises(DataError, match="no end token"):
+        encode_row(endless, row, "chat")
+
+
+def test_long_rows_are_left_out_and_counted(tmp_path):
+    rows = [{"prompt": f"{i}" * n, "completion": "b"} for i, n in enumerate([3, 4, 5, 6])]
+    config = TrainConfig(max_length=8, eval_fraction=0)  # role, prompt, role, answer, end
+    data = load_data(_base(), _file(tmp_path, *rows), config)
+    assert [len(e) for e in data.train] == [7, 8]
+    assert (data.report.rows, data.report.too_long, data.report.tokens) == (4, 2, 15)
+    assert (
+        str(data.report) == "4 rows: 2 to train on, 0 held out, 2 left out as too long; 15 tokens"
+    )
+
+
+@pytest.mark.parametrize(("most", "fix"), [(1000, "raise --max-length"), (5, "shorten the rows")])
+def test_rows_that_are_all_too_long_say_what_to_do(tmp_path, most, fix):
+    path = _file(tmp_path, {"prompt": "abcdef", "completion": "b"})
+    with pytest.raises(DataError, match=f"longer than .* the shortest has 10; .*{fix}"):
+        load_data(_base(max_model_len=most), path, TrainConfig(max_length=8))
