@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import plain_generate, plain_merged, random_adapter, save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from neuroada_serve import save_adapter
@@ -132,7 +133,8 @@ def test_wrong_flag_is_a_usage_error():
 
 
 def test_every_flag_has_help():
-    for command in ("serve", "train", "eval", "generate", "merge", "inspect"):
-        text = run(command, "--help").stdout
-        flags = [line for line in text.splitlines() if line.strip().startswith("--")]
-        assert all(len(line.split()) > 2 or "--help" in line for line in flags), command
+    commands = get_command(app).commands
+    assert set(commands) == {"demo", "serve", "train", "eval", "generate", "merge", "inspect"}
+    for name, command in commands.items():
+        for parameter in command.params:
+            assert parameter.help, (name, parameter.name)

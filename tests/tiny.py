@@ -145,7 +145,11 @@ def adapter_for(
 @torch.no_grad()
 def plain_merged(source: ModelSource, adapter: Adapter | None, dtype: str = "float32"):
     """The same model in plain transformers with the adapter added to its weights: the reference."""
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        dtype=getattr(torch, dtype),
+        attn_implementation="eager",  # the one that no transformers release gets wrong for Gemma 2
+    )
     if adapter is not None:
         for name, part in adapter.modules.items():
             module = model.get_submodule(name)
