@@ -7,7 +7,7 @@ from neuroada_serve.request import FinishReason
 
 @dataclass
 class EngineMetrics:
-    """Totals since the engine started."""
+    """Totals since the engine started. num_finished counts choices, by how they ended."""
 
     num_steps: int = 0
     num_prompt_tokens: int = 0  # computed in prefill

@@ -123,6 +123,21 @@ def test_every_sequence_ends_with_exactly_one_final_output(llama):
     assert sorted(finals) == [(f"r{i}", index) for i in range(5) for index in range(2)]
 
 
+def test_metrics_count_what_was_done(llama):
+    engine = new_engine(*llama)
+    engine.add_request("done", PROMPTS[1], SamplingParams(max_tokens=3, n=2, ignore_eos=True), "a")
+    engine.add_request("left", PROMPTS[0], GREEDY)
+    engine.abort("left")
+    run(engine)
+    engine.merge("a")
+    engine.unmerge()
+    metrics = engine.metrics
+    assert (metrics.num_prompt_tokens, metrics.num_output_tokens) == (2 * len(PROMPTS[1]), 6)
+    assert metrics.num_finished[FinishReason.LENGTH] == 2
+    assert metrics.num_finished[FinishReason.ABORT] == 1
+    assert (metrics.num_steps, metrics.num_merges, metrics.num_unmerges) == (3, 1, 1)
+
+
 def test_abort_frees_slot_and_lease(llama):
     source, adapters = llama
     engine = new_engine(source, adapters)

@@ -136,7 +136,8 @@ def _hub_snapshot(model: str) -> Path:
     except Exception as error:  # the hub client raises httpx, OSError and its own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{model!r} is no local folder and could not be fetched from the hub: {reason}"
+            f"{model!r} is no local folder and could not be fetched from the hub ({reason}); check "
+            "the name and the network, or name the folder of a local copy"
         ) from error
 
 
