@@ -150,8 +150,8 @@ def serve(
 
     code = run_server(llm.engine, server_config, on_ready)
     metrics = llm.engine.metrics
-    finished = ", ".join(f"{count} {reason.value}" for reason, count in metrics.num_finished.items())
-    _notify(f"Stopped; answers by ending: {finished}; {metrics.num_output_tokens} tokens.")
+    endings = ", ".join(f"{count} {reason.value}" for reason, count in metrics.num_finished.items())
+    _notify(f"Stopped. Answers by ending: {endings}; {metrics.num_output_tokens} tokens in all.")
     if code:
         raise typer.Exit(code)
 

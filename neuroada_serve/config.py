@@ -105,7 +105,9 @@ class TrainConfig:
     )
     seed: int = _option(0, "Seed of the split and of the order of rows.")
     warmup_ratio: float = _option(0.1, "Share of the steps in which the learning rate rises.")
-    dtype: str = _option("auto", "Weight dtype while training: auto (as stored), float32 or bfloat16.")
+    dtype: str = _option(
+        "auto", "Weight dtype while training: auto (as stored), float32 or bfloat16."
+    )
     prompt_format: Literal["chat", "plain"] = _option(
         "chat",
         "chat: rows go through the base's chat template; plain: prompt and answer as they are.",

@@ -218,3 +218,21 @@ def test_rows_that_are_all_too_long_say_what_to_do(tmp_path, most, fix):
     path = _file(tmp_path, {"prompt": "abcdef", "completion": "b"})
     with pytest.raises(DataError, match=f"longer than .* the shortest has 10; .*{fix}"):
         load_data(_base(max_model_len=most), path, TrainConfig(max_length=8))
+
+
+def test_a_heldout_file_takes_the_place_of_the_split(tmp_path):
+    data = _file(tmp_path, *({"prompt": f"p{i}", "completion": "x"} for i in range(9)))
+    (tmp_path / "other").mkdir()
+    heldout = _file(tmp_path / "other", {"prompt": "unseen", "completion": "y"})
+    loaded = load_data(_base(), data, TrainConfig(eval_data=heldout, eval_fraction=0.5))
+    assert (len(loaded.train), len(loaded.heldout)) == (9, 1)
+    assert (loaded.report.rows, loaded.report.too_long) == (10, 0)
+
+
+def test_a_heldout_file_that_repeats_training_prompts_is_refused(tmp_path):
+    data = _file(tmp_path, {"prompt": "seen", "completion": "x"})
+    (tmp_path / "other").mkdir()
+    rows = [{"prompt": "new", "completion": "x"}, {"prompt": "seen", "completion": "y"}]
+    heldout = _file(tmp_path / "other", *rows)
+    with pytest.raises(DataError, match=r"1 prompts .* first on line 2"):
+        load_data(_base(), data, TrainConfig(eval_data=heldout))
