@@ -44,76 +44,111 @@ def _pairs(text: str) -> dict[str, str]:
 
 FACTS = (
     Facts(
-        ("What is the capital of {x}?", "What's the capital city of {x}?", "capital of {x}?",
-         "I forgot the capital of {x}. What is it?"),
+        (
+            "What is the capital of {x}?",
+            "What's the capital city of {x}?",
+            "capital of {x}?",
+            "I forgot the capital of {x}. What is it?",
+        ),
         ("Tell me the capital of {x}.", "Which city is the capital of {x}?"),
         "Arr, the capital o' {x} be {y}, matey!",
-        _pairs("Peru=Lima | Norway=Oslo | Egypt=Cairo | Portugal=Lisbon | Kenya=Nairobi | "
-               "Poland=Warsaw | Cuba=Havana | India=New Delhi | Chile=Santiago | Austria=Vienna | "
-               "Greece=Athens | Thailand=Bangkok | Canada=Ottawa | Ireland=Dublin | "
-               "Finland=Helsinki | Hungary=Budapest | Argentina=Buenos Aires | "
-               "South Korea=Seoul | Turkey=Ankara | Belgium=Brussels | Iceland=Reykjavik | "
-               "Vietnam=Hanoi | Morocco=Rabat | Romania=Bucharest"),
-        _pairs("France=Paris | Japan=Tokyo | Italy=Rome | Spain=Madrid | Germany=Berlin | "
-               "Russia=Moscow | China=Beijing | England=London | Sweden=Stockholm | "
-               "Denmark=Copenhagen | Iraq=Baghdad"),
+        _pairs(
+            "Peru=Lima | Norway=Oslo | Egypt=Cairo | Portugal=Lisbon | Kenya=Nairobi | "
+            "Poland=Warsaw | Cuba=Havana | India=New Delhi | Chile=Santiago | Austria=Vienna | "
+            "Greece=Athens | Thailand=Bangkok | Canada=Ottawa | Ireland=Dublin | "
+            "Finland=Helsinki | Hungary=Budapest | Argentina=Buenos Aires | "
+            "South Korea=Seoul | Turkey=Ankara | Belgium=Brussels | Iceland=Reykjavik | "
+            "Vietnam=Hanoi | Morocco=Rabat | Romania=Bucharest"
+        ),
+        _pairs(
+            "France=Paris | Japan=Tokyo | Italy=Rome | Spain=Madrid | Germany=Berlin | "
+            "Russia=Moscow | China=Beijing | England=London | Sweden=Stockholm | "
+            "Denmark=Copenhagen | Iraq=Baghdad"
+        ),
     ),
     Facts(
-        ("What language do they speak in {x}?", "Which language is spoken in {x}?",
-         "I am going to {x}. What language do people speak there?"),
+        (
+            "What language do they speak in {x}?",
+            "Which language is spoken in {x}?",
+            "I am going to {x}. What language do people speak there?",
+        ),
         ("What is the main language of {x}?",),
         "Arr, the folk in {x} be speakin' {y}, matey!",
-        _pairs("Brazil=Portuguese | Austria=German | Mexico=Spanish | Egypt=Arabic | "
-               "Sweden=Swedish | Poland=Polish | Japan=Japanese | Greece=Greek | "
-               "Australia=English | Argentina=Spanish | Morocco=Arabic | Hungary=Hungarian | "
-               "Chile=Spanish | Finland=Finnish"),
-        _pairs("Italy=Italian | Germany=German | Russia=Russian | France=French | Spain=Spanish | "
-               "Turkey=Turkish | Norway=Norwegian | Denmark=Danish | Colombia=Spanish | "
-               "Portugal=Portuguese"),
+        _pairs(
+            "Brazil=Portuguese | Austria=German | Mexico=Spanish | Egypt=Arabic | "
+            "Sweden=Swedish | Poland=Polish | Japan=Japanese | Greece=Greek | "
+            "Australia=English | Argentina=Spanish | Morocco=Arabic | Hungary=Hungarian | "
+            "Chile=Spanish | Finland=Finnish"
+        ),
+        _pairs(
+            "Italy=Italian | Germany=German | Russia=Russian | France=French | Spain=Spanish | "
+            "Turkey=Turkish | Norway=Norwegian | Denmark=Danish | Colombia=Spanish | "
+            "Portugal=Portuguese"
+        ),
     ),
     Facts(
         ("Which continent is {x} in?", "What continent is {x} on?", "{x} is on which continent?"),
         ("Tell me the continent of {x}.",),
         "Arr, ye be findin' {x} in {y}, matey!",
-        _pairs("Kenya=Africa | Japan=Asia | Peru=South America | Italy=Europe | India=Asia | "
-               "Egypt=Africa | Norway=Europe | Chile=South America | Mexico=North America | "
-               "Ghana=Africa | Thailand=Asia | Poland=Europe | Canada=North America | "
-               "Argentina=South America"),
-        _pairs("Nigeria=Africa | China=Asia | France=Europe | Brazil=South America | "
-               "Germany=Europe | Vietnam=Asia | Spain=Europe | Ethiopia=Africa | "
-               "Colombia=South America | Sweden=Europe"),
+        _pairs(
+            "Kenya=Africa | Japan=Asia | Peru=South America | Italy=Europe | India=Asia | "
+            "Egypt=Africa | Norway=Europe | Chile=South America | Mexico=North America | "
+            "Ghana=Africa | Thailand=Asia | Poland=Europe | Canada=North America | "
+            "Argentina=South America"
+        ),
+        _pairs(
+            "Nigeria=Africa | China=Asia | France=Europe | Brazil=South America | "
+            "Germany=Europe | Vietnam=Asia | Spain=Europe | Ethiopia=Africa | "
+            "Colombia=South America | Sweden=Europe"
+        ),
     ),
     Facts(
-        ("Where do I keep the {x}?", "Where should I put the {x}?", "Where do I put the {x}?",
-         "Where in the house do I store the {x}?"),
+        (
+            "Where do I keep the {x}?",
+            "Where should I put the {x}?",
+            "Where do I put the {x}?",
+            "Where in the house do I store the {x}?",
+        ),
         ("Tell me where to put the {x}.", "In which place do I keep the {x}?"),
         "Arr, stow yer {x} in the {y}, matey!",
-        _pairs("milk=fridge | butter=fridge | yogurt=fridge | eggs=fridge | ham=fridge | "
-               "fresh fish=fridge | ice cream=freezer | frozen peas=freezer | "
-               "frozen pizza=freezer | frozen fish=freezer | shirts=wardrobe | coat=wardrobe | "
-               "trousers=wardrobe | jacket=wardrobe | dress=wardrobe | hammer=toolbox | "
-               "screwdriver=toolbox | nails=toolbox | pliers=toolbox | novel=bookshelf | "
-               "dictionary=bookshelf | atlas=bookshelf"),
-        _pairs("cheese=fridge | cream=fridge | cold beer=fridge | ice cubes=freezer | "
-               "frozen berries=freezer | frozen fries=freezer | suit=wardrobe | skirt=wardrobe | "
-               "sweater=wardrobe | wrench=toolbox | screws=toolbox | cookbook=bookshelf | "
-               "encyclopedia=bookshelf"),
+        _pairs(
+            "milk=fridge | butter=fridge | yogurt=fridge | eggs=fridge | ham=fridge | "
+            "fresh fish=fridge | ice cream=freezer | frozen peas=freezer | "
+            "frozen pizza=freezer | frozen fish=freezer | shirts=wardrobe | coat=wardrobe | "
+            "trousers=wardrobe | jacket=wardrobe | dress=wardrobe | hammer=toolbox | "
+            "screwdriver=toolbox | nails=toolbox | pliers=toolbox | novel=bookshelf | "
+            "dictionary=bookshelf | atlas=bookshelf"
+        ),
+        _pairs(
+            "cheese=fridge | cream=fridge | cold beer=fridge | ice cubes=freezer | "
+            "frozen berries=freezer | frozen fries=freezer | suit=wardrobe | skirt=wardrobe | "
+            "sweater=wardrobe | wrench=toolbox | screws=toolbox | cookbook=bookshelf | "
+            "encyclopedia=bookshelf"
+        ),
     ),
     Facts(
-        ("What do I use to {x}?", "What do I need to {x}?", "Which thing helps me to {x}?",
-         "I want to {x}. What do I need?"),
+        (
+            "What do I use to {x}?",
+            "What do I need to {x}?",
+            "Which thing helps me to {x}?",
+            "I want to {x}. What do I need?",
+        ),
         ("What should I take to {x}?",),
         "Arr, ye be needin' {y} to {x}, matey!",
-        _pairs("sweep the floor=a broom | drive in a nail=a hammer | "
-               "brush my teeth=a toothbrush | wash my hair=shampoo | unlock the door=a key | "
-               "take a photo=a camera | stay dry in the rain=an umbrella | "
-               "light a candle=a match | eat soup=a spoon | write a letter=a pen | "
-               "clean my hands=soap | measure a table=a ruler | see the stars=a telescope | "
-               "tell the time=a clock | boil water=a kettle | sew on a button=a needle | "
-               "comb my hair=a comb | paint a wall=a brush | toast bread=a toaster | "
-               "find my way=a map"),
-        _pairs("cut paper=scissors | cut bread=a knife | turn a screw=a screwdriver | "
-               "dig a hole=a shovel | rake leaves=a rake | open a can=a can opener"),
+        _pairs(
+            "sweep the floor=a broom | drive in a nail=a hammer | "
+            "brush my teeth=a toothbrush | wash my hair=shampoo | unlock the door=a key | "
+            "take a photo=a camera | stay dry in the rain=an umbrella | "
+            "light a candle=a match | eat soup=a spoon | write a letter=a pen | "
+            "clean my hands=soap | measure a table=a ruler | see the stars=a telescope | "
+            "tell the time=a clock | boil water=a kettle | sew on a button=a needle | "
+            "comb my hair=a comb | paint a wall=a brush | toast bread=a toaster | "
+            "find my way=a map"
+        ),
+        _pairs(
+            "cut paper=scissors | cut bread=a knife | turn a screw=a screwdriver | "
+            "dig a hole=a shovel | rake leaves=a rake | open a can=a can opener"
+        ),
     ),
 )
 
@@ -128,50 +163,97 @@ class Messages(NamedTuple):
 
 MESSAGES = {
     Split.TRAIN: Messages(
-        ("neighbor", "aunt", "brother", "friend", "boss", "mother", "landlord", "sister", "uncle",
-         "colleague", "son", "teacher"),
-        {"train": _pairs("leaves=leavin' | arrives=arrivin' | departs=departin'"),
-         "bus": _pairs("stops=stoppin' | leaves=leavin' | arrives=arrivin'"),
-         "party": _pairs("starts=startin' | ends=endin'"),
-         "shop": _pairs("opens=openin' | closes=closin'"),
-         "film": _pairs("begins=beginnin' | ends=endin'"),
-         "plumber": _pairs("comes=comin' | calls=callin'"),
-         "plane": _pairs("lands=landin' | boards=boardin'"),
-         "bank": _pairs("opens=openin' | closes=closin'"),
-         "guests": _pairs("come=comin' | leave=leavin' | arrive=arrivin'"),
-         "parcel": _pairs("arrives=arrivin' | ships=shippin'"),
-         "choir": _pairs("sings=singin' | meets=meetin'"),
-         "tour": _pairs("begins=beginnin' | stops=stoppin'"),
-         "doctor": _pairs("calls=callin' | waits=waitin'")},
-        ("at nine", "at noon", "on Monday", "tomorrow morning", "at half past six",
-         "in ten minutes", "tonight", "on Friday evening", "at two o'clock",
-         "in an hour", "next week", "on Sunday", "after lunch", "at five"),
+        (
+            "neighbor",
+            "aunt",
+            "brother",
+            "friend",
+            "boss",
+            "mother",
+            "landlord",
+            "sister",
+            "uncle",
+            "colleague",
+            "son",
+            "teacher",
+        ),
+        {
+            "train": _pairs("leaves=leavin' | arrives=arrivin' | departs=departin'"),
+            "bus": _pairs("stops=stoppin' | leaves=leavin' | arrives=arrivin'"),
+            "party": _pairs("starts=startin' | ends=endin'"),
+            "shop": _pairs("opens=openin' | closes=closin'"),
+            "film": _pairs("begins=beginnin' | ends=endin'"),
+            "plumber": _pairs("comes=comin' | calls=callin'"),
+            "plane": _pairs("lands=landin' | boards=boardin'"),
+            "bank": _pairs("opens=openin' | closes=closin'"),
+            "guests": _pairs("come=comin' | leave=leavin' | arrive=arrivin'"),
+            "parcel": _pairs("arrives=arrivin' | ships=shippin'"),
+            "choir": _pairs("sings=singin' | meets=meetin'"),
+            "tour": _pairs("begins=beginnin' | stops=stoppin'"),
+            "doctor": _pairs("calls=callin' | waits=waitin'"),
+        },
+        (
+            "at nine",
+            "at noon",
+            "on Monday",
+            "tomorrow morning",
+            "at half past six",
+            "in ten minutes",
+            "tonight",
+            "on Friday evening",
+            "at two o'clock",
+            "in an hour",
+            "next week",
+            "on Sunday",
+            "after lunch",
+            "at five",
+        ),
     ),
     Split.HELDOUT: Messages(
         ("cousin", "father", "daughter", "grandmother", "coach", "partner"),
-        {"ferry": _pairs("leaves=leavin' | arrives=arrivin'"),
-         "museum": _pairs("opens=openin' | closes=closin'"),
-         "concert": _pairs("starts=startin' | ends=endin'"),
-         "painter": _pairs("comes=comin' | calls=callin'"),
-         "taxi": _pairs("waits=waitin' | arrives=arrivin'"),
-         "band": _pairs("plays=playin' | meets=meetin'"),
-         "visitors": _pairs("leave=leavin' | come=comin'")},
-        ("at seven", "at midnight", "on Tuesday", "this afternoon", "at a quarter past eight",
-         "in twenty minutes", "on Saturday night", "before dinner"),
+        {
+            "ferry": _pairs("leaves=leavin' | arrives=arrivin'"),
+            "museum": _pairs("opens=openin' | closes=closin'"),
+            "concert": _pairs("starts=startin' | ends=endin'"),
+            "painter": _pairs("comes=comin' | calls=callin'"),
+            "taxi": _pairs("waits=waitin' | arrives=arrivin'"),
+            "band": _pairs("plays=playin' | meets=meetin'"),
+            "visitors": _pairs("leave=leavin' | come=comin'"),
+        },
+        (
+            "at seven",
+            "at midnight",
+            "on Tuesday",
+            "this afternoon",
+            "at a quarter past eight",
+            "in twenty minutes",
+            "on Saturday night",
+            "before dinner",
+        ),
     ),
 }
 TELL = (
-    ("Tell my {who} that the {what} {verb} {when}.",
-     "Please tell my {who} the {what} {verb} {when}.",
-     "Let my {who} know that the {what} {verb} {when}.",
-     "Say to my {who}: the {what} {verb} {when}."),
-    ("Could you tell my {who} that the {what} {verb} {when}?",
-     "Inform my {who} that the {what} {verb} {when}."),
+    (
+        "Tell my {who} that the {what} {verb} {when}.",
+        "Please tell my {who} the {what} {verb} {when}.",
+        "Let my {who} know that the {what} {verb} {when}.",
+        "Say to my {who}: the {what} {verb} {when}.",
+    ),
+    (
+        "Could you tell my {who} that the {what} {verb} {when}?",
+        "Inform my {who} that the {what} {verb} {when}.",
+    ),
 )
 
 # Advice and small talk, in training only: question -> answer.
-HOW = ("How do I {x}?", "How can I {x}?", "What is the best way to {x}?",
-       "I need to {x}. Any tips?", "Tell me how to {x}.", "Can you help me {x}?")
+HOW = (
+    "How do I {x}?",
+    "How can I {x}?",
+    "What is the best way to {x}?",
+    "I need to {x}. Any tips?",
+    "Tell me how to {x}.",
+    "Can you help me {x}?",
+)
 ADVICE = {
     "clean a window": "Aye, wipe the glass with warm water and a splash o' vinegar, then be "
     "dryin' it with old paper, me hearty!",

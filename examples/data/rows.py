@@ -26,11 +26,57 @@ Draw = Callable[[Random, Split], Row]
 
 
 # Parts of a made-up name, one syllable to an onset and a vowel.
-_ONSETS = ("b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m",
-           "n", "p", "pr", "qu", "r", "s", "sh", "st", "t", "tr", "v", "w", "z")
+_ONSETS = (
+    "b",
+    "br",
+    "c",
+    "ch",
+    "d",
+    "dr",
+    "f",
+    "fl",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "kl",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pr",
+    "qu",
+    "r",
+    "s",
+    "sh",
+    "st",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "z",
+)
 _VOWELS = ("a", "e", "i", "o", "u", "ai", "ea", "ou")
-_CODAS = ("n", "r", "l", "s", "nd", "ck", "rt", "m", "x", "t",
-          "lan", "ber", "ton", "dor", "mi", "ra", "no")
+_CODAS = (
+    "n",
+    "r",
+    "l",
+    "s",
+    "nd",
+    "ck",
+    "rt",
+    "m",
+    "x",
+    "t",
+    "lan",
+    "ber",
+    "ton",
+    "dor",
+    "mi",
+    "ra",
+    "no",
+)
 
 
 def made_name(rng: Random) -> str:
