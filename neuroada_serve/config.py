@@ -24,7 +24,7 @@ def help_of(config: type, name: str) -> str:
 def _at_least(config: object, **minimums: float) -> None:
     for name, minimum in minimums.items():
         value = getattr(config, name)
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:  # refuses nan too
             raise UsageError(f"{name} must be at least {minimum}, got {value}")
 
 
@@ -127,7 +127,7 @@ class TrainConfig:
             raise UsageError(f"warmup_ratio must be below 1, got {self.warmup_ratio}")
         if self.lr is not None and not 0 < self.lr <= 1:
             raise UsageError(f"lr must be above 0 and at most 1, got {self.lr}")
-        if self.epochs is not None and self.epochs <= 0:
+        if self.epochs is not None and not self.epochs > 0:
             raise UsageError(f"epochs must be above 0, got {self.epochs}")
         if not 0 <= self.eval_fraction < 1:
             raise UsageError(f"eval_fraction must be within [0, 1), got {self.eval_fraction}")

@@ -4,6 +4,7 @@ Standard library only: the scheduler and the server reason about requests withou
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -76,7 +77,7 @@ class SamplingParams:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise RequestError(f"{name} must be a number, got {value!r}", name)
-            if not low <= value <= high or not math.isfinite(value):
+            if not low <= value <= high or value == math.inf:  # isfinite fails on huge integers
                 limit = f"at least {low:g}" if high == math.inf else f"within [{low:g}, {high:g}]"
                 raise RequestError(f"{name} must be {limit}, got {value}", name)
         for name in _INTEGERS:
@@ -90,11 +91,24 @@ class SamplingParams:
             raise RequestError("top_p must be above 0; use temperature=0 for greedy", "top_p")
         if self.repetition_penalty <= 0:
             raise RequestError("repetition_penalty must be above 0", "repetition_penalty")
+        if not isinstance(self.stop, str | Sequence | None):
+            raise RequestError(f"stop must be a string or strings, got {self.stop!r}", "stop")
         if len(self.stop_strings) > MAX_STOP_STRINGS:
             raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings", "stop")
         if not all(isinstance(s, str) and s for s in self.stop_strings):
             raise RequestError("stop must be a string or strings, none empty", "stop")
-        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
+        if not isinstance(self.stop_token_ids, Sequence) or not all(
+            isinstance(token_id, int) for token_id in self.stop_token_ids
+        ):
+            raise RequestError("stop_token_ids must be a sequence of integers", "stop_token_ids")
+        if not isinstance(self.logit_bias, Mapping) or not all(
+            isinstance(token_id, int) for token_id in self.logit_bias
+        ):
+            raise RequestError("logit_bias must map token ids, integers, to numbers", "logit_bias")
+        if not all(
+            isinstance(bias, int | float) and abs(bias) <= sys.float_info.max
+            for bias in self.logit_bias.values()
+        ):
             raise RequestError("logit_bias values must be finite", "logit_bias")
 
     @property

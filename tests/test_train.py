@@ -372,9 +372,16 @@ def test_nothing_is_printed_and_notify_hears_the_story(base, data, tmp_path, cap
     assert any(sentence.startswith("Step 6 of 6, loss ") for sentence in told)
 
 
+def _diverging(max_steps):
+    """A rate that TrainConfig itself would refuse: the loss overflows at once."""
+    config = TrainConfig(k=2, max_steps=max_steps)
+    object.__setattr__(config, "lr", 1e30)
+    return config
+
+
 def test_a_loss_that_is_no_number_stops_and_leaves_nothing(base, data, tmp_path):
     bits = _bits(base.model)
-    config = TrainConfig(k=2, lr=1e30, max_steps=6)
+    config = _diverging(max_steps=6)
     with pytest.raises(UsageError, match=r"not a number after step 1; try a --lr below 1e\+30"):
         train_adapter(base, data, tmp_path / "out", config)
     assert _same_bits(base.model, bits)
@@ -389,7 +396,7 @@ def test_a_base_that_gives_no_number_is_not_blamed_on_the_learning_rate(base, da
 
 
 def test_a_last_step_that_diverges_is_not_saved(base, data, tmp_path):
-    config = TrainConfig(k=2, lr=1e30, max_steps=1)
+    config = _diverging(max_steps=1)
     with pytest.raises(UsageError, match="training diverged: .* after step 1"):
         train_adapter(base, data, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()

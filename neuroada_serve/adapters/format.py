@@ -11,14 +11,17 @@ adapter_model.safetensors
     `__metadata__` repeats format, format_version and base_fingerprint.
 
 Files are hostile input. They are opened without following a link out of `root`, read once into
-memory, and checked in full before a tensor is made of them; all faults are reported together.
+memory, and checked in full before a tensor is made of them. The config, the header, the table of
+tensors and the values are checked one after the other; all faults of a stage are reported together.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,9 +141,9 @@ def load_adapter(
     """
     directory = Path(path)
     source = repr(directory.name)
-    if root is not None and not directory.resolve().is_relative_to(root.resolve()):
+    if root is not None and _resolved_within(directory, root) is None:
         raise AdapterFormatError(source, ["its path leads outside the adapter directory"])
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # unlike Path.is_dir, False for a name that is too long
         raise AdapterNotFoundError(
             f"no adapter directory {str(directory)!r}; it must hold {CONFIG_FILE} and "
             f"{WEIGHTS_FILE}"
@@ -152,6 +155,15 @@ def load_adapter(
     return _parse_adapter(config, data, base, allow_other_base, source)
 
 
+def _resolved_within(path: Path, root: Path) -> Path | None:
+    """The path without links; None where it leads out of root, or nowhere."""
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a NUL in the name
+        return None
+    return resolved if resolved.is_relative_to(root.resolve()) else None
+
+
 def _read_file(path: Path, limit: int, root: Path | None, source: str) -> bytes:
     """The bytes of one regular file; opened once, so what is checked is what is used."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -159,8 +171,8 @@ def _read_file(path: Path, limit: int, root: Path | None, source: str) -> bytes:
         if root is None:
             fd = os.open(path, flags)
         else:
-            resolved = path.resolve()
-            if not resolved.is_relative_to(root.resolve()):
+            resolved = _resolved_within(path, root)
+            if resolved is None:
                 fault = f"{path.name} is a link out of the adapter directory"
                 raise AdapterFormatError(source, [fault])
             fd = os.open(resolved, flags | os.O_NOFOLLOW)
@@ -170,10 +182,11 @@ def _read_file(path: Path, limit: int, root: Path | None, source: str) -> bytes:
         raise AdapterFormatError(
             source, [f"{path.name} cannot be read: {error.strerror}"]
         ) from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise AdapterFormatError(source, [f"{path.name} is not a regular file"])
     with open(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterFormatError(source, [f"{path.name} is not a regular file"])
         if status.st_size > limit:
             raise AdapterFormatError(
                 source, [f"{path.name} has {status.st_size} bytes, at most {limit} expected"]
@@ -185,22 +198,35 @@ def _read_file(path: Path, limit: int, root: Path | None, source: str) -> bytes:
 
 
 def _strict_json(data: bytes, what: str) -> tuple[dict[str, Any], list[str]]:
-    """A JSON object without repeated keys or non-JSON numbers; else empty, and the fault."""
+    """A JSON object that can be written again: keys once, finite numbers, Unicode text. Else
+    empty, and the fault."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            repeated = sorted({key for key in keys if keys.count(key) > 1})
-            raise ValueError(f"key {repeated[0]!r} occurs twice")
-        return dict(pairs)
+        parsed = dict(pairs)
+        if len(parsed) != len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            repeated = next(key for key, count in counts.items() if count > 1)
+            raise ValueError(f"key {repeated[:40]!r} occurs twice")
+        return parsed
 
     def no_constants(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text[:40]} is not finite")
+        return number
+
     try:
         parsed = json.loads(
-            data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants
+            data.decode("utf-8"),
+            object_pairs_hook=no_duplicates,
+            parse_constant=no_constants,
+            parse_float=finite,
         )
+        json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return {}, [f"{what} has half of a surrogate pair, which is no Unicode text"]
     except UnicodeDecodeError:
         return {}, [f"{what} is not UTF-8 text{_other_format(data)}"]
     except RecursionError:
@@ -219,6 +245,8 @@ def _other_format(data: bytes) -> str:
         b"\x80": "a pickle",
         b"\x93NUMPY": "a NumPy array",
         b"GGUF": "a GGUF model",
+        b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull`",
+        b"<": "a web page",
     }
     for magic, name in known.items():
         if data.startswith(magic):
@@ -325,13 +353,14 @@ def _parse_header(data: bytes) -> tuple[dict[str, _TensorInfo], dict[str, str], 
             continue
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if dtype not in _DTYPE_BYTES:
-            faults.append(f"{name[:80]} has dtype {dtype[:20]}, allowed: {', '.join(_DTYPE_BYTES)}")
+            allowed = ", ".join(_DTYPE_BYTES)
+            faults.append(f"{name[:80]!r} has dtype {dtype[:20]!r}, allowed: {allowed}")
             continue
         size = _DTYPE_BYTES[dtype]
         for dim in shape:
             size *= dim
         if start != expected_start or stop - start != size:
-            faults.append(f"{name[:80]} occupies bytes {start}..{stop}, its shape needs {size}")
+            faults.append(f"{name[:80]!r} occupies bytes {start}..{stop}, its shape needs {size}")
         expected_start = stop
         tensors[name] = _TensorInfo(dtype, tuple(shape))
     if not faults and 8 + header_bytes + expected_start != len(data):
@@ -478,11 +507,14 @@ def make_adapter(config: AdapterConfig, modules: Mapping[str, ModuleBypass]) -> 
     Raises:
         AdapterFormatError: the tensors break the format.
     """
-    faults: list[str] = []
+    table = {}
     for name, part in modules.items():
-        if part.index.shape[1] != config.k:
-            faults.append(f"{name} has k={part.index.shape[1]}, the config says {config.k}")
-        faults += _check_values(name, part, None)
+        for kind, tensor in (("index", part.index), ("bypass", part.bypass)):
+            dtype = _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+            table[f"{name}.{kind}"] = _TensorInfo(dtype, tuple(tensor.shape))
+    _, faults = _check_table(table, config, None)
+    if not faults:
+        faults = [f for name, part in modules.items() for f in _check_values(name, part, None)]
     if faults:
         raise AdapterFormatError("in memory", faults[:MAX_FAULTS])
     digest = hashlib.sha256(_weights_bytes(config, modules)).hexdigest()
@@ -490,11 +522,12 @@ def make_adapter(config: AdapterConfig, modules: Mapping[str, ModuleBypass]) -> 
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """Write an adapter directory, durably: a reader finds the old adapter, the new one, or files
-    that `load_adapter` refuses because `__metadata__` and the config disagree.
+    """Write an adapter directory, durably: no reader ever finds a file in part.
 
     Each file goes to a temporary file, is flushed to disk and renamed into place, weights before
-    config. Columns are stored as uint16 where all of them fit, else as int32.
+    config. Between the two renames the new weights stand under the old config: refused where base,
+    k or modules differ, else served, and described by the old metadata. Columns are stored as
+    uint16 where all of them fit, else as int32.
     """
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)

@@ -36,10 +36,16 @@ class Detokenizer:
         self._ids.append(token_id)
         before = self._decode(self._context, self._decoded)
         after = self._decode(self._context, len(self._ids))
-        if after.endswith("�") or len(after) <= len(before):
-            return False  # an unfinished character, or nothing to show
-        searched = len(self.text)
-        self.text += after[len(before) :]
+        if len(after) <= len(before):
+            return False  # nothing to show
+        searched, new = len(self.text), after[len(before) :]
+        if after.endswith("�"):  # an unfinished character; a stop string may stand before it
+            text, self.text = self.text, self.text + new.rstrip("�")
+            if may_stop and self._find_stop(searched):
+                return True
+            self.text = text
+            return False
+        self.text += new
         self._context, self._decoded = self._decoded, len(self._ids)
         return may_stop and self._find_stop(searched)
 

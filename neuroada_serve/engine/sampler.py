@@ -10,6 +10,7 @@ from torch import Tensor
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.request import SamplingParams
 
+_LARGEST = 1e30  # bound of biased logits: as good as infinite, and sums of them stay finite
 _NUCLEUS = 1024  # top_p is looked for among this many tokens first; a full sort is slow
 
 
@@ -42,6 +43,7 @@ def score(logits: Tensor, token_ids: Seq[int], num_top: int) -> list[Sampled]:
     return [Sampled(t, p, tuple(zip(i, v, strict=True))) for t, p, i, v in rows]
 
 
+@torch.inference_mode()  # the runner's logits are its tensors, and change in no other mode
 def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
     """Choose one token per row.
 
@@ -93,7 +95,8 @@ def _penalise_(row: Tensor, sequence: Sequence) -> None:
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=row.device)
-        row[ids] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+        biases = torch.tensor(list(params.logit_bias.values()), device=row.device)
+        row[ids] += biases.clamp(-_LARGEST, _LARGEST)
     if len(sequence.output_token_ids) < params.min_tokens:
         row[torch.tensor(sequence.end_token_ids, device=row.device, dtype=torch.int64)] = -torch.inf
 
@@ -102,7 +105,9 @@ def _draw(row: Tensor, sequence: Sequence) -> int:
     """One token by temperature, top_k, top_p and min_p; one uniform number per token."""
     params = sequence.params
     uniform = float(torch.rand((), generator=sequence.random, dtype=torch.float64))
-    probs = (row / params.temperature).softmax(-1)
+    # Bounded and measured from the best token: the lowest temperatures give -inf and 0, never nan.
+    row = row.clamp(max=_LARGEST)
+    probs = ((row - row.max()) / max(params.temperature, 1 / _LARGEST)).softmax(-1)
     vocab = len(probs)
     limit = params.top_k if 0 < params.top_k < vocab else vocab
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -161,6 +161,13 @@ def base_fingerprint(folder: Path, modules: list[str], prefix: str) -> str:
     Raises:
         ModelError: a module has no tensor of its own in the files.
     """
+    try:
+        return _kept_or_computed(folder, modules, prefix)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the weight files in {folder} cannot be read: {error}") from error
+
+
+def _kept_or_computed(folder: Path, modules: list[str], prefix: str) -> str:
     files = _weight_files(folder)
     state: dict[str, Any] = {
         "modules": hashlib.sha256("\n".join(sorted(modules)).encode()).hexdigest(),
@@ -181,12 +188,12 @@ def base_fingerprint(folder: Path, modules: list[str], prefix: str) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if (folder / "model.safetensors").is_file():  # goes before shards, as in transformers
+        return [folder / "model.safetensors"]
     shards = folder / "model.safetensors.index.json"
     if shards.is_file():
         names = set(json.loads(shards.read_text())["weight_map"].values())
         return [folder / name for name in sorted(names)]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     raise ModelError(
         f"{folder} has no model.safetensors; convert pickle checkpoints to safetensors first"
     )
