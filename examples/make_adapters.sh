@@ -15,7 +15,7 @@ make() { # name, generator, flags of neuroada train
     --out "$out/$name" --k 8 "$@"
 }
 
-make sql sql --lr 8e-3 --max-steps 250
+make sql sql --lr 8e-3 --max-steps 200
 make json json_record --lr 8e-3 --max-steps 250
 make triage triage --lr 5e-3 --max-steps 100
 make pirate pirate --lr 5e-3 --max-steps 120

@@ -41,6 +41,10 @@ Plain = Annotated[
 
 def main() -> None:
     """Console entry point."""
+    # Read by OpenMP when torch is imported. Its threads otherwise spin while they wait, which on a
+    # machine with other work, or in a container with a CPU quota, takes the time from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()
 
 
@@ -49,7 +53,6 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             function(*args, **kwargs)
         except UsageError as error:

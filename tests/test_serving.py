@@ -22,7 +22,7 @@ from neuroada_serve.model.source import resolve_model
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 QUESTION = {
-    "sql": "How many hotels have 5 stars?\nTable hotels, columns: name, stars, city",
+    "sql": "Which hotels have more than 3 stars?\nTable hotels, columns: name, stars, city",
     "triage": "I was charged twice this month.",
     "pirate": "How do I clean a window?",
     "demo": "Tell me a long story about a lighthouse.",
