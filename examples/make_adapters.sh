@@ -7,15 +7,15 @@ out=${1:-$here/adapters}
 rows=$(mktemp -d)
 trap 'rm -rf "$rows"' EXIT
 
-make() { # name, generator, flags of neuroada train
-  local name=$1 data=$2
-  shift 2
-  python "$here/data/$data.py" --out "$rows"
+make() { # name, generator, training rows, flags of neuroada train
+  local name=$1 data=$2 train=$3
+  shift 3
+  python "$here/data/$data.py" --out "$rows" --train "$train"
   neuroada train demo --data "$rows/$data.train.jsonl" --eval-data "$rows/$data.heldout.jsonl" \
     --out "$out/$name" --k 8 "$@"
 }
 
-make sql sql --lr 8e-3 --max-steps 200
-make json json_record --lr 8e-3 --max-steps 250
-make triage triage --lr 5e-3 --max-steps 100
-make pirate pirate --lr 5e-3 --max-steps 120
+make sql sql 2400 --lr 8e-3 --max-steps 300
+make json json_record 2400 --lr 8e-3 --max-steps 300
+make triage triage 1200 --lr 5e-3 --max-steps 100
+make pirate pirate 700 --lr 5e-3 --max-steps 120

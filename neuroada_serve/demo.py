@@ -39,18 +39,23 @@ def run_demo(console: Console, notify: Callable[[str], None]) -> None:
     )
     before = llm.base_digest()
 
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     # 1. One mixed batch: every prompt with its adapter, and the same prompts on the base.
     questions = [[{"role": "user", "content": prompt}] for prompt in prompts.values()]
     started = time.perf_counter()
     answers = llm.chat([*questions, *questions], _PARAMS, [*prompts, *[None] * len(prompts)])
     elapsed_s = time.perf_counter() - started
     adapted, plain = answers[: len(prompts)], answers[len(prompts) :]
-    table = Table("adapter", "prompt", "base", "with its adapter", show_lines=True)
+    table = Table(show_lines=True)
+    for heading in ("adapter", "prompt", "base", "with its adapter"):
+        table.add_column(heading, overflow="fold")  # a JSON record is one long word
     for (name, prompt), base_answer, answer in zip(prompts.items(), plain, adapted, strict=True):
         table.add_row(name, prompt, base_answer.text.strip(), answer.text.strip())
     console.print(table, markup=False)
     num_tokens = sum(len(answer.token_ids) for answer in answers)
-    console.print(
+    say(
         f"One batch: {len(answers)} requests, {len(prompts)} adapters and the base, {num_tokens} "
         f"tokens in {elapsed_s:.1f} s = {num_tokens / elapsed_s:.0f} tokens/s."
     )
@@ -63,11 +68,11 @@ def run_demo(console: Console, notify: Callable[[str], None]) -> None:
     merged: RequestOutput = llm.chat(questions[0], _PARAMS, name)[0]
     llm.unmerge()
     after = llm.base_digest()
-    console.print(f"{name} merged into the weights in {merge_ms:.0f} ms: {merged.text.strip()}")
+    say(f"{name} merged into the weights in {merge_ms:.0f} ms: {merged.text.strip()}")
     same = "the same answer" if merged.text == unmerged.text else "the answer differs by rounding"
-    console.print(f"Merged and unmerged give {same}.")
-    console.print(f"Base weights before: sha256 {before}")
-    console.print(f"Base weights after:  sha256 {after}")
+    say(f"Merged and unmerged give {same}.")
+    say(f"Base weights before: sha256 {before}")
+    say(f"Base weights after:  sha256 {after}")
     if before != after:
         raise DirtyWeightsError("the base weights changed: please report this")
-    console.print("Unmerged bit for bit.")
+    say("Unmerged bit for bit.")
