@@ -16,6 +16,6 @@ make() { # name, generator, training rows, flags of neuroada train
 }
 
 make sql sql 2400 --lr 8e-3 --max-steps 300
-make json json_record 2400 --lr 8e-3 --max-steps 300
+make json json_record 1200 --lr 8e-3 --max-steps 250
 make triage triage 1200 --lr 5e-3 --max-steps 100
 make pirate pirate 700 --lr 5e-3 --max-steps 120
