@@ -137,6 +137,7 @@ def main() -> None:
             "tokens": args.tokens,
             "rounds": args.rounds,
             "threads": torch.get_num_threads(),
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         },
         "tokens_per_s": samples,
         "ratio_to_base": ratios,

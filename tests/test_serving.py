@@ -43,6 +43,9 @@ def server(adapter_dir):
     """(base URL, process) of a running server."""
     command = [sys.executable, "-m", "neuroada_serve", "serve", "demo", "--port", "0"]
     command += ["--adapter-dir", str(adapter_dir), "--allow-runtime-adapters"]
+    # In bfloat16 a token may depend on how many rows its matrix product has; here answers are
+    # compared between batches.
+    command += ["--dtype", "float32"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -157,7 +160,7 @@ def test_broken_adapters_are_refused_by_name_and_serving_goes_on(
     base = load_base(resolve_model("demo"))
     good = tmp_path / "good"
     save_adapter(adapter_for(base.model, base.spec, seed=1), good)
-    assert len(BROKEN) >= 60
+    num_named = 0
     for kind, broken in BROKEN.items():
         folder = adapter_dir / f"broken-{kind}"
         shutil.copytree(good, folder)
@@ -166,8 +169,12 @@ def test_broken_adapters_are_refused_by_name_and_serving_goes_on(
         reply = httpx.post(f"{server[0]}/v1/load_lora_adapter", json=body, timeout=60)
         message = reply.json()["error"]["message"]
         assert reply.status_code in (400, 404), (kind, message)
-        if path.resolve().is_relative_to(adapter_dir) and reply.status_code == 400:
+        if message.startswith("adapter "):
             assert re.search(broken.match, message), kind
+            num_named += 1
+        else:
+            assert "lora_path" in message, kind  # the path itself is refused, before any file
         assert str(adapter_dir) not in message.replace(str(path), ""), kind
+    assert num_named >= 60
     assert {name: ask(client, name) for name in expected} == expected
     assert "broken" not in [model.id for model in client.models.list()]
