@@ -6,9 +6,15 @@ from tiny import FAMILIES, plain_generate, plain_merged, random_adapter, save_ti
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from neuroada_serve import LLM, SamplingParams
+from neuroada_serve.adapters.format import ModuleBypass, make_adapter
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.errors import AdapterNotFoundError, ModelError, RequestError
+from neuroada_serve.errors import (
+    AdapterFormatError,
+    AdapterNotFoundError,
+    ModelError,
+    RequestError,
+)
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import ModelSource
 from neuroada_serve.request import FinishReason
@@ -121,6 +127,28 @@ def test_every_sequence_ends_with_exactly_one_final_output(llama):
     engine.abort("no such request")
     finals = [(o.request_id, o.index) for o in run(engine) if o.finished]
     assert sorted(finals) == [(f"r{i}", index) for i in range(5) for index in range(2)]
+
+
+def test_adapter_in_memory_is_checked_like_one_on_disk(llama, tmp_path):
+    source, adapters = llama
+    llm = LLM(str(source.path))
+    foreign = random_adapter(save_tiny_model(tmp_path, "qwen3"), seed=1)
+    with pytest.raises(AdapterFormatError, match="trained on another base"):
+        llm.load_adapter("foreign", foreign)
+    name, part = next(iter(adapters["a"].modules.items()))
+    beyond = part.index.clone()
+    beyond[0, 0] = llm.engine.base.spec.shapes[name][1]
+    parts = {**adapters["a"].modules, name: ModuleBypass(beyond, part.bypass)}
+    with pytest.raises(AdapterFormatError, match=f"{name}.index has column"):
+        llm.load_adapter("beyond", make_adapter(adapters["a"].config, parts))
+    assert llm.adapters == ()
+
+
+def test_adapter_named_like_a_merge_mode_is_only_a_name(llama):
+    source, adapters = llama
+    for mode in ("never", "auto"):
+        engine = new_engine(source, {mode: adapters["a"]}, merge=mode)
+        assert engine.merged is None
 
 
 def test_metrics_count_what_was_done(llama):

@@ -409,12 +409,8 @@ def _parse_adapter(
         if metadata.get(key) != value:
             found = str(metadata.get(key))[:80]
             faults.append(f"__metadata__ {key} is {found!r}, {CONFIG_FILE} implies {value!r}")
-    if base is not None and config.base_fingerprint != base.fingerprint and not allow_other_base:
-        faults.append(
-            f"it was trained on another base ({config.base_model_name_or_path!r}, fingerprint "
-            f"{config.base_fingerprint[:12]}) than this one ({base.name!r}, fingerprint "
-            f"{base.fingerprint[:12]}); serve it on its own base or train it again on this one"
-        )
+    if base is not None and (fault := _base_fault(config, base, allow_other_base)):
+        faults.append(fault)
 
     modules, table_faults = _check_table(tensors, config, base)
     faults += table_faults
@@ -507,18 +503,46 @@ def make_adapter(config: AdapterConfig, modules: Mapping[str, ModuleBypass]) -> 
     Raises:
         AdapterFormatError: the tensors break the format.
     """
+    _check_in_memory(config, modules, None)
+    digest = hashlib.sha256(_weights_bytes(config, modules)).hexdigest()
+    return Adapter(config, dict(modules), digest)
+
+
+def check_adapter(adapter: Adapter, base: BaseSpec, *, allow_other_base: bool = False) -> None:
+    """Check an adapter in memory against a base, as `load_adapter` checks one on disk.
+
+    Raises:
+        AdapterFormatError: it belongs to another base or does not fit this one.
+    """
+    if fault := _base_fault(adapter.config, base, allow_other_base):
+        raise AdapterFormatError("in memory", [fault])
+    _check_in_memory(adapter.config, adapter.modules, base)
+
+
+def _check_in_memory(
+    config: AdapterConfig, modules: Mapping[str, ModuleBypass], base: BaseSpec | None
+) -> None:
     table = {}
     for name, part in modules.items():
         for kind, tensor in (("index", part.index), ("bypass", part.bypass)):
             dtype = _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
             table[f"{name}.{kind}"] = _TensorInfo(dtype, tuple(tensor.shape))
-    _, faults = _check_table(table, config, None)
+    _, faults = _check_table(table, config, base)
     if not faults:
-        faults = [f for name, part in modules.items() for f in _check_values(name, part, None)]
+        for name, part in modules.items():
+            faults += _check_values(name, part, None if base is None else base.shapes[name][1])
     if faults:
         raise AdapterFormatError("in memory", faults[:MAX_FAULTS])
-    digest = hashlib.sha256(_weights_bytes(config, modules)).hexdigest()
-    return Adapter(config, dict(modules), digest)
+
+
+def _base_fault(config: AdapterConfig, base: BaseSpec, allow_other_base: bool) -> str | None:
+    if allow_other_base or config.base_fingerprint == base.fingerprint:
+        return None
+    return (
+        f"it was trained on another base ({config.base_model_name_or_path!r}, fingerprint "
+        f"{config.base_fingerprint[:12]}) than this one ({base.name!r}, fingerprint "
+        f"{base.fingerprint[:12]}); serve it on its own base or train it again on this one"
+    )
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 from neuroada_serve.adapters.bank import AdapterBank
-from neuroada_serve.adapters.format import Adapter, load_adapter
+from neuroada_serve.adapters.format import Adapter, check_adapter, load_adapter
 from neuroada_serve.adapters.store import AdapterStore, AdapterVersion, Lease
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.detokenizer import Detokenizer
@@ -52,6 +52,8 @@ class Engine:
         self._merger = WeightMerger(layers)
         self._merged: Lease | None = None
         self._auto_merge = AutoMerge() if config.merge == "auto" else None
+        # An adapter may be named never or auto; the setting does not mean it then.
+        self._keep_merged = None if config.merge in ("never", "auto") else config.merge
         cache = KVCache(config.max_num_seqs, self.max_model_len)
         self._runner = ModelRunner(base, self._bank, context, cache)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens)
@@ -79,8 +81,16 @@ class Engine:
             path, self.base.spec, root=root, allow_other_base=self.config.allow_other_base
         )
 
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Check an adapter that was not read by `read_adapter`. Safe in any thread.
+
+        Raises:
+            AdapterFormatError: it belongs to another base or does not fit this one.
+        """
+        check_adapter(adapter, self.base.spec, allow_other_base=self.config.allow_other_base)
+
     def add_adapter(self, name: str, adapter: Adapter, replace: bool = False) -> None:
-        """Serve an adapter under a name. With replace, running requests keep the old version.
+        """Serve a checked adapter under a name. With replace, running requests keep the old one.
 
         Raises:
             AdapterConflictError: the name is taken and replace is False, or it is the base's.
@@ -99,7 +109,7 @@ class Engine:
         was_merged = self.merged == name
         resident = self._bank.upload(adapter, self._merger.realise(adapter))
         self._store.publish(AdapterVersion(name, adapter, resident), replace)
-        if was_merged or self.config.merge == name:
+        if was_merged or self._keep_merged == name:
             self.merge(name)
 
     def remove_adapter(self, name: str) -> None:

@@ -73,8 +73,11 @@ class LLM:
         Raises:
             AdapterError: its subclasses say what is wrong; nothing has changed then.
         """
-        loaded = adapter if isinstance(adapter, Adapter) else self.engine.read_adapter(adapter)
-        self.engine.add_adapter(name, loaded, replace)
+        if isinstance(adapter, Adapter):
+            self.engine.check_adapter(adapter)
+        else:
+            adapter = self.engine.read_adapter(adapter)
+        self.engine.add_adapter(name, adapter, replace)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; unmerged first if it is merged."""
@@ -189,11 +192,9 @@ class LLM:
 
 
 def _prompt_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(p, int) for p in prompts):
-        return [prompts]  # type: ignore[list-item]  # one prompt of token ids
-    return list(prompts)  # type: ignore[arg-type]
+    batch: Any = prompts
+    one_of_ids = not isinstance(batch, str) and batch and all(isinstance(p, int) for p in batch)
+    return [batch] if isinstance(batch, str) or one_of_ids else list(batch)
 
 
 def _one_each(value: Any, num: int, single: Any, what: str) -> list[Any]:

@@ -5,6 +5,7 @@ no answer and are accepted as no-ops: user, metadata, store, service_tier, safet
 prompt_cache_key. null means that a field was not given.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -124,9 +125,9 @@ class GenerationRequest(_Strict):
         return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives to report per token; None: no logprobs at all."""
-        raise NotImplementedError
 
     @property
     def num_prompt_logprobs(self) -> int | None:
@@ -134,9 +135,9 @@ class GenerationRequest(_Strict):
         return None
 
     @property
+    @abstractmethod
     def most_tokens(self) -> int | None:
         """`SamplingParams.max_tokens`."""
-        raise NotImplementedError
 
     def sampling_params(self) -> SamplingParams:
         """
