@@ -22,10 +22,6 @@ class KVCache:
         self._tokens = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self._layers.values() for t in pair)
-
     def reserve(self, num_slots: int, num_tokens: int) -> None:
         """Make room for num_slots sequences of num_tokens; grows to at least twice what it was."""
         if num_slots > self._slots:

@@ -12,7 +12,7 @@ class AutoMerge:
 
     With nothing merged the base's sequences are the free ones; with A merged those of A are, and
     all others, the base's among them, pay one correction each. So the group to free is simply the
-    largest one. A switch costs about a millisecond, so it takes a clear advantage that lasts.
+    largest one. A switch costs a part of a step, so it takes a clear advantage that lasts.
     """
 
     def __init__(self) -> None:

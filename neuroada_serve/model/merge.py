@@ -1,7 +1,7 @@
 """Hot merge: write one adapter into the weights, swap it for another, take it out bit for bit.
 
 Merging touches nnz values. The originals at `index` are saved first and unmerging writes them
-back; subtracting would leave 15 % of the touched bf16 weights wrong after one cycle. Two adapters
+back; subtracting would leave some of the touched weights off by a rounding. Two adapters
 on one index swap with a single write, since the saved originals serve both.
 """
 
