@@ -229,16 +229,20 @@ def test_non_finite_logits_fail_one_request_only(llama):
     source, adapters = llama
     huge = random_adapter(source, 9, k=2, scale=1e37)
     engine = new_engine(source, {**adapters, "huge": huge}, max_num_seqs=3)
-    for i, name in enumerate(["huge", "a", None, "b"]):
-        engine.add_request(f"r{i}", PROMPTS[1], GREEDY, name)
+    # r2 moves into the slot that r0 left and is shorter than it; r1 keeps the cache's view long, so
+    # that r2 looks, behind its mask, at what r0 wrote there.
+    asked = [("huge", 30), ("a", 40), (None, 3), ("b", 3)]
+    for i, (name, length) in enumerate(asked):
+        engine.add_request(f"r{i}", list(range(5, 5 + length)), GREEDY, name)
     outputs = run(engine)
     reasons = {o.request_id: o.finish_reason for o in outputs if o.finished}
     assert reasons.pop("r0") is FinishReason.ERROR
     assert FinishReason.ERROR not in reasons.values()
-    for i, name in ((1, "a"), (2, None), (3, "b")):  # r3 runs in the slot that r0 left
+    for i, (name, length) in list(enumerate(asked))[1:]:
         tokens = [t for o in outputs if o.request_id == f"r{i}" for t in o.token_ids]
         model = plain_merged(source, adapters.get(name))
-        assert tokens == plain_generate(model, PROMPTS[1], 12, engine.base.eos_token_ids)
+        prompt = list(range(5, 5 + length))
+        assert tokens == plain_generate(model, prompt, 12, engine.base.eos_token_ids)
 
 
 def test_failing_step_ends_its_requests_and_the_engine_goes_on(llama, monkeypatch, caplog):
