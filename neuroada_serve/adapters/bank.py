@@ -6,7 +6,7 @@ kept once whatever the mix of budgets.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -21,7 +21,10 @@ _FIRST_SLOTS = 4
 class _Plane:
     """The adapters that share one index table per module and one k."""
 
-    def __init__(self, k: int, tables: Mapping[str, int], rows: Mapping[str, int]) -> None:
+    def __init__(
+        self, number: int, k: int, tables: Mapping[str, int], rows: Mapping[str, int]
+    ) -> None:
+        self.number = number
         self.k = k
         self.tables = dict(tables)  # module -> table id
         self.offsets: dict[str, int] = {}  # module -> where its values start in a slot
@@ -72,6 +75,24 @@ class BankBatch:
         self._bank = bank
         self._plan = plan
 
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Two batches of one layout read the same memory: a CUDA graph of one serves the other."""
+        return (self._bank.version, *(plane.number for plane, _ in self._plan))
+
+    @property
+    def token_slots(self) -> list[TokenSlots]:
+        """Per plane in use, in the order of `layout`."""
+        return [token_slots for _, token_slots in self._plan]
+
+    def with_static(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> "BankBatch":
+        """The same batch reading its slots from these buffers, one pair per plane in use."""
+        plan = [
+            (plane, replace(token_slots, static=pair))
+            for (plane, token_slots), pair in zip(self._plan, buffers, strict=True)
+        ]
+        return BankBatch(self._bank, plan)
+
     def calls(self, module: str) -> list[tuple[Tensor, Tensor, TokenSlots]]:
         """(index, bypass, token_slots) for each `bypass_add_` that this module needs."""
         return [
@@ -90,6 +111,8 @@ class AdapterBank:
         self._tables_of: dict[str, list[int]] = {}  # module -> table ids
         self._planes: dict[tuple[int, tuple[tuple[str, int], ...]], _Plane] = {}
         self._next_table = count()
+        self._next_plane = count()
+        self.version = 0  # counts the times that device memory was replaced or freed
 
     @property
     def index_bytes(self) -> int:
@@ -112,9 +135,11 @@ class AdapterBank:
         key = (k, tuple(tables.items()))
         if key not in self._planes:
             rows = {module: adapter.modules[module].index.shape[0] for module in tables}
-            self._planes[key] = _Plane(k, tables, rows)
+            self._planes[key] = _Plane(next(self._next_plane), k, tables, rows)
         plane = self._planes[key]
         values = torch.cat([deltas[module].flatten() for module in tables]).to(self._device)
+        if not plane.free:
+            self.version += 1  # the pool grows, and moves
         return ResidentAdapter(plane, plane.put(values))
 
     def evict(self, resident: ResidentAdapter) -> None:
@@ -123,6 +148,7 @@ class AdapterBank:
         plane.used.remove(resident.slot)
         plane.free.append(resident.slot)
         if not plane.used:
+            self.version += 1
             self._planes = {key: p for key, p in self._planes.items() if p is not plane}
             wanted = {table for p in self._planes.values() for table in p.tables.values()}
             self._tables = {t: index for t, index in self._tables.items() if t in wanted}
@@ -163,6 +189,7 @@ class AdapterBank:
             shared = min(table.shape[1], index.shape[1])
             if torch.equal(table[:, :shared], index[:, :shared]):
                 if index.shape[1] > table.shape[1]:
+                    self.version += 1
                     self._tables[table_id] = index.contiguous()
                 return table_id
         table_id = next(self._next_table)

@@ -26,11 +26,14 @@ class TokenSlots:
     slots: per token, the row of `bypass` that holds its adapter's values, or NO_SLOT.
     merged_slot: the adapter that is merged into the weights just now. Its own tokens need
         nothing; all others, also those on the base, take its values out again.
+    static: device tensors that `on_device` gives out in place of copies of the above, because a
+        captured CUDA graph reads them again later.
     """
 
     slots: tuple[int, ...]
     device: torch.device
     merged_slot: int | None = None
+    static: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -39,6 +42,17 @@ class TokenSlots:
     def idle(self) -> bool:
         """Whether no token has anything to add."""
         return not self._stretches
+
+    @cached_property
+    def on_device(self) -> tuple[Tensor, Tensor]:
+        """(slots [num_tokens], merged_slot [1]), int32 on the device, NO_SLOT for none."""
+        if self.static is not None:
+            return self.static
+        merged = NO_SLOT if self.merged_slot is None else self.merged_slot
+        return (
+            torch.tensor(self.slots, dtype=torch.int32, device=self.device),
+            torch.tensor([merged], dtype=torch.int32, device=self.device),
+        )
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
