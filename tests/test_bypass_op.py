@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from neuroada_serve.errors import ShapeError
-from neuroada_serve.ops.bypass import NO_SLOT, TokenSlots, bypass_add_, bypass_add_reference
+from neuroada_serve.ops.bypass import (
+    NO_SLOT,
+    BypassTable,
+    TokenSlots,
+    bypass_add_,
+    bypass_add_reference,
+)
 
 CPU = torch.device("cpu")
 NUM_SLOTS = 9
@@ -64,7 +70,7 @@ def test_reference_is_the_sum_written_out():
                         value -= float(bypass[merged_slot, i, j])
                     expected[t, i] += value * x[t, index[i, j]]
         slots_now = TokenSlots(slots, CPU, merged_slot)
-        assert_close(bypass_add_reference(y, x, index, bypass, slots_now), expected)
+        assert_close(bypass_add_reference(y, x, BypassTable(index, bypass), slots_now), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,8 +84,8 @@ def test_op_equals_the_reference(dtype, k, popularity, num_tokens):
     for (d_out, d_in), merged_slot in product(SIZES, (None, 3, 7)):
         y, x, index, bypass = random_case(num_tokens, d_out, d_in, min(k, d_in), dtype)
         token_slots = TokenSlots(slots, CPU, merged_slot)
-        expected = bypass_add_reference(y, x, index, bypass, token_slots)
-        bypass_add_(y, x, index, bypass, token_slots)
+        expected = bypass_add_reference(y, x, BypassTable(index, bypass), token_slots)
+        bypass_add_(y, x, BypassTable(index, bypass), token_slots)
         assert_close(y, expected)
 
 
@@ -88,8 +94,8 @@ def test_sums_are_rounded_once(dtype):
     """Within half a unit in the last place of the exact sum, whatever the dtype of the parts."""
     y, x, index, bypass = random_case(40, 33, 64, 32, dtype)
     token_slots = TokenSlots(slots_of("prefills", 40), CPU, 2)
-    exact = bypass_add_reference(y.double(), x, index, bypass, token_slots).double()
-    bypass_add_(y, x, index, bypass, token_slots)
+    exact = bypass_add_reference(y.double(), x, BypassTable(index, bypass), token_slots).double()
+    bypass_add_(y, x, BypassTable(index, bypass), token_slots)
     half_unit = exact.abs() * torch.finfo(dtype).eps / 2
     assert bool(((y.double() - exact).abs() <= half_unit + 2e-5).all())
 
@@ -98,8 +104,8 @@ def test_sums_are_rounded_once(dtype):
 def test_values_may_have_another_dtype_than_activations(values):
     y, x, index, bypass = random_case(20, 7, 5, 2, torch.bfloat16)
     token_slots = TokenSlots(slots_of("uniform", 20), CPU)
-    expected = bypass_add_reference(y, x, index, bypass.to(values), token_slots)
-    bypass_add_(y, x, index, bypass.to(values), token_slots)
+    expected = bypass_add_reference(y, x, BypassTable(index, bypass.to(values)), token_slots)
+    bypass_add_(y, x, BypassTable(index, bypass.to(values)), token_slots)
     assert_close(y, expected)
 
 
@@ -112,9 +118,9 @@ def test_slots_and_columns_may_lie_apart(popularity):
     view.copy_(wide[:, :, :3])
     token_slots = TokenSlots(slots_of(popularity, 60), CPU, 5)
     expected = bypass_add_reference(
-        y, x, table[:, :3].contiguous(), wide[:, :, :3].contiguous(), token_slots
+        y, x, BypassTable(table[:, :3].contiguous(), wide[:, :, :3].contiguous()), token_slots
     )
-    bypass_add_(y, x, table[:, :3], view, token_slots)
+    bypass_add_(y, x, BypassTable(table[:, :3], view), token_slots)
     assert_close(y, expected)
 
 
@@ -122,7 +128,7 @@ def test_base_tokens_keep_their_bits():
     y, x, index, bypass = random_case(133, 33, 64, 5, torch.bfloat16)
     slots = slots_of("uniform", 133)
     before = y.clone()
-    bypass_add_(y, x, index, bypass, TokenSlots(slots, CPU))
+    bypass_add_(y, x, BypassTable(index, bypass), TokenSlots(slots, CPU))
     for t, slot in enumerate(slots):
         assert torch.equal(y[t], before[t]) == (slot == NO_SLOT)
 
@@ -131,7 +137,7 @@ def test_merged_tokens_keep_their_bits():
     y, x, index, bypass = random_case(133, 33, 64, 5, torch.float32)
     slots = slots_of("zipf", 133)
     before = y.clone()
-    bypass_add_(y, x, index, bypass, TokenSlots(slots, CPU, merged_slot=0))
+    bypass_add_(y, x, BypassTable(index, bypass), TokenSlots(slots, CPU, merged_slot=0))
     for t, slot in enumerate(slots):
         assert torch.equal(y[t], before[t]) == (slot == 0)
 
@@ -143,11 +149,11 @@ def test_poisoned_token_never_reaches_another(popularity, merged_slot, poison):
     y, x, index, bypass = random_case(50, 7, 17, 3, torch.float32)
     token_slots = TokenSlots(slots_of(popularity, 50), CPU, merged_slot)
     clean = y.clone()
-    bypass_add_(clean, x, index, bypass, token_slots)
+    bypass_add_(clean, x, BypassTable(index, bypass), token_slots)
     for bad in (0, 20, 49):
         poisoned, result = x.clone(), y.clone()
         poisoned[bad] = poison
-        bypass_add_(result, poisoned, index, bypass, token_slots)
+        bypass_add_(result, poisoned, BypassTable(index, bypass), token_slots)
         others = [t for t in range(50) if t != bad]
         assert torch.equal(result[others], clean[others])
 
@@ -158,9 +164,9 @@ def test_poisoned_slot_never_reaches_tokens_of_another(merged_slot):
     slots = slots_of("prefills", 100) + slots_of("uniform", 33)
     token_slots = TokenSlots(slots, CPU, merged_slot)
     clean = y.clone()
-    bypass_add_(clean, x, index, bypass, token_slots)
+    bypass_add_(clean, x, BypassTable(index, bypass), token_slots)
     bypass[0] = float("nan")
-    bypass_add_(y, x, index, bypass, token_slots)
+    bypass_add_(y, x, BypassTable(index, bypass), token_slots)
     others = [t for t, slot in enumerate(slots) if slot != 0]
     assert torch.equal(y[others], clean[others])
     assert 0 in slots
@@ -170,16 +176,18 @@ def test_token_alone_equals_token_in_any_batch():
     y, x, index, bypass = random_case(64, 33, 64, 5, torch.float32)
     slots = slots_of("uniform", 32) + slots_of("identical", 32)
     together = y.clone()
-    bypass_add_(together, x, index, bypass, TokenSlots(slots, CPU))
+    bypass_add_(together, x, BypassTable(index, bypass), TokenSlots(slots, CPU))
     for t in range(64):
         alone = y[t : t + 1].clone()
-        bypass_add_(alone, x[t : t + 1], index, bypass, TokenSlots(slots[t : t + 1], CPU))
+        bypass_add_(
+            alone, x[t : t + 1], BypassTable(index, bypass), TokenSlots(slots[t : t + 1], CPU)
+        )
         assert_close(together[t : t + 1], alone)
 
 
 def test_no_tokens_are_fine():
     y, x, index, bypass = random_case(0, 7, 17, 3, torch.float32)
-    bypass_add_(y, x, index, bypass, TokenSlots((), CPU))
+    bypass_add_(y, x, BypassTable(index, bypass), TokenSlots((), CPU))
     assert y.shape == (0, 7)
 
 
@@ -187,7 +195,7 @@ def test_reference_is_differentiable():
     y, x, index, bypass = random_case(6, 4, 9, 2, torch.float32)
     bypass.requires_grad_()
     token_slots = TokenSlots((1, NO_SLOT, 1, 0, 5, 5), CPU)
-    bypass_add_reference(y, x, index, bypass, token_slots).sum().backward()
+    bypass_add_reference(y, x, BypassTable(index, bypass), token_slots).sum().backward()
     expected = torch.zeros_like(bypass)
     for t, slot in enumerate(token_slots.slots):
         if slot != NO_SLOT:
@@ -199,26 +207,15 @@ def test_reference_is_differentiable():
 # --- token slots -----------------------------------------------------------------------------
 
 
-def test_long_stretches_are_runs_and_the_rest_lanes():
-    slots = (4,) * 8 + (NO_SLOT,) * 9 + (4, 4) + (6,) * 9 + (1,) * 7
-    token_slots = TokenSlots(slots, CPU)
-    assert token_slots.runs == ((4, 0, 8), (6, 19, 28))
-    positions, lane_slots = token_slots.lanes
-    assert positions.tolist() == [17, 18, *range(28, 35)]
-    assert lane_slots.tolist() == [4, 4] + [1] * 7
-
-
 @pytest.mark.parametrize("merged_slot", [None, 0, 3])
 @pytest.mark.parametrize("popularity", ["base", "identical", "uniform", "zipf", "prefills"])
-def test_every_token_with_work_is_in_one_run_or_one_lane(popularity, merged_slot):
+def test_every_token_with_work_is_in_one_lane(popularity, merged_slot):
     slots = slots_of(popularity, 133)
     token_slots = TokenSlots(slots, CPU, merged_slot)
     idle = NO_SLOT if merged_slot is None else merged_slot
-    covered = [(t, s) for s, start, stop in token_slots.runs for t in range(start, stop)]
-    if token_slots.lanes is not None:
-        covered += list(zip(*(part.tolist() for part in token_slots.lanes), strict=True))
-    assert sorted(covered) == [(t, s) for t, s in enumerate(slots) if s != idle]
-    assert token_slots.idle == (not covered)
+    lanes = list(zip(*(part.tolist() for part in token_slots.lanes), strict=True))
+    assert lanes == [(t, s) for t, s in enumerate(slots) if s != idle]
+    assert token_slots.idle == (not lanes)
 
 
 def test_batch_without_work_is_idle():
@@ -239,7 +236,7 @@ def test_batch_without_work_is_idle():
         ((3, 4), (3, 5), (4, 2), (9, 4, 3), 3, (r"\(9, 4, 3\)", r"\(4, 2\)")),
         ((3, 4), (3, 5), (4, 2), (4, 2), 3, (r"bypass \(4, 2\)", r"index \(4, 2\)")),
         ((3, 4), (3, 5), (6, 2), (9, 6, 2), 3, (r"\(3, 4\)", r"\(6, 2\)")),
-        ((3, 4), (3, 5), (4, 2), (9, 4, 2), 2, (r"2 token slots", r"\(3, 4\)")),
+        ((3, 4), (3, 5), (4, 2), (9, 4, 2), 2, (r"\(3, 4\)", r"2 token slots")),
     ],
 )
 def test_shapes_that_disagree_are_both_named(y, x, index, bypass, num_slots, named):
@@ -247,7 +244,6 @@ def test_shapes_that_disagree_are_both_named(y, x, index, bypass, num_slots, nam
         bypass_add_(
             torch.zeros(y),
             torch.zeros(x),
-            torch.zeros(index).int(),
-            torch.zeros(bypass),
+            BypassTable(torch.zeros(index).int(), torch.zeros(bypass)),
             TokenSlots((1,) * num_slots, CPU),
         )

@@ -10,7 +10,12 @@ from neuroada_serve.adapters.format import Adapter, AdapterConfig, ModuleBypass,
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.engine.merge_policy import AutoMerge
 from neuroada_serve.errors import AdapterFormatError, DirtyWeightsError
-from neuroada_serve.model.bypass_linear import BypassContext, BypassLinear, attach_bypass
+from neuroada_serve.model.bypass_linear import (
+    BypassContext,
+    BypassLinear,
+    BypassSite,
+    attach_bypass,
+)
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.merge import WeightMerger, weights_digest
 
@@ -28,14 +33,16 @@ class Model:
             layer = Conv1D(d_out, d_in) if name == "up" else nn.Linear(d_in, d_out)
             nn.init.normal_(layer.weight, std=0.3)
             self.module[name] = layer.to(dtype).requires_grad_(False)
-        context = BypassContext()
-        self.layers = {n: BypassLinear(m, n, context) for n, m in self.module.items()}
+        self.layers = {
+            name: BypassLinear(module, name, BypassSite({name: module}, BypassContext()))
+            for name, module in self.module.items()
+        }
         self.merger = WeightMerger(self.layers)
 
     def weight(self, name: str) -> torch.Tensor:
         """[d_out, d_in], a view."""
         layer = self.layers[name]
-        return layer.weight.t() if layer.transposed else layer.weight
+        return layer.weight.t() if name == "up" else layer.weight
 
     def digest(self) -> str:
         return weights_digest(self.module)
@@ -142,7 +149,7 @@ def test_negative_zeros_come_back():
 def test_thousand_rotating_merges_leave_the_digest(dtype, tmp_path):
     base = load_base(save_tiny_model(tmp_path, dtype=dtype))
     adapters = [adapter_for(base.model, base.spec, seed, k=1 + seed % 4) for seed in range(8)]
-    layers, _ = attach_bypass(base.model)
+    layers = attach_bypass(base.model).layers
     merger, before = WeightMerger(layers), weights_digest(base.model)
     for cycle in range(1000 if dtype == torch.bfloat16 else 50):
         merger.merge(adapters[cycle * 5 % 8])

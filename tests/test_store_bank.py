@@ -47,9 +47,9 @@ def assert_holds(bank: AdapterBank, resident: ResidentAdapter, adapter: Adapter)
     for name in SIZES:
         calls = batch.calls(name)
         assert len(calls) == (name in adapter.modules)
-        for index, bypass, token_slots in calls:
-            assert torch.equal(index, adapter.modules[name].index)
-            assert torch.equal(bypass[token_slots.slots[0]], adapter.modules[name].bypass)
+        for part, token_slots in calls:
+            assert torch.equal(part.table.index, adapter.modules[name].index)
+            assert torch.equal(part.table.bypass[token_slots.slots[0]], adapter.modules[name].bypass)
 
 
 # --- store -----------------------------------------------------------------------------------
@@ -320,17 +320,17 @@ def test_batch_gives_each_plane_the_slots_of_its_own_tokens():
     a, b = upload(bank, new_adapter(0)), upload(bank, new_adapter(1))
     c = upload(bank, new_adapter(2, k=5))
     calls = bank.batch([a, None, c, b, c], None).calls("a.q")
-    assert [slots.slots for _, _, slots in calls] == [
+    assert [slots.slots for _, slots in calls] == [
         (a.slot, -1, -1, b.slot, -1),
         (-1, -1, c.slot, -1, c.slot),
     ]
-    assert all(slots.merged_slot is None for _, _, slots in calls)
+    assert all(slots.merged_slot is None for _, slots in calls)
 
 
 def test_batch_takes_the_merged_adapter_out_for_all_others():
     bank = AdapterBank(CPU)
     a, c = upload(bank, new_adapter(0)), upload(bank, new_adapter(2, k=5))
-    (_, _, of_c), (_, _, of_a) = bank.batch([None, c, a], merged=a).calls("a.q")
+    (_, of_c), (_, of_a) = bank.batch([None, c, a], merged=a).calls("a.q")
     assert (of_c.slots, of_c.merged_slot) == ((-1, c.slot, -1), None)
     assert (of_a.slots, of_a.merged_slot) == ((-1, -1, a.slot), a.slot)
 

@@ -1,41 +1,76 @@
 """The device side of the adapters: each distinct index once, every adapter's values by slot.
 
-Adapters of one index and one k form a plane: a pool [num_slots, nnz] in which an adapter is one
-row. A smaller k on the same index reads the first columns of the larger k's table, so tables are
-kept once whatever the mix of budgets.
+The linear layers that read the same input (q, k and v, say) are one site: their rows are numbered
+through, and the op runs once for all of them. Adapters of one index and one k form a plane: a pool
+[num_slots, nnz] in which an adapter is one row. A smaller k on the same index reads the first
+columns of the larger k's table, so tables are kept once whatever the mix of budgets.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import count
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, groupby
 
 import torch
 from torch import Tensor
 
 from neuroada_serve.adapters.format import Adapter
-from neuroada_serve.ops.bypass import NO_SLOT, TokenSlots
+from neuroada_serve.ops.bypass import NO_SLOT, BypassTable, TokenSlots
 
 _FIRST_SLOTS = 4
+# So many consecutive tokens of one adapter are multiplied by a weight that holds its values; fewer
+# go through `bypass_add_`. Where they meet on the CPU: bench/LOG.md, 2026-11-22.
+RUN_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows first..stop - 1 of a site in one plane."""
+
+    first: int
+    stop: int
+    table: int  # id of their index table
+    offset: int  # where their values start in a slot
+
+
+@dataclass(eq=False)
+class SiteBypass:
+    """What all adapters of a plane have for some rows of a site; lives until the bank changes.
+
+    rows: of the site.
+    table: views into the bank's memory.
+    positions: where the entries lie in the site's weight; kept here by the site.
+    """
+
+    rows: slice
+    table: BypassTable
+    positions: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens start..stop - 1 of one adapter.
+
+    adds: (plane, slot, sign): what to add to the weights for them, in this order.
+    """
+
+    start: int
+    stop: int
+    adds: tuple[tuple["_Plane", int, int], ...]
 
 
 class _Plane:
     """The adapters that share one index table per module and one k."""
 
-    def __init__(
-        self, number: int, k: int, tables: Mapping[str, int], rows: Mapping[str, int]
-    ) -> None:
+    def __init__(self, number: int, k: int, sites: Mapping[str, Sequence[_Rows]]) -> None:
         self.number = number
         self.k = k
-        self.tables = dict(tables)  # module -> table id
-        self.offsets: dict[str, int] = {}  # module -> where its values start in a slot
-        self.rows = dict(rows)  # module -> d_out
-        self.nnz = 0
-        for module, d_out in rows.items():
-            self.offsets[module] = self.nnz
-            self.nnz += d_out * k
+        self.sites = dict(sites)
+        self.nnz = sum((r.stop - r.first) * k for rows in sites.values() for r in rows)
         self.values: Tensor | None = None  # (num_slots, nnz)
         self.free: list[int] = []
         self.used: set[int] = set()
+        self.views: dict[str, list[SiteBypass]] = {}  # by site, of views_version of the bank
+        self.views_version = -1
 
     def put(self, values: Tensor) -> int:
         """Copy one adapter's values, [nnz], into a slot of their own."""
@@ -52,12 +87,12 @@ class _Plane:
         self.used.add(slot)
         return slot
 
-    def bypass(self, module: str) -> Tensor:
-        """[num_slots, d_out, k], a view."""
+    def bypass(self, rows: _Rows) -> Tensor:
+        """[num_slots, rows, k], a view."""
         assert self.values is not None
-        start, d_out = self.offsets[module], self.rows[module]
-        part = self.values[:, start : start + d_out * self.k]
-        return part.view(-1, d_out, self.k)
+        num_rows = rows.stop - rows.first
+        part = self.values[:, rows.offset : rows.offset + num_rows * self.k]
+        return part.view(-1, num_rows, self.k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +104,21 @@ class ResidentAdapter:
 
 
 class BankBatch:
-    """What one forward adds: per plane in use, the slot of every token."""
+    """What one forward adds.
 
-    def __init__(self, bank: "AdapterBank", plan: Sequence[tuple[_Plane, TokenSlots]]) -> None:
+    runs: long stretches of tokens of one adapter, in order; their tokens are in no call.
+    """
+
+    def __init__(
+        self,
+        bank: "AdapterBank",
+        plan: Sequence[tuple[_Plane, TokenSlots]],
+        runs: Sequence[Run] = (),
+    ) -> None:
         self._bank = bank
         self._plan = plan
+        self._views = [(bank.views(plane), token_slots) for plane, token_slots in plan]
+        self.runs = runs
 
     @property
     def layout(self) -> tuple[int, ...]:
@@ -91,25 +136,43 @@ class BankBatch:
             (plane, replace(token_slots, static=pair))
             for (plane, token_slots), pair in zip(self._plan, buffers, strict=True)
         ]
-        return BankBatch(self._bank, plan)
+        return BankBatch(self._bank, plan, self.runs)
 
-    def calls(self, module: str) -> list[tuple[Tensor, Tensor, TokenSlots]]:
-        """(index, bypass, token_slots) for each `bypass_add_` that this module needs."""
+    def calls(self, site: str) -> list[tuple[SiteBypass, TokenSlots]]:
+        """The calls of `bypass_add_` that a site needs."""
         return [
-            (self._bank.index(plane, module), plane.bypass(module), token_slots)
-            for plane, token_slots in self._plan
-            if module in plane.tables
+            (part, token_slots)
+            for views, token_slots in self._views
+            for part in views.get(site, ())
+        ]
+
+    def adds(self, site: str, run: Run) -> list[tuple[SiteBypass, Tensor]]:
+        """What a run adds to a site's weight: parts with their values [rows, k], in order."""
+        return [
+            (part, part.table.bypass[slot] if sign > 0 else -part.table.bypass[slot])
+            for plane, slot, sign in run.adds
+            for part in self._bank.views(plane).get(site, ())
         ]
 
 
 class AdapterBank:
-    """All resident adapters of one model. Used by the engine's thread only."""
+    """All resident adapters of one model. Used by the engine's thread only.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where the values are kept.
+        sites: site -> its modules in the order of their rows, with their d_out. A module that is
+            in none is a site of its own.
+    """
+
+    def __init__(
+        self, device: torch.device, sites: Mapping[str, Mapping[str, int]] | None = None
+    ) -> None:
         self._device = device
-        self._tables: dict[int, Tensor] = {}  # table id -> [d_out, largest k] int32
-        self._tables_of: dict[str, list[int]] = {}  # module -> table ids
-        self._planes: dict[tuple[int, tuple[tuple[str, int], ...]], _Plane] = {}
+        self._sites = dict(sites or {})
+        self._site_of = {m: site for site, modules in self._sites.items() for m in modules}
+        self._tables: dict[int, Tensor] = {}  # table id -> [rows, largest k] int32
+        self._tables_of: dict[tuple[str, int], list[int]] = {}  # (site, first row) -> table ids
+        self._planes: dict[tuple[object, ...], _Plane] = {}
         self._next_table = count()
         self._next_plane = count()
         self.version = 0  # counts the times that device memory was replaced or freed
@@ -131,16 +194,21 @@ class AdapterBank:
             deltas: module -> [d_out, k], the values to serve (`WeightMerger.realise`).
         """
         k = adapter.config.k
-        tables = {m: self._intern(m, part.index) for m, part in sorted(adapter.modules.items())}
-        key = (k, tuple(tables.items()))
+        sites: dict[str, list[_Rows]] = {}
+        parts, offset = [], 0
+        for site, first, modules in self._stretches(adapter.modules):
+            index = torch.cat([adapter.modules[m].index for m in modules])
+            table = self._intern((site, first), index)
+            sites.setdefault(site, []).append(_Rows(first, first + len(index), table, offset))
+            offset += index.numel()
+            parts += [deltas[m].flatten() for m in modules]
+        key = (k, *((site, *rows) for site, rows in sites.items()))
         if key not in self._planes:
-            rows = {module: adapter.modules[module].index.shape[0] for module in tables}
-            self._planes[key] = _Plane(next(self._next_plane), k, tables, rows)
+            self._planes[key] = _Plane(next(self._next_plane), k, sites)
         plane = self._planes[key]
-        values = torch.cat([deltas[module].flatten() for module in tables]).to(self._device)
         if not plane.free:
             self.version += 1  # the pool grows, and moves
-        return ResidentAdapter(plane, plane.put(values))
+        return ResidentAdapter(plane, plane.put(torch.cat(parts).to(self._device)))
 
     def evict(self, resident: ResidentAdapter) -> None:
         """Free the slot; the plane and its tables go with their last adapter."""
@@ -150,14 +218,31 @@ class AdapterBank:
         if not plane.used:
             self.version += 1
             self._planes = {key: p for key, p in self._planes.items() if p is not plane}
-            wanted = {table for p in self._planes.values() for table in p.tables.values()}
+            wanted = {
+                rows.table
+                for p in self._planes.values()
+                for site in p.sites.values()
+                for rows in site
+            }
             self._tables = {t: index for t, index in self._tables.items() if t in wanted}
-            for module, ids in self._tables_of.items():
-                self._tables_of[module] = [t for t in ids if t in wanted]
+            for place, ids in self._tables_of.items():
+                self._tables_of[place] = [t for t in ids if t in wanted]
 
-    def index(self, plane: _Plane, module: str) -> Tensor:
-        """[d_out, k] int32, a view of the module's table."""
-        return self._tables[plane.tables[module]][:, : plane.k]
+    def views(self, plane: _Plane) -> Mapping[str, list[SiteBypass]]:
+        """What a plane has, by site, one part per stretch of adjacent rows."""
+        if plane.views_version != self.version:
+            plane.views = {
+                name: [
+                    SiteBypass(
+                        slice(rows.first, rows.stop),
+                        BypassTable(self._tables[rows.table][:, : plane.k], plane.bypass(rows)),
+                    )
+                    for rows in stretches
+                ]
+                for name, stretches in plane.sites.items()
+            }
+            plane.views_version = self.version
+        return plane.views
 
     def batch(
         self, residents: Sequence[ResidentAdapter | None], merged: ResidentAdapter | None
@@ -168,26 +253,43 @@ class AdapterBank:
             residents: per token its adapter, None for the base.
             merged: the adapter that is in the weights just now; every other token takes it out.
         """
-        planes = {r.plane: None for r in residents if r is not None}  # a dict keeps the order
+        runs = _runs(residents, merged)
+        in_runs = list(residents)
+        for run in runs:
+            in_runs[run.start : run.stop] = [merged] * (run.stop - run.start)  # nothing to add
+        planes = {r.plane: None for r in in_runs if r is not None}  # a dict keeps the order
         if merged is not None:
             planes[merged.plane] = None
         plan = []
         for plane in planes:
-            slots = tuple(r.slot if r and r.plane is plane else NO_SLOT for r in residents)
+            slots = tuple(r.slot if r and r.plane is plane else NO_SLOT for r in in_runs)
             merged_slot = merged.slot if merged is not None and merged.plane is plane else None
             token_slots = TokenSlots(slots, self._device, merged_slot)
             if not token_slots.idle:
                 plan.append((plane, token_slots))
-        return BankBatch(self, plan)
+        return BankBatch(self, plan, runs)
 
-    def _intern(self, module: str, index: Tensor) -> int:
+    def _stretches(self, modules: Iterable[str]) -> list[tuple[str, int, list[str]]]:
+        """(site, first row, modules) of every group of modules with adjacent rows, in order."""
+        wanted, found = set(modules), []
+        for site in sorted({self._site_of.get(module, module) for module in wanted}):
+            row = 0
+            members = self._sites.get(site, {site: 0})
+            for is_wanted, group in groupby(members, lambda module: module in wanted):
+                names = list(group)
+                if is_wanted:
+                    found.append((site, row, names))
+                row += sum(members[name] for name in names)
+        return found
+
+    def _intern(self, place: tuple[str, int], index: Tensor) -> int:
         """The id of the table that begins with these columns; the longer of two such is kept."""
         index = index.to(self._device)
-        ids = self._tables_of.setdefault(module, [])
+        ids = self._tables_of.setdefault(place, [])
         for table_id in ids:
             table = self._tables[table_id]
             shared = min(table.shape[1], index.shape[1])
-            if torch.equal(table[:, :shared], index[:, :shared]):
+            if len(table) == len(index) and torch.equal(table[:, :shared], index[:, :shared]):
                 if index.shape[1] > table.shape[1]:
                     self.version += 1
                     self._tables[table_id] = index.contiguous()
@@ -196,3 +298,15 @@ class AdapterBank:
         self._tables[table_id] = index.contiguous()
         ids.append(table_id)
         return table_id
+
+
+def _runs(residents: Sequence[ResidentAdapter | None], merged: ResidentAdapter | None) -> list[Run]:
+    """The stretches of at least RUN_TOKENS tokens of one adapter that is not in the weights."""
+    runs, start = [], 0
+    for resident, tokens in groupby(residents):
+        stop = start + sum(1 for _ in tokens)
+        if stop - start >= RUN_TOKENS and resident is not merged:
+            adds = [(r.plane, r.slot, sign) for r, sign in ((merged, -1), (resident, 1)) if r]
+            runs.append(Run(start, stop, tuple(adds)))
+        start = stop
+    return runs

@@ -46,16 +46,16 @@ class Engine:
         self.config = config
         self.max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
         self.metrics = EngineMetrics()
-        layers, context = attach_bypass(base.model)
-        self._bank = AdapterBank(base.device)
+        attached = attach_bypass(base.model)
+        self._bank = AdapterBank(base.device, attached.sites)
         self._store = AdapterStore(on_gone=lambda version: self._bank.evict(version.resident))
-        self._merger = WeightMerger(layers)
+        self._merger = WeightMerger(attached.layers)
         self._merged: Lease | None = None
         self._auto_merge = AutoMerge() if config.merge == "auto" else None
         # An adapter may be named never or auto; the setting does not mean it then.
         self._keep_merged = None if config.merge in ("never", "auto") else config.merge
         cache = KVCache(config.max_num_seqs, self.max_model_len)
-        self._runner = ModelRunner(base, self._bank, context, cache)
+        self._runner = ModelRunner(base, self._bank, attached.context, cache)
         self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens)
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
 

@@ -1,100 +1,265 @@
-"""A frozen linear layer with room for bypasses, and the way a batch reaches it."""
+"""Frozen linear layers with room for bypasses, and the way a batch reaches them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from neuroada_serve.model.loader import adaptable_modules, is_transposed
-from neuroada_serve.ops.bypass import TokenSlots, bypass_add_
-from neuroada_serve.ops.weights import flat_positions, read_entries, write_entries_
+from neuroada_serve.adapters.bank import BankBatch, SiteBypass
+from neuroada_serve.model.loader import adaptable_modules, is_transposed, matrix_shape
+from neuroada_serve.ops.bypass import bypass_add_
+from neuroada_serve.ops.matrix import (
+    DenseMatrix,
+    FrozenMatrix,
+    PackedMatrix,
+    frozen_matrix,
+    packs_faster,
+)
+from neuroada_serve.ops.weights import add_entries_, read_entries, write_entries_
 
-
-class BypassBatch(Protocol):
-    """What one forward adds, module by module; made by the adapter bank."""
-
-    def calls(self, module: str) -> Sequence[tuple[Tensor, Tensor, TokenSlots]]:
-        """(index, bypass, token_slots) of each `bypass_add_` that this module needs."""
-        ...
+# Layers of one parent that read the same input in every model that has them.
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class BypassContext:
     """Carries the running forward's batch to the layers of one model."""
 
     def __init__(self) -> None:
-        self._batch: BypassBatch | None = None
+        self.batch: BankBatch | None = None
 
     @contextmanager
-    def forward_batch(self, batch: BypassBatch) -> Iterator[None]:
+    def forward_batch(self, batch: BankBatch) -> Iterator[None]:
         """Apply `batch` in every layer until the block ends. Refuses nesting."""
-        assert self._batch is None, "a forward is already running on this model"
-        self._batch = batch
+        assert self.batch is None, "a forward is already running on this model"
+        self.batch = batch
         try:
             yield
         finally:
-            self._batch = None
+            self.batch = None
 
-    def calls(self, module: str) -> Sequence[tuple[Tensor, Tensor, TokenSlots]]:
-        return () if self._batch is None else self._batch.calls(module)
+
+class BypassSite:
+    """Linear layers that read the same input, multiplied as one matrix.
+
+    Args:
+        members: name -> layer, in the order of their rows; only a lone one may be transposed.
+        context: where the running batch is found.
+        pack: store the matrix the way that is fastest here; the layers keep no weight then.
+    """
+
+    def __init__(
+        self, members: Mapping[str, nn.Module], context: BypassContext, pack: bool = False
+    ) -> None:
+        self.name = next(iter(members))
+        self.rows: dict[str, slice] = {}
+        start = 0
+        for name, member in members.items():
+            self.rows[name] = slice(start, start + matrix_shape(member)[0])
+            start = self.rows[name].stop
+        self._d_out = start
+        self._context = context
+        first = members[self.name]
+        weight = _joined([m.weight for m in members.values()])
+        assert weight is not None
+        self._bias = _joined([m.bias for m in members.values()])
+        transposed = is_transposed(first)
+        self.matrix: FrozenMatrix = (
+            frozen_matrix(weight, transposed) if pack else DenseMatrix(weight, transposed)
+        )
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+        self._unread: set[str] = set()
+
+    def output(self, name: str, x: Tensor) -> Tensor:
+        """One member's y [..., d_out] for x [..., d_in]; all are computed when the first asks."""
+        if x is not self._input or name not in self._unread:
+            self._output = self._forward(x)
+            self._input, self._unread = x, set(self.rows)
+        assert self._output is not None
+        y = self._output if len(self.rows) == 1 else self._output[..., self.rows[name]]
+        self._unread.remove(name)
+        if not self._unread:
+            self._input = self._output = None
+        return y
+
+    def _forward(self, x: Tensor) -> Tensor:
+        batch = self._context.batch
+        if batch is None:
+            return self.matrix.multiply(x, self._bias)
+        tokens = x.view(-1, x.shape[-1])
+        if batch.runs:
+            y = self._multiply_runs(tokens, batch)
+        else:
+            y = self.matrix.multiply(tokens, self._bias)
+        for part, token_slots in batch.calls(self.name):
+            whole = part.table.d_out == self._d_out
+            rows = y if whole else y[:, part.rows]
+            bypass_add_(rows, tokens, part.table, token_slots)
+        return y.view(*x.shape[:-1], -1)
+
+    def _multiply_runs(self, x: Tensor, batch: BankBatch) -> Tensor:
+        """The product for x [tokens, d_in], each run's by a weight that holds its values."""
+        products, done = [], 0
+        for run in batch.runs:
+            if run.start > done:
+                products.append(self.matrix.multiply(x[done : run.start], self._bias))
+            with self._added(batch.adds(self.name, run)):
+                products.append(self.matrix.multiply(x[run.start : run.stop], self._bias))
+            done = run.stop
+        if done < len(x):
+            products.append(self.matrix.multiply(x[done:], self._bias))
+        return products[0] if len(products) == 1 else torch.cat(products)
+
+    @contextmanager
+    def _added(self, adds: Sequence[tuple[SiteBypass, Tensor]]) -> Iterator[None]:
+        """Have values in the weight for a while. What was there is put back in reverse order."""
+        undo: list[tuple[Tensor, Tensor]] = []
+        try:
+            for part, values in adds:
+                if part.positions is None:
+                    part.positions = self.matrix.positions(part.table.index, part.rows.start)
+                saved = add_entries_(self.matrix.entries, part.positions, values.reshape(-1))
+                undo.append((part.positions, saved))
+            yield
+        finally:
+            for positions, saved in reversed(undo):
+                write_entries_(self.matrix.entries, positions, saved)
 
 
 class BypassLinear(nn.Module):
-    """y = W x + b, and each token's bypass on top.
+    """y = W x + b, and each token's bypass on top; its share of a BypassSite.
 
-    Holds the very parameters of the layer it replaces, under the same names. Its weight changes
-    only through `write_entries_` (merge and unmerge).
+    Its weight changes only through `write_entries_` (merge and unmerge). Where the site's matrix is
+    packed, `weight` is a copy made when asked for, and stands in `state_dict` like any other.
     """
 
     bias: Tensor | None
 
-    def __init__(self, base: nn.Module, name: str, context: BypassContext) -> None:
+    def __init__(self, base: nn.Module, name: str, site: BypassSite) -> None:
         super().__init__()
-        assert isinstance(base.weight, nn.Parameter)
-        self.weight = base.weight
-        self.register_parameter("bias", base.bias if isinstance(base.bias, nn.Parameter) else None)
-        self.transposed = is_transposed(base)
         self.name = name
-        self._context = context
+        self._site = site
+        self._rows = site.rows[name]
+        self.d_out, self.d_in = matrix_shape(base)
+        self.register_parameter("bias", base.bias if isinstance(base.bias, nn.Parameter) else None)
+        self._packed = isinstance(site.matrix, PackedMatrix)
+        if not self._packed:
+            assert isinstance(base.weight, nn.Parameter)
+            if len(site.rows) > 1:  # the layer's rows of the common matrix
+                base.weight.data = site.matrix.dense()[self._rows]
+            self.weight = base.weight
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self._packed:
+            return self._site.matrix.dense()[self._rows]
+        return super().__getattr__(name)
 
     @property
-    def d_out(self) -> int:
-        return int(self.weight.shape[1 if self.transposed else 0])
-
-    @property
-    def d_in(self) -> int:
-        return int(self.weight.shape[0 if self.transposed else 1])
+    def device(self) -> torch.device:
+        return self._site.matrix.entries.device
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.t() if self.transposed else self.weight
-        y = F.linear(x, weight, self.bias)
-        for call in self._context.calls(self.name):
-            bypass_add_(y.view(-1, self.d_out), x.reshape(-1, self.d_in), *call)
-        return y
+        return self._site.output(self.name, x)
 
     def positions(self, index: Tensor) -> Tensor:
-        """Flat weight positions of index [d_out, k], as [d_out * k] int64."""
-        return flat_positions(index.to(self.weight.device), self.weight, self.transposed)
+        """Places of index [d_out, k] in the site's matrix, as [d_out * k] int64."""
+        return self._site.matrix.positions(index.to(self.device), self._rows.start)
 
     def read_entries(self, positions: Tensor) -> Tensor:
-        return read_entries(self.weight, positions)
+        return read_entries(self._site.matrix.entries, positions)
 
     def write_entries_(self, positions: Tensor, values: Tensor) -> None:
-        write_entries_(self.weight, positions, values)
+        write_entries_(self._site.matrix.entries, positions, values)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed:
+            destination[prefix + "weight"] = self.weight
 
 
-def bypass_layers(model: nn.Module, context: BypassContext) -> dict[str, BypassLinear]:
-    """A BypassLinear on the parameters of every adaptable module; the model stays as it is."""
-    modules = adaptable_modules(model)
-    return {name: BypassLinear(module, name, context) for name, module in modules.items()}
+class PackedLinear(nn.Module):
+    """A frozen linear layer without a bypass, on a packed copy of its weight: the output head.
+
+    The weight itself stays, since the input embedding may be the same tensor.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self._matrix = PackedMatrix(base.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._matrix.multiply(x, self.bias)
 
 
-def attach_bypass(model: nn.Module) -> tuple[dict[str, BypassLinear], BypassContext]:
-    """Replace every adaptable module of the model by a BypassLinear on the same parameters."""
+@dataclass(frozen=True)
+class AttachedBypass:
+    """What `attach_bypass` put into a model.
+
+    layers: by module name.
+    sites: site -> its modules in the order of their rows, with their d_out.
+    context: hands a forward's batch to the layers.
+    """
+
+    layers: Mapping[str, BypassLinear]
+    sites: Mapping[str, Mapping[str, int]]
+    context: BypassContext
+
+
+def attach_bypass(model: Any) -> AttachedBypass:
+    """Replace every adaptable module of the model, and its output head where that is faster.
+
+    Layers that read the same input are multiplied together. On the CPU, bf16 weights are packed;
+    the model then has no plain copy of them.
+    """
     context = BypassContext()
-    layers = bypass_layers(model, context)
-    for name, layer in layers.items():
+    modules = adaptable_modules(model)
+    layers: dict[str, BypassLinear] = {}
+    sites: dict[str, dict[str, int]] = {}
+    for names in _groups(modules):
+        site = BypassSite({name: modules[name] for name in names}, context, pack=True)
+        sites[site.name] = {name: rows.stop - rows.start for name, rows in site.rows.items()}
+        for name in names:
+            layers[name] = BypassLinear(modules.pop(name), name, site)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layers[name])
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and packs_faster(head.weight):
+        model.set_output_embeddings(PackedLinear(head))
+    return AttachedBypass(layers, sites, context)
+
+
+def plain_layers(model: nn.Module) -> dict[str, BypassLinear]:
+    """A BypassLinear on the parameters of every adaptable module; the model stays as it is."""
+    context = BypassContext()
+    return {
+        name: BypassLinear(module, name, BypassSite({name: module}, context))
+        for name, module in adaptable_modules(model).items()
+    }
+
+
+def _joined(tensors: Sequence[Any]) -> Tensor | None:
+    """Weights or biases one below the other; one alone is no copy, and None stands for none."""
+    parts = [t.detach() for t in tensors if isinstance(t, Tensor)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _groups(modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    """The names of all modules, those that can be multiplied as one matrix together."""
+    groups: dict[str, list[str]] = {}
+    for name, module in modules.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    return layers, context
+        alike = next((same for same in _SAME_INPUT if child in same), None)
+        if alike is None or is_transposed(module):
+            groups[name] = [name]
+            continue
+        bias = module.bias is not None
+        weight = module.weight
+        key = f"{parent}.{alike[0]} {matrix_shape(module)[1]} {bias} {weight.dtype} {weight.device}"
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neuroada_serve.adapters.format import load_adapter
 from neuroada_serve.errors import UsageError
-from neuroada_serve.model.bypass_linear import BypassContext, bypass_layers
+from neuroada_serve.model.bypass_linear import plain_layers
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.merge import WeightMerger
 from neuroada_serve.model.source import ModelSource
@@ -34,7 +34,7 @@ def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "a
         raise UsageError(f"{out} exists and is not an empty folder; name a new one")
     base = load_base(source, dtype, "cpu")
     loaded = load_adapter(adapter, base.spec)
-    WeightMerger(bypass_layers(base.model, BypassContext())).merge(loaded)
+    WeightMerger(plain_layers(base.model)).merge(loaded)
     record = {
         "base": base.spec.name,
         "base_fingerprint": base.spec.fingerprint,

@@ -51,7 +51,7 @@ class WeightMerger:
         deltas = {}
         for name, part in adapter.modules.items():
             layer = self._layers[name]
-            index = part.index.to(layer.weight.device)
+            index = part.index.to(layer.device)
             originals = self._originals(name, index)
             merged = self._merged_values(name, originals, part.bypass)
             deltas[name] = (merged.float() - originals.float()).to(merged.dtype).view(index.shape)
@@ -70,7 +70,7 @@ class WeightMerger:
                 self._restore(name)
             for name, part in adapter.modules.items():
                 layer = self._layers[name]
-                index = part.index.to(layer.weight.device)
+                index = part.index.to(layer.device)
                 saved = self._saved.get(name)
                 if saved is None or not torch.equal(saved.index, index):
                     self._restore(name)

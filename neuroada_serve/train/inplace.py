@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.model.loader import is_transposed
+from neuroada_serve.ops.matrix import DenseMatrix
 from neuroada_serve.ops.value_grad import value_grad
-from neuroada_serve.ops.weights import flat_positions, read_entries, write_entries_
+from neuroada_serve.ops.weights import read_entries, write_entries_
 
 
 class InplaceLinear(nn.Module):
@@ -47,8 +48,9 @@ class InplaceLinear(nn.Module):
                 device=index.device,
             )
         )
-        self._positions = flat_positions(index, self.weight, self.transposed)
-        self._original = read_entries(self.weight, self._positions)
+        matrix = DenseMatrix(self.weight, self.transposed)
+        self._positions = matrix.positions(index)
+        self._original = read_entries(matrix.entries, self._positions)
         self._written = self.value._version  # values of this version are in the weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,14 +65,17 @@ class InplaceLinear(nn.Module):
         if self._written == self.value._version:
             return
         merged = self._original.to(self.value.dtype) + self.value.flatten()
-        write_entries_(self.weight, self._positions, merged.to(self.weight.dtype))
+        self._write(merged.to(self.weight.dtype))
         self._written = self.value._version
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Write the original entries back, bit for bit. The values stay as they are."""
-        write_entries_(self.weight, self._positions, self._original)
+        self._write(self._original)
         self._written = -1
+
+    def _write(self, values: Tensor) -> None:
+        write_entries_(self.weight.detach().view(-1), self._positions, values)
 
 
 class _InplaceLinearFunction(torch.autograd.Function):

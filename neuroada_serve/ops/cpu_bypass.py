@@ -1,0 +1,159 @@
+"""Runs the CPU kernels of `cpu_kernels.py` on torch tensors, on torch's own threads.
+
+torch's OpenMP team is taken over for the length of a kernel, as any torch operator would do, so
+there is one set of threads that never competes with another. Without numba, or for dtypes that the
+kernels do not have, `supports` says no and the callers use torch operators instead.
+"""
+
+import ctypes
+import glob
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuroada_serve.errors import ShapeError
+
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_THREADED_ENTRIES = 8192  # less work than this is done before a second thread has woken up
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether the kernels can run on these tensors: one known dtype, on the CPU, numba there."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in _KINDS
+        and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+        and _kernels() is not None
+    )
+
+
+class BypassLaunch:
+    """`bypass_add_` on the CPU for one table, with all that does not change from step to step set.
+
+    Args:
+        index: [d_out, k] int32, contiguous rows.
+        bypass: [num_slots, d_out, k], contiguous within a slot; `supports(bypass)`.
+    """
+
+    def __init__(self, index: Tensor, bypass: Tensor) -> None:
+        d_out, k = index.shape
+        if index.stride(1) != 1 and k > 1:
+            raise ShapeError(f"rows of index must be contiguous, got strides {index.stride()}")
+        if not bypass[0].is_contiguous():
+            raise ShapeError(f"a slot must be contiguous, bypass has strides {bypass.stride()}")
+        self._kept = index, bypass  # the block below holds their addresses
+        self._entries_per_lane = d_out * k
+        self._at = at = _kernels()
+        self._block = block = (ctypes.c_int64 * at.NUM_FIELDS)()
+        block[at.KIND] = _KINDS[bypass.dtype]
+        block[at.D_OUT], block[at.K] = d_out, k
+        block[at.INDEX], block[at.INDEX_STRIDE] = index.data_ptr(), index.stride(0)
+        block[at.BYPASS], block[at.SLOT_STRIDE] = bypass.data_ptr(), bypass.stride(0)
+        self._run = _Kernel(at.bypass_add, block)
+
+    def __call__(self, y: Tensor, x: Tensor, lanes: "Lanes") -> None:
+        """Add to y [num_tokens, d_out]; rows of x and y contiguous, wherever they begin."""
+        block, at = self._block, self._at
+        block[at.Y], block[at.Y_STRIDE] = y.data_ptr(), y.stride(0)
+        block[at.X], block[at.X_STRIDE], block[at.D_IN] = x.data_ptr(), x.stride(0), x.shape[1]
+        block[at.LANE_POSITIONS : at.MERGED_SLOT + 1] = lanes.fields
+        self._run(lanes.num_lanes * self._entries_per_lane)
+
+
+class Lanes:
+    """The tokens to compute, as the kernel reads them.
+
+    Args:
+        positions: [num_lanes] int64, the rows of x and y.
+        slots: [num_lanes] int64, their slots; NO_SLOT where merged values are only taken out.
+        merged_slot: the slot whose values every lane takes out.
+    """
+
+    def __init__(self, positions: Tensor, slots: Tensor, merged_slot: int | None) -> None:
+        self._kept = positions, slots  # `fields` holds their addresses
+        self.num_lanes = len(slots)
+        merged = -1 if merged_slot is None else merged_slot
+        self.fields = (positions.data_ptr(), slots.data_ptr(), self.num_lanes, merged)
+
+
+def add_entries(weight: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """weight[positions] += values, in float32, rounded once.
+
+    Args:
+        weight: [entries], contiguous.
+        positions: [nnz] int64, distinct.
+        values: [nnz], dtype of weight, contiguous.
+
+    Returns:
+        [nnz], what was there before.
+    """
+    saved = torch.empty_like(values)
+    _run_on_entries(_kernels().add_entries, weight, positions, values, saved)
+    return saved
+
+
+def put_entries(weight: Tensor, positions: Tensor, values: Tensor) -> None:
+    """weight[positions] = values; shapes as in `add_entries`."""
+    _run_on_entries(_kernels().put_entries, weight, positions, values, values)
+
+
+def _run_on_entries(
+    kernel: Any, weight: Tensor, positions: Tensor, values: Tensor, saved: Tensor
+) -> None:
+    at = _kernels()
+    block = (ctypes.c_int64 * at.NUM_ENTRY_FIELDS)()
+    block[at.KIND] = _KINDS[weight.dtype]
+    block[at.WEIGHT], block[at.POSITIONS] = weight.data_ptr(), positions.data_ptr()
+    block[at.VALUES], block[at.SAVED] = values.data_ptr(), saved.data_ptr()
+    block[at.NUM_ENTRIES] = len(positions)
+    _Kernel(kernel, block)(len(positions))
+
+
+@cache
+def _kernels() -> Any:
+    try:
+        from neuroada_serve.ops import cpu_kernels
+    except ImportError:
+        return None
+    return cpu_kernels
+
+
+class _Kernel:
+    """A kernel with its argument block, run in as many threads as torch uses."""
+
+    def __init__(self, kernel: Any, block: Any) -> None:
+        self._block = block  # kept alive, and its first field is the counter
+        self._address = ctypes.addressof(block)
+        self._function = kernel.ctypes
+        self._function_address = kernel.address
+        self._parallel = _openmp()
+
+    def __call__(self, num_entries: int) -> None:
+        self._block[0] = 0
+        threads = torch.get_num_threads() if num_entries > _THREADED_ENTRIES else 1
+        if threads == 1 or self._parallel is None:
+            self._function(self._address)
+        else:
+            self._parallel(self._function_address, self._address, threads, 0)
+
+
+@cache
+def _openmp() -> Any:
+    """GOMP_parallel(function, data, num_threads, flags) of the OpenMP library torch runs on."""
+    torch_folder = os.path.dirname(torch.__file__)
+    candidates = [
+        *glob.glob(os.path.join(torch_folder, "lib", "libgomp*.so*")),
+        *glob.glob(os.path.join(os.path.dirname(torch_folder), "torch.libs", "libgomp*.so*")),
+    ]
+    for path in candidates:
+        try:
+            parallel = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+        except (OSError, AttributeError):
+            continue  # torch did not load this one
+        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        parallel.restype = None
+        return parallel
+    return None
