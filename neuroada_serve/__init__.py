@@ -1,5 +1,8 @@
 """NeuroAda Serve: many sparse adapters, one frozen base model, one process."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -35,4 +38,18 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    with uncollected():
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection inside. Importing torch and transformers makes a third of a million
+    objects that stay; going through them again and again takes the best part of a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -131,6 +131,17 @@ def test_flat_nucleus_is_found_beyond_the_first_thousand(monkeypatch):
     assert sum(share > 0 for share in shares[:1500]) < 60
 
 
+@pytest.mark.parametrize("vocab", [4096, 4097])  # in blocks, and in none
+@pytest.mark.parametrize("params", [{}, {"min_p": 0.1}, {"top_p": 0.9}, {"top_k": 9}])
+def test_large_vocabularies_are_drawn_from_as_defined(vocab, params, monkeypatch):
+    logits = (torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 3).tolist()
+    expected = distribution(logits, SamplingParams(**params))
+    shares = measured(monkeypatch, logits, 100, **params)
+    for share, probability in zip(shares, expected, strict=True):
+        assert abs(share - probability) <= 1.001 / 100
+        assert probability > 0 or share == 0
+
+
 def test_real_random_numbers_follow_the_distribution():
     sequence, counts, num = new_sequence(seed=0), [0] * 8, 2000
     for _ in range(num):
@@ -175,6 +186,16 @@ def test_repetition_penalty_covers_prompt_and_answer_of_either_sign():
     assert greedy([-1.0, -1.1, -5.0], prompt=[0], repetition_penalty=1.2) == 1
     assert greedy([-1.0, -1.1, -5.0], prompt=[0, 0, 0], repetition_penalty=1.05) == 0
     assert greedy([1.0, 1.1], prompt=[0], repetition_penalty=0.5) == 0
+
+
+def test_penalties_follow_an_answer_that_grows():
+    sequence = new_sequence(temperature=0, prompt=[3], frequency_penalty=1.0)
+    for _ in range(6):
+        sequence.output_token_ids.append(tokens([[2.5, 2.0, 1.4, 9.0]], [sequence])[0])
+    assert sequence.output_token_ids == [3] * 6
+    assert sorted(
+        zip(sequence.count_tokens().ids, sequence.count_tokens().counts, strict=True)
+    ) == [(3, 6)]
 
 
 def test_logit_bias_adds_to_its_tokens():
@@ -235,6 +256,43 @@ def test_banned_tokens_of_the_model_are_never_drawn():
     row = [-math.inf, 0.0, -math.inf, 0.0]
     sequence = new_sequence(seed=0)
     assert {tokens([row], [sequence])[0] for _ in range(100)} == {1, 3}
+
+
+@pytest.mark.parametrize("vocab", [8, 4096, 4097])
+def test_greedy_takes_the_best_token_of_any_vocabulary(vocab):
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab))
+    sequences = [new_sequence(temperature=0) for _ in range(5)]
+    assert tokens(logits.tolist(), sequences) == logits.argmax(-1).tolist()
+
+
+def test_equally_likely_tokens_are_drawn_by_their_ids(monkeypatch):
+    """Logits made in 16 bits have many ties; no device may order them its own way."""
+    shares = measured(monkeypatch, [2.0, 1.0, 2.0, 0.0, 2.0], 90, top_k=2)
+    assert [share > 0 for share in shares] == [True, False, True, False, False]
+
+
+EACH_WAY = [
+    {"seed": 1},
+    {"seed": 2, "min_p": 0.01},
+    {"seed": 3, "top_p": 0.9},
+    {"seed": 4, "top_p": 0.9999, "temperature": 3.0},  # beyond the first candidates
+    {"seed": 5, "top_k": 200, "top_p": 0.8},
+    {"seed": 6, "top_k": 5},
+    {"seed": 7, "repetition_penalty": 1.3, "logit_bias": {1: 5.0}},
+    {"temperature": 0, "frequency_penalty": 1.0, "logprobs": 3},
+    {"temperature": 0},
+]
+
+
+def test_mixed_batch_equals_one_by_one():
+    logits = torch.randn(len(EACH_WAY), 4096, generator=torch.Generator().manual_seed(0)) * 2
+
+    def new_batch() -> list[Sequence]:
+        return [new_sequence(prompt=[5, 6], output=[7, 7], **params) for params in EACH_WAY]
+
+    alone = [sample(logits[i : i + 1].clone(), [s])[0] for i, s in enumerate(new_batch())]
+    assert sample(logits.clone(), new_batch()) == alone
+    assert sample(logits.flip(0), new_batch()[::-1]) == alone[::-1]
 
 
 def test_no_sequences_give_nothing():

@@ -1,5 +1,7 @@
 """One choice of one request inside the engine. Pure Python, no torch."""
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +9,24 @@ from neuroada_serve.request import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
     from neuroada_serve.adapters.store import Lease
+
+
+class TokenCounts:
+    """The different tokens of a sequence, and how often each was answered, 0 for prompt tokens."""
+
+    def __init__(self, prompt_token_ids: Iterable[int]) -> None:
+        self.ids = array("q")
+        self.counts = array("q")
+        self._at: dict[int, int] = {}  # token id -> position in both
+        self.add(prompt_token_ids, 0)
+
+    def add(self, token_ids: Iterable[int], count: int = 1) -> None:
+        for token_id in token_ids:
+            at = self._at.setdefault(token_id, len(self.ids))
+            if at == len(self.ids):
+                self.ids.append(token_id)
+                self.counts.append(0)
+            self.counts[at] += count
 
 
 @dataclass(eq=False)
@@ -31,6 +51,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_computed: int = 0
     slot: int | None = None  # KV cache slot while running
+    _counts: TokenCounts | None = None  # of the first _num_counted answered tokens
+    _num_counted: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +66,14 @@ class Sequence:
     @property
     def adapter(self) -> str | None:
         return None if self.lease is None else self.lease.version.name
+
+    def count_tokens(self) -> TokenCounts:
+        """Counts of all tokens so far. Kept: a call adds the tokens that are new since the last."""
+        if self._counts is None:
+            self._counts = TokenCounts(self.prompt_token_ids)
+        self._counts.add(self.output_token_ids[self._num_counted :])
+        self._num_counted = len(self.output_token_ids)
+        return self._counts
 
     def next_tokens(self, num: int) -> list[int]:
         """The next `num` tokens to compute."""

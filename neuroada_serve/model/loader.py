@@ -23,6 +23,7 @@ from neuroada_serve.model.source import ModelSource
 
 _FINGERPRINT_FILE = "neuroada_fingerprint.json"
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
+_MOST_NAMED = 5  # tensors that a refusal names
 
 
 @dataclass(frozen=True)
@@ -54,25 +55,21 @@ def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") ->
     """Load a base model to a device, frozen.
 
     Raises:
-        ModelError: unreadable files, pickle-only weights, or no causal LM.
+        ModelError: unreadable files, pickle-only weights, no causal LM; tensors that are missing,
+            of another shape, or without a place in the model.
     """
     torch_device = _device(device)
     with quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(
-                source.path, local_files_only=True, trust_remote_code=False
-            )
+            model, report = load_model(source.path)
+            tokenizer = load_tokenizer(source.path)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ModelError(f"model {source.name!r} cannot be loaded: {reason}") from error
-    model.to(torch_device).eval().requires_grad_(False)
+    if faults := _faults(model, report):
+        raise ModelError(f"model {source.name!r} cannot be loaded: {'; '.join(faults)}")
+    model.eval().requires_grad_(False)
+    place_(model, torch_device, None if dtype == "auto" else getattr(torch, dtype))
     shapes = {name: matrix_shape(m) for name, m in adaptable_modules(model).items()}
     if not shapes:
         raise ModelError(
@@ -90,6 +87,68 @@ def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") ->
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=int(getattr(text_config, "max_position_embeddings", None) or 1 << 20),
     )
+
+
+def load_model(path: Path) -> tuple[Any, Mapping[str, Any]]:
+    """The causal LM in a folder, on the host, and transformers' report on its tensors.
+
+    In the config's dtype. Where the files have that too, as good as always, the parameters are the
+    mapped files: nothing is read before it is used or placed.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype="auto",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # in the report, by name; the library's error has none
+        output_loading_info=True,
+    )
+    return model, report
+
+
+def load_tokenizer(path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def place_(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Bring a loaded model to a device, and its parameters to a dtype; None keeps theirs.
+
+    Tensor by tensor, read once from the mapped file and cast on the device, so that beside a GPU
+    the host never holds a copy of the weights.
+    """
+    for parameter in model.parameters():
+        wanted = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+        parameter.data = parameter.data.to(device).to(wanted)
+    model.to(device)  # buffers; they keep their dtype
+
+
+def _faults(model: Any, report: Mapping[str, Any]) -> list[str]:
+    """Why the stored tensors are not this model's. transformers itself draws what is missing at
+    random, and drops what it has no place for."""
+    mismatched = [
+        f"{name} {tuple(stored)} in place of {tuple(expected)}"
+        for name, stored, expected in report["mismatched_keys"]
+    ]
+    # Left-overs of other heads and old releases belong to no layer here. One of a layer that is
+    # here, a bias say, makes this another model than the one that was saved.
+    layers = {name for name, m in model.named_modules() if list(m.parameters(recurse=False))}
+    prefixes = ("", f"{model.base_model_prefix}.")
+    without_place = [
+        name
+        for name in report["unexpected_keys"]
+        if any(f"{prefix}{name}".rpartition(".")[0] in layers for prefix in prefixes)
+    ]
+    return [
+        f"{what} {', '.join(sorted(names)[:_MOST_NAMED])}"
+        + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")
+        for what, names in (
+            ("its files lack", report["missing_keys"]),
+            ("its files have other shapes than its config:", mismatched),
+            ("its config has no place for", without_place),
+        )
+        if names
+    ]
 
 
 def load_spec(source: ModelSource) -> BaseSpec:
