@@ -40,10 +40,11 @@ PHASES = {
 
 
 def main() -> None:
-    from mixed_batch import hardware
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
+
+    from neuroada_serve.benchmark.report import hardware
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,9 +1,12 @@
 """The `neuroada` command. Heavy imports wait until a command needs them."""
 
+import gc
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -13,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from neuroada_serve import uncollected
+from neuroada_serve.benchmark.settings import OfflineConfig, ServingConfig, parse_goodput
 from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig, help_of
 from neuroada_serve.errors import EngineError, UsageError
 
@@ -48,7 +53,17 @@ def main() -> None:
     app()
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure this engine, and others beside it. The last line of stdout is one JSON document.",
+)
+app.add_typer(bench_app, name="bench")
+
+
+def _command(
+    function: Callable[..., None], group: typer.Typer = app, name: str | None = None
+) -> Callable[..., None]:
     """Register a command; a user's mistake ends it with one sentence and exit code 2."""
 
     @wraps(function)
@@ -64,8 +79,22 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
-    app.command(name=function.__name__.strip("_"))(run)
+    group.command(name=name or function.__name__.strip("_"))(run)
     return run
+
+
+def _bench_command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register `bench_NAME` as `bench NAME`."""
+    return _command(function, bench_app, function.__name__.removeprefix("bench_"))
+
+
+@contextmanager
+def _for_good() -> Iterator[None]:
+    """What is imported and loaded inside stays until the process ends. The garbage collector never
+    looks at it: neither now, nor in the steps of a server, nor on the way out."""
+    with uncollected():
+        yield
+        gc.freeze()
 
 
 def _print_error(message: str) -> None:
@@ -112,6 +141,9 @@ def serve(
     ] = 512,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help=help_of(EngineConfig, "device"))] = "auto",
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help=help_of(EngineConfig, "enforce_eager"))
+    ] = False,
     max_waiting: Annotated[int, typer.Option(help=help_of(ServerConfig, "max_waiting"))] = 256,
     drain_timeout_s: Annotated[
         float, typer.Option(help=help_of(ServerConfig, "drain_timeout_s"))
@@ -130,20 +162,22 @@ def serve(
     if allow_runtime_adapters and adapter_dir is None:
         raise UsageError("--allow-runtime-adapters needs --adapter-dir, to load adapters from")
 
-    from neuroada_serve.engine.llm import LLM
-    from neuroada_serve.server.serve import serve as run_server
+    with _for_good():
+        from neuroada_serve.engine.llm import LLM
+        from neuroada_serve.server.serve import serve as run_server
 
-    llm = LLM(
-        model,
-        adapters,
-        notify=_notify,
-        merge=merge,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        dtype=dtype,
-        device=device,
-    )
+        llm = LLM(
+            model,
+            adapters,
+            notify=_notify,
+            merge=merge,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            dtype=dtype,
+            device=device,
+            enforce_eager=enforce_eager,
+        )
 
     def on_ready(host: str, port: int) -> None:
         names = ", ".join(llm.adapters) or "none yet"
@@ -244,11 +278,12 @@ def _llm_with(
     model: str, adapter: Path | None, dtype: str, **config: Any
 ) -> "tuple[LLM, str | None]":
     """A model with at most one adapter, and the name it is served under."""
-    from neuroada_serve.engine.llm import LLM
+    adapters = {} if adapter is None else {"adapter": adapter}
+    with _for_good():
+        from neuroada_serve.engine.llm import LLM
 
-    if adapter is None:
-        return LLM(model, dtype=dtype, notify=_notify, **config), None
-    return LLM(model, {"adapter": adapter}, dtype=dtype, notify=_notify, **config), "adapter"
+        llm = LLM(model, adapters, dtype=dtype, notify=_notify, **config)
+    return llm, None if adapter is None else "adapter"
 
 
 Adapter = Annotated[Path | None, typer.Option(help="Adapter folder; default: the base alone.")]
@@ -365,3 +400,211 @@ def inspect(
     ):
         table.add_row(key, str(value))
     out.print(table, markup=False)
+
+
+# --- bench -----------------------------------------------------------------------------------
+
+
+def _offline_option(name: str) -> Any:
+    return typer.Option(help=help_of(OfflineConfig, name))
+
+
+def _serving_option(name: str) -> Any:
+    return typer.Option(help=help_of(ServingConfig, name))
+
+
+Concurrency = Annotated[str, _offline_option("concurrency")]
+Popularity = Annotated[str, _offline_option("popularity")]
+Ks = Annotated[str, _offline_option("k")]
+NumAdapters = Annotated[int, _offline_option("num_adapters")]
+PromptLen = Annotated[int, _offline_option("prompt_len")]
+OutputLen = Annotated[int, _offline_option("output_len")]
+Rounds = Annotated[int, _offline_option("rounds")]
+Seed = Annotated[int, _offline_option("seed")]
+TextFile = Annotated[Path | None, _offline_option("text_file")]
+BenchDtype = Annotated[str, _offline_option("dtype")]
+Device = Annotated[str, _offline_option("device")]
+Threads = Annotated[int | None, _offline_option("threads")]
+BatchedTokens = Annotated[int, _offline_option("max_num_batched_tokens")]
+Check = Annotated[bool, _offline_option("check")]
+Peers = Annotated[list[str] | None, typer.Option("--peer", help=help_of(OfflineConfig, "peers"))]
+PeerPython = Annotated[Path | None, _offline_option("peer_python")]
+PeerEager = Annotated[bool | None, _offline_option("peer_eager")]
+LoraRank = Annotated[int, _offline_option("lora_rank")]
+ReportOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Write the JSON there too, and a plot beside it as .png."),
+]
+
+
+@_bench_command
+def bench_throughput(
+    model: Model,
+    concurrency: Concurrency = "1,4,16",
+    popularity: Popularity = "identical,distinct,merged",
+    k: Ks = "1,8",
+    num_adapters: NumAdapters = 16,
+    prompt_len: PromptLen = 32,
+    output_len: OutputLen = 64,
+    prefill_len: Annotated[int, _offline_option("prefill_len")] = 512,
+    rounds: Rounds = 5,
+    seed: Seed = 0,
+    text_file: TextFile = None,
+    dtype: BenchDtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    max_num_batched_tokens: BatchedTokens = 512,
+    check: Check = True,
+    peer: Peers = None,
+    peer_python: PeerPython = None,
+    peer_eager: PeerEager = None,
+    lora_rank: LoraRank = 8,
+    report: ReportOut = None,
+) -> None:
+    """Tokens per second of decode, prefill and whole calls, with and without adapters."""
+    config = OfflineConfig(
+        concurrency=_integers("--concurrency", concurrency),
+        popularity=_words(popularity),
+        k=_integers("--k", k),
+        num_adapters=num_adapters,
+        prompt_len=prompt_len,
+        output_len=output_len,
+        prefill_len=prefill_len,
+        rounds=rounds,
+        seed=seed,
+        text_file=text_file,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_num_batched_tokens=max_num_batched_tokens,
+        check=check,
+        peers=tuple(peer or ()),
+        peer_python=peer_python,
+        peer_eager=peer_eager,
+        lora_rank=lora_rank,
+    )
+
+    from neuroada_serve.benchmark.offline import bench_throughput as bench
+
+    _finish_bench(bench(model, config, err), report)
+
+
+@_bench_command
+def bench_latency(
+    model: Model,
+    concurrency: Concurrency = "1",
+    popularity: Popularity = "identical,merged",
+    k: Ks = "1,8",
+    num_adapters: NumAdapters = 16,
+    num_prompts: Annotated[int, _offline_option("num_prompts")] = 8,
+    prompt_len: PromptLen = 32,
+    output_len: OutputLen = 64,
+    rounds: Rounds = 5,
+    seed: Seed = 0,
+    text_file: TextFile = None,
+    dtype: BenchDtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    max_num_batched_tokens: BatchedTokens = 512,
+    check: Check = True,
+    peer: Peers = None,
+    peer_python: PeerPython = None,
+    peer_eager: PeerEager = None,
+    lora_rank: LoraRank = 8,
+    report: ReportOut = None,
+) -> None:
+    """Time to first token and per output token, a few requests at a time."""
+    config = OfflineConfig(
+        concurrency=_integers("--concurrency", concurrency),
+        popularity=_words(popularity),
+        k=_integers("--k", k),
+        num_adapters=num_adapters,
+        num_prompts=num_prompts,
+        prompt_len=prompt_len,
+        output_len=output_len,
+        prefill_len=0,
+        rounds=rounds,
+        seed=seed,
+        text_file=text_file,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_num_batched_tokens=max_num_batched_tokens,
+        check=check,
+        peers=tuple(peer or ()),
+        peer_python=peer_python,
+        peer_eager=peer_eager,
+        lora_rank=lora_rank,
+    )
+
+    from neuroada_serve.benchmark.offline import bench_latency as bench
+
+    _finish_bench(bench(model, config, err), report)
+
+
+@_bench_command
+def bench_serving(
+    base_url: Annotated[str | None, _serving_option("base_url")] = None,
+    model: Annotated[str | None, _serving_option("model")] = None,
+    lora_modules: Annotated[str, _serving_option("lora_modules")] = "",
+    popularity: Annotated[str, _serving_option("popularity")] = "base,uniform",
+    num_adapters: Annotated[int, _serving_option("num_adapters")] = 16,
+    k: Annotated[int, _serving_option("k")] = 1,
+    num_prompts: Annotated[int, _serving_option("num_prompts")] = 64,
+    request_rate: Annotated[float, _serving_option("request_rate")] = math.inf,
+    burstiness: Annotated[float, _serving_option("burstiness")] = 1.0,
+    max_concurrency: Annotated[int | None, _serving_option("max_concurrency")] = None,
+    input_len: Annotated[int, _serving_option("input_len")] = 32,
+    output_len: Annotated[int, _serving_option("output_len")] = 32,
+    goodput: Annotated[list[str] | None, _serving_option("goodput")] = None,
+    rounds: Annotated[int, _serving_option("rounds")] = 1,
+    seed: Annotated[int, _serving_option("seed")] = 0,
+    vocab: Annotated[int, _serving_option("vocab")] = 1000,
+    timeout_s: Annotated[float, _serving_option("timeout_s")] = 600.0,
+    report: ReportOut = None,
+) -> None:
+    """Load a running server, or one started for the purpose, with requests as they arrive."""
+    config = ServingConfig(
+        base_url=base_url,
+        model=model,
+        lora_modules=_words(lora_modules),
+        popularity=_words(popularity),
+        num_adapters=num_adapters,
+        k=k,
+        num_prompts=num_prompts,
+        request_rate=request_rate,
+        burstiness=burstiness,
+        max_concurrency=max_concurrency,
+        input_len=input_len,
+        output_len=output_len,
+        goodput=parse_goodput(goodput or []),
+        rounds=rounds,
+        seed=seed,
+        vocab=vocab,
+        timeout_s=timeout_s,
+    )
+
+    from neuroada_serve.benchmark.serving import bench_serving as bench
+
+    _finish_bench(bench(config, err), report)
+
+
+def _finish_bench(result: dict[str, Any], report: Path | None) -> None:
+    from neuroada_serve.benchmark.report import write_report
+
+    write_report(result, report, err)
+    if not all(check["ok"] for check in result.get("check") or ()):
+        _print_error("Error: answers differ from the reference op's; nothing was timed")
+        raise typer.Exit(1)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Comma-separated words."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _integers(flag: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in _words(text))
+    except ValueError:
+        raise UsageError(f"{flag} takes integers such as 1,4,16, got {text!r}") from None

@@ -41,6 +41,9 @@ class EngineConfig:
     max_num_batched_tokens: int = _option(
         512, "Most tokens computed in one step; longer prompts are prefilled in chunks."
     )
+    enforce_eager: bool = _option(
+        False, "On CUDA, neither record decode steps as CUDA graphs nor compile elementwise parts."
+    )
     merge: str = _option(
         "never",
         "never; NAME of an adapter to keep merged into the weights; or auto: keep merged "

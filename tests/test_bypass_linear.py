@@ -14,7 +14,8 @@ from neuroada_serve.ops import cpu_bypass
 
 CPU = torch.device("cpu")
 SIZES = {"q_proj": (24, 48), "k_proj": (8, 48), "v_proj": (8, 48), "o_proj": (48, 24)}
-LONG = RUN_TOKENS + 3
+SHORTEST = RUN_TOKENS["cpu"]
+LONG = SHORTEST + 3
 
 
 class Attention(nn.Module):
@@ -106,7 +107,7 @@ MIXES = {
     "one run": [0] * LONG,
     "base run between": [1] + [None] * LONG + [2],
     "runs of several": [2] + [0] * LONG + [1] * LONG + [None, 0],
-    "short and long": [0, 1, 2] * 3 + [2] * LONG + [1] * (RUN_TOKENS - 1),
+    "short and long": [0, 1, 2] * 3 + [2] * LONG + [1] * (SHORTEST - 1),
 }
 
 

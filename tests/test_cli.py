@@ -134,7 +134,16 @@ def test_wrong_flag_is_a_usage_error():
 
 def test_every_flag_has_help():
     commands = get_command(app).commands
-    assert set(commands) == {"demo", "serve", "train", "eval", "generate", "merge", "inspect"}
+    assert set(commands) == {
+        "demo",
+        "serve",
+        "train",
+        "eval",
+        "generate",
+        "merge",
+        "inspect",
+        "bench",
+    }
     for name, command in commands.items():
         for parameter in command.params:
             assert parameter.help, (name, parameter.name)

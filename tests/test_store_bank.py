@@ -49,7 +49,9 @@ def assert_holds(bank: AdapterBank, resident: ResidentAdapter, adapter: Adapter)
         assert len(calls) == (name in adapter.modules)
         for part, token_slots in calls:
             assert torch.equal(part.table.index, adapter.modules[name].index)
-            assert torch.equal(part.table.bypass[token_slots.slots[0]], adapter.modules[name].bypass)
+            assert torch.equal(
+                part.table.bypass[token_slots.slots[0]], adapter.modules[name].bypass
+            )
 
 
 # --- store -----------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from neuroada_serve.ops.bypass import NO_SLOT, BypassTable, TokenSlots
 
 _FIRST_SLOTS = 4
 # So many consecutive tokens of one adapter are multiplied by a weight that holds its values; fewer
-# go through `bypass_add_`. Where they meet on the CPU: bench/LOG.md, 2026-11-22.
-RUN_TOKENS = 32
+# go through `bypass_add_`. Where they meet on the CPU: bench/LOG.md, 2026-11-22; on CUDA it is a
+# guess that `bench/gpu.py` is to replace.
+RUN_TOKENS = {"cpu": 32, "cuda": 256}
 
 
 @dataclass(frozen=True)
@@ -245,17 +246,22 @@ class AdapterBank:
         return plane.views
 
     def batch(
-        self, residents: Sequence[ResidentAdapter | None], merged: ResidentAdapter | None
+        self,
+        residents: Sequence[ResidentAdapter | None],
+        merged: ResidentAdapter | None,
+        runs: bool = True,
     ) -> BankBatch:
         """Plan one forward.
 
         Args:
             residents: per token its adapter, None for the base.
             merged: the adapter that is in the weights just now; every other token takes it out.
+            runs: whether long stretches may become runs; not in a CUDA graph.
         """
-        runs = _runs(residents, merged)
+        shortest = RUN_TOKENS.get(self._device.type, RUN_TOKENS["cpu"])
+        long = _runs(residents, merged, shortest) if runs else []
         in_runs = list(residents)
-        for run in runs:
+        for run in long:
             in_runs[run.start : run.stop] = [merged] * (run.stop - run.start)  # nothing to add
         planes = {r.plane: None for r in in_runs if r is not None}  # a dict keeps the order
         if merged is not None:
@@ -267,7 +273,7 @@ class AdapterBank:
             token_slots = TokenSlots(slots, self._device, merged_slot)
             if not token_slots.idle:
                 plan.append((plane, token_slots))
-        return BankBatch(self, plan, runs)
+        return BankBatch(self, plan, long)
 
     def _stretches(self, modules: Iterable[str]) -> list[tuple[str, int, list[str]]]:
         """(site, first row, modules) of every group of modules with adjacent rows, in order."""
@@ -300,12 +306,14 @@ class AdapterBank:
         return table_id
 
 
-def _runs(residents: Sequence[ResidentAdapter | None], merged: ResidentAdapter | None) -> list[Run]:
-    """The stretches of at least RUN_TOKENS tokens of one adapter that is not in the weights."""
+def _runs(
+    residents: Sequence[ResidentAdapter | None], merged: ResidentAdapter | None, shortest: int
+) -> list[Run]:
+    """The stretches of at least `shortest` tokens of one adapter that is not in the weights."""
     runs, start = [], 0
     for resident, tokens in groupby(residents):
         stop = start + sum(1 for _ in tokens)
-        if stop - start >= RUN_TOKENS and resident is not merged:
+        if stop - start >= shortest and resident is not merged:
             adds = [(r.plane, r.slot, sign) for r, sign in ((merged, -1), (resident, 1)) if r]
             runs.append(Run(start, stop, tuple(adds)))
         start = stop

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.engine.triton_attention import decode_attention, fits_decode, runs_on
 from neuroada_serve.errors import ModelError
 
 ATTENTION = "neuroada"
@@ -35,11 +36,12 @@ class PackedStep:
     """The layout of one forward, read by the attention of every layer."""
 
     cache: KVCache
-    slots: Tensor  # [T] int64, KV slot of each token
-    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64, KV slot of each token; int32 in a CUDA graph, -1 for padding
+    positions: Tensor  # [T] int64 or int32
     num_decodes: int
     decode_length: int  # longest context among the decodes, the new token included
     prefills: Sequence[PrefillSpan]
+    is_static: bool = False  # recorded in a CUDA graph: lengths are known on the device only
     _masks: dict[Any, Tensor] = field(default_factory=dict)  # made once per step, not per layer
 
     def decode_mask(self, window: int | None) -> Tensor:
@@ -89,7 +91,7 @@ def attend(
         [1, T, heads, head_dim]
 
     Raises:
-        ModelError: the model uses attention sinks.
+        ModelError: the model uses attention sinks, or cannot be recorded in a graph.
     """
     if s_aux is not None:
         raise ModelError(f"{type(module).__name__} uses attention sinks, which are not supported")
@@ -99,7 +101,19 @@ def attend(
     kv_heads = key.shape[1]
     parts = []
 
-    if n := step.num_decodes:
+    n = step.num_decodes
+    if n and runs_on(query) and fits_decode(dim, heads // kv_heads):
+        keys, values = cache.layer(layer)
+        decoding = query[0, :, :n].transpose(0, 1)
+        where = step.slots[:n], step.positions[:n]
+        parts.append(
+            decode_attention(decoding, keys, values, *where, scaling, sliding_window, softcap)
+        )
+    elif n:
+        if step.is_static:
+            raise ModelError(
+                f"{type(module).__name__} has no decode kernel that a graph can replay"
+            )
         # Grouped queries become the query length, so K and V are read once per group.
         keys, values = cache.view(layer, 0, n, step.decode_length)
         grouped = query[0, :, :n].transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
@@ -123,7 +137,7 @@ def attend(
             out = _attention(chunk, keys, values, mask, scaling, softcap)
         parts.append(out[0].transpose(0, 1))
 
-    return torch.cat(parts).unsqueeze(0), None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
 
 
 def _attention(

@@ -54,8 +54,11 @@ class Engine:
         self._auto_merge = AutoMerge() if config.merge == "auto" else None
         # An adapter may be named never or auto; the setting does not mean it then.
         self._keep_merged = None if config.merge in ("never", "auto") else config.merge
-        cache = KVCache(config.max_num_seqs, self.max_model_len)
-        self._runner = ModelRunner(base, self._bank, attached.context, cache)
+        on_cuda = base.device.type == "cuda"
+        cache = KVCache(config.max_num_seqs, self.max_model_len, coarse=on_cuda)
+        self._runner = ModelRunner(
+            base, self._bank, attached.context, cache, enforce_eager=config.enforce_eager
+        )
         self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens)
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
 

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuroada_serve.engine.triton_attention import runs_on, write_kv_
+
 _FIRST_TOKENS = 128
+_COARSE_SLOTS, _COARSE_TOKENS = 16, 1024
 
 
 class KVCache:
@@ -13,17 +16,33 @@ class KVCache:
 
     All slots share one length, so that the decoding slots 0..n-1 are one strided view. Entries
     never written are zero: masked attention multiplies them by zero, and 0 * NaN would be NaN.
+
+    Args:
+        max_slots, max_tokens: never more than these.
+        coarse: grow in large steps and keep the memory, because CUDA graphs read it.
     """
 
-    def __init__(self, max_slots: int, max_tokens: int) -> None:
+    def __init__(self, max_slots: int, max_tokens: int, coarse: bool = False) -> None:
         self._max_slots = max_slots
         self._max_tokens = max_tokens
+        self._coarse = coarse
+        self.version = 0  # counts the times that memory was replaced or freed
         self._slots = 0
         self._tokens = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def max_slots(self) -> int:
+        return self._max_slots
+
     def reserve(self, num_slots: int, num_tokens: int) -> None:
         """Make room for num_slots sequences of num_tokens; grows to at least twice what it was."""
+        if num_slots <= self._slots and num_tokens <= self._tokens:
+            return
+        self.version += 1
+        if self._coarse:
+            num_slots = min(self._max_slots, -(-num_slots // _COARSE_SLOTS) * _COARSE_SLOTS)
+            num_tokens = min(self._max_tokens, -(-num_tokens // _COARSE_TOKENS) * _COARSE_TOKENS)
         if num_slots > self._slots:
             self._slots = min(self._max_slots, max(num_slots, 2 * self._slots))
         if num_tokens > self._tokens:
@@ -31,17 +50,23 @@ class KVCache:
             self._tokens = min(self._max_tokens, grown)
         assert num_slots <= self._slots
         assert num_tokens <= self._tokens
-        self._layers = {i: self._grown(pair) for i, pair in self._layers.items()}
+        for i, pair in self._layers.items():  # one by one, so that both sizes never meet in full
+            self._layers[i] = self._grown(pair)
 
     def release(self) -> None:
-        """Give all memory back; only while no sequence runs."""
-        self._layers, self._slots, self._tokens = {}, 0, 0
+        """Give all memory back, unless graphs read it; only while no sequence runs."""
+        if not self._coarse:
+            self._layers, self._slots, self._tokens = {}, 0, 0
+            self.version += 1
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Store k and v [tokens, kv_heads, head_dim] of one layer at (slot, position) per token."""
         if layer not in self._layers:
             self._layers[layer] = (self._new(k), self._new(v))
         keys, values = self._layers[layer]
+        if runs_on(k):
+            write_kv_(keys, values, k, v, slots, positions)
+            return
         keys[slots, :, positions] = k
         values[slots, :, positions] = v
 
@@ -49,6 +74,10 @@ class KVCache:
         """K and V of slots first..stop-1, their first num_tokens tokens; no copy."""
         keys, values = self._layers[layer]
         return keys[first:stop, :, :num_tokens], values[first:stop, :, :num_tokens]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of all slots, as they lie in memory."""
+        return self._layers[layer]
 
     def move(self, src: int, dst: int, num_tokens: int) -> None:
         """Copy the first num_tokens entries of slot src to slot dst, in every layer."""

@@ -1,17 +1,21 @@
 """One forward: a schedule in, the logits of every sequence that gets a token out."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neuroada_serve.adapters.bank import AdapterBank, ResidentAdapter
+from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter
 from neuroada_serve.adapters.store import AdapterVersion
 from neuroada_serve.engine.attention import ATTENTION, PackedStep, PrefillSpan
+from neuroada_serve.engine.cuda_graphs import Capture, DecodeGraphs, DecodeRows, cuda_capture
+from neuroada_serve.engine.fused import compile_elementwise
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.engine.sequence import Sequence
+from neuroada_serve.engine.triton_attention import HAS_TRITON
 from neuroada_serve.errors import ModelError
 from neuroada_serve.model.bypass_linear import BypassContext
 from neuroada_serve.model.loader import BaseModel
@@ -41,10 +45,22 @@ class StepLogits:
 
 
 class ModelRunner:
-    """Runs schedules on one model; owns its KV cache."""
+    """Runs schedules on one model; owns its KV cache.
+
+    Args:
+        enforce_eager: on CUDA, neither record graphs nor compile elementwise parts.
+        capture: how decode steps are recorded; default: as CUDA graphs on CUDA, else not at all.
+    """
 
     def __init__(
-        self, base: BaseModel, bank: AdapterBank, context: BypassContext, cache: KVCache
+        self,
+        base: BaseModel,
+        bank: AdapterBank,
+        context: BypassContext,
+        cache: KVCache,
+        *,
+        enforce_eager: bool = False,
+        capture: Capture | None = None,
     ) -> None:
         _refuse_unsupported(base)
         self._base = base
@@ -53,6 +69,14 @@ class ModelRunner:
         self.cache = cache
         self.scrub_cache = False  # set when a sequence failed: its entries may be non-finite
         base.model.set_attn_implementation(ATTENTION)
+        if base.device.type == "cuda" and HAS_TRITON and not enforce_eager:
+            compile_elementwise(base.model)
+            capture = capture or cuda_capture()
+        self.graphs = (
+            None
+            if capture is None
+            else DecodeGraphs(self._decode, base.device, cache.max_slots, capture)
+        )
 
     @torch.inference_mode()
     def run(self, schedule: Schedule, merged: AdapterVersion | None) -> StepLogits:
@@ -62,6 +86,10 @@ class ModelRunner:
         if self.scrub_cache:
             self.cache.scrub([s.num_computed for s in schedule.running])
             self.scrub_cache = False
+        if self.graphs is not None and not schedule.prefills:
+            replayed = self._replay(self.graphs, schedule.decodes, merged)
+            if replayed is not None:
+                return replayed
 
         # 1. Lay the tokens of all sequences in one row.
         work = [(s, 1) for s in schedule.decodes]
@@ -121,6 +149,50 @@ class ModelRunner:
             prompts.append(PromptLogits(sequence, first, logits[row : row + len(tokens)]))
             row += len(tokens)
         return StepLogits(sampled, logits[: len(sampled)], prompts)
+
+    def _replay(
+        self, graphs: DecodeGraphs, decodes: Seq[Sequence], merged: AdapterVersion | None
+    ) -> StepLogits | None:
+        """A step of decodes only, from a graph; None where it must run without."""
+        in_weights = None if merged is None else merged.resident
+        residents = [None if s.lease is None else s.lease.version.resident for s in decodes]
+        # Padding rows are of the merged adapter: nothing to add, whatever is merged.
+        residents += [in_weights] * (graphs.bucket(len(decodes)) - len(decodes))
+        slots = [s.slot for s in decodes if s.slot is not None]
+        rows = DecodeRows(
+            ids=[s.output_token_ids[-1] for s in decodes],
+            positions=[s.num_computed for s in decodes],
+            slots=slots,
+        )
+        self.cache.reserve(max(slots) + 1, max(rows.positions) + 1)
+        batch = self._bank.batch(residents, in_weights, runs=False)
+        logits = graphs.run(rows, batch, self.cache.version)
+        if logits is None:
+            return None
+        for sequence in decodes:
+            sequence.num_computed += 1
+        return StepLogits(list(decodes), logits, [])
+
+    def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor, batch: BankBatch) -> Tensor:
+        """Logits [n, vocab] of n decodes, from tensors alone: what a graph records."""
+        step = PackedStep(
+            cache=self.cache,
+            slots=slots,
+            positions=positions,
+            num_decodes=len(ids),
+            decode_length=0,
+            prefills=(),
+            is_static=True,
+        )
+        with self._context.forward_batch(batch):
+            output = self._base.model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                step=step,
+            )
+        logits: Tensor = output.logits[0]
+        return logits
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._base.device)

@@ -1,8 +1,9 @@
 """Frozen linear layers with room for bypasses, and the way a batch reaches them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from neuroada_serve.adapters.bank import BankBatch, SiteBypass
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, matrix_shape
+from neuroada_serve.ops import triton_bypass
 from neuroada_serve.ops.bypass import bypass_add_
 from neuroada_serve.ops.matrix import (
     DenseMatrix,
@@ -116,17 +118,26 @@ class BypassSite:
     @contextmanager
     def _added(self, adds: Sequence[tuple[SiteBypass, Tensor]]) -> Iterator[None]:
         """Have values in the weight for a while. What was there is put back in reverse order."""
-        undo: list[tuple[Tensor, Tensor]] = []
+        undo: list[Callable[[], None]] = []
         try:
             for part, values in adds:
-                if part.positions is None:
-                    part.positions = self.matrix.positions(part.table.index, part.rows.start)
-                saved = add_entries_(self.matrix.entries, part.positions, values.reshape(-1))
-                undo.append((part.positions, saved))
+                undo.append(self._add(part, values))
             yield
         finally:
-            for positions, saved in reversed(undo):
-                write_entries_(self.matrix.entries, positions, saved)
+            for put_back in reversed(undo):
+                put_back()
+
+    def _add(self, part: SiteBypass, values: Tensor) -> Callable[[], None]:
+        """Add values [rows, k] to the weight; what puts back what was there."""
+        entries = self.matrix.entries
+        if entries.is_cuda and triton_bypass.HAS_TRITON:
+            weight, index = self.matrix.dense()[part.rows], part.table.index
+            before = triton_bypass.add_entries_(weight, index, values.contiguous())
+            return partial(triton_bypass.restore_entries_, weight, index, before)
+        if part.positions is None:
+            part.positions = self.matrix.positions(part.table.index, part.rows.start)
+        saved = add_entries_(entries, part.positions, values.reshape(-1))
+        return partial(write_entries_, entries, part.positions, saved)
 
 
 class BypassLinear(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from neuroada_serve.errors import ShapeError
-from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops import cpu_bypass, triton_bypass
 
 NO_SLOT = -1  # in token slots: this token runs on the base
 
@@ -140,6 +140,10 @@ def bypass_add_(y: Tensor, x: Tensor, table: BypassTable, token_slots: TokenSlot
             f"{num_tokens} token slots and index {tuple(table.index.shape)}"
         )
     if token_slots.idle:
+        return
+    if x.is_cuda and triton_bypass.HAS_TRITON:
+        slots, merged_slot = token_slots.on_device
+        triton_bypass.bypass_add_triton_(y, x, table.index, table.bypass, slots, merged_slot)
         return
     launch = table.cpu_launch
     if launch is not None and x.dtype == y.dtype == table.dtype:

@@ -112,6 +112,11 @@ def _run_on_entries(
     _Kernel(kernel, block)(len(positions))
 
 
+def prepare() -> None:
+    """Compile the kernels, or load them from numba's cache, before they are first needed."""
+    _kernels()
+
+
 @cache
 def _kernels() -> Any:
     try:

@@ -38,7 +38,7 @@ _I16X16 = ir.VectorType(ir.IntType(16), LANES)
 # --- sixteen floats in one register ----------------------------------------------------------
 
 
-class _Float32x16(types.Type):
+class _Float32x16(types.Type):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__(name="float32x16")
 
@@ -47,7 +47,7 @@ _float32x16 = _Float32x16()
 
 
 @register_model(_Float32x16)
-class _Float32x16Model(models.PrimitiveModel):
+class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, fe_type: Any) -> None:
         super().__init__(manager, fe_type, _F32X16)
 

@@ -1,0 +1,231 @@
+"""How the cost of adapters grows: the time of one decode step against one thing at a time.
+
+    adapters   distinct adapters in a batch of --max-batch requests, k=1
+    k          kept inputs per neuron, a quarter of that batch, all adapters distinct
+    batch      requests, all adapters distinct, k=1
+    context    tokens before the decode steps, a quarter of the batch, all adapters distinct, k=1
+    nnz        adapters of some of the modules and several k: the sparse part alone, which is the
+               step less the base's step of the same round, against the values used in a step, with
+               a linear fit
+
+Every round runs each point and its base once, in turn; a point is the median over the rounds of the
+median step. Writes scaling.json and one scaling_NAME.png per series to --out; the last line of
+stdout is the JSON. Not measured: prefill, HTTP.
+
+    python bench/scaling.py [MODEL] [--rounds 5] [--steps 16] [--max-batch 64]
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from neuroada_serve.benchmark.adapters import magnitude_indices, random_adapter
+from neuroada_serve.benchmark.measure import run_requests
+from neuroada_serve.benchmark.report import environment, plain, progress_bar
+from neuroada_serve.benchmark.workload import random_prompts
+from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.engine import Engine
+from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.source import resolve_model
+
+PROMPT_LEN = 16
+CONTEXTS = (16, 64, 256, 512)
+KS = (1, 2, 4, 8, 16, 32)
+NNZ_KS = (1, 4, 8)
+LABELS = {
+    "adapters": "distinct adapters in the batch",
+    "k": "k, values per neuron",
+    "batch": "requests in the batch",
+    "context": "tokens of context",
+    "nnz": "values used in a step (requests x nnz), millions",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One batch to time, at place `x` of its series."""
+
+    series: str
+    x: float
+    adapters: tuple[str | None, ...]  # one per request
+    context: int = PROMPT_LEN
+
+    @property
+    def base(self) -> "Point":
+        return Point("base", 0, (None,) * len(self.adapters), self.context)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--max-batch", type=int, default=64)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    console = Console(stderr=True)
+
+    base = load_base(resolve_model(args.model), args.dtype, args.device)
+    longest = min(max(CONTEXTS), base.max_model_len - args.steps - 2)
+    contexts = [c for c in CONTEXTS if c <= longest]
+    ks = [k for k in KS if k <= min(d_in for _, d_in in base.spec.shapes.values())]
+    indices = magnitude_indices(base, ks)
+    config = EngineConfig(
+        dtype=args.dtype,
+        device=args.device,
+        max_num_seqs=args.max_batch,
+        max_num_batched_tokens=max(512, args.max_batch),
+        max_model_len=longest + args.steps + 2,
+    )
+    engine = Engine(base, config)
+
+    def add(name: str, k: int, count: int, modules: Sequence[str]) -> tuple[int, list[str]]:
+        """(nnz of one, names) of new adapters of these modules."""
+        names = [f"{name}-{number}" for number in range(count)]
+        for seed, each in enumerate(names):
+            adapter = random_adapter(base.spec, {m: indices[k][m] for m in modules}, seed)
+            engine.add_adapter(each, adapter)
+        return adapter.nnz, names
+
+    # 1. The points.
+    modules, quarter = list(base.spec.shapes), max(1, args.max_batch // 4)
+    _, first = add("k1", 1, args.max_batch, modules)
+    of_k = {1: first[:quarter]}
+    with console.status("making adapters"):
+        for k in ks[1:]:
+            of_k[k] = add(f"k{k}", k, quarter, modules)[1]
+    points = [
+        Point("adapters", n, tuple(first[i % n] for i in range(args.max_batch)))
+        for n in powers_of_two(args.max_batch)
+    ]
+    points += [Point("k", k, tuple(names)) for k, names in of_k.items()]
+    points += [Point("batch", n, tuple(first[:n])) for n in powers_of_two(args.max_batch)]
+    points += [Point("context", c, tuple(first[:quarter]), c) for c in contexts]
+    for ending in sorted({module.rpartition(".")[2] for module in modules}):
+        part = [module for module in modules if module.endswith(f".{ending}")]
+        for k in NNZ_KS:
+            nnz, names = add(f"{ending}-k{k}", k, quarter, part)
+            points.append(Point("nnz", quarter * nnz / 1e6, tuple(names)))
+    all_nnz = sum(d_out for d_out, _ in base.spec.shapes.values())
+    points += [Point("nnz", quarter * k * all_nnz / 1e6, tuple(of_k[k])) for k in NNZ_KS]
+
+    # 2. The rounds.
+    work = list(dict.fromkeys(each for point in points for each in (point.base, point)))
+    step_ms: dict[Point, list[float]] = {point: [] for point in work}
+    vocab = range(int(base.model.config.get_text_config().vocab_size))
+
+    def measure(point: Point, number: int, steps: int) -> float:
+        prompts = random_prompts(len(point.adapters), point.context, vocab, number)
+        return statistics.median(run_requests(engine, prompts, point.adapters, steps + 1).step_ms)
+
+    with progress_bar(console) as progress:
+        for point in progress.track(work, description="warming up"):
+            measure(point, args.rounds, 2)
+        task = progress.add_task("measuring", total=args.rounds * len(work))
+        for number in range(args.rounds):
+            for point in work:
+                step_ms[point].append(measure(point, number, args.steps))
+                progress.advance(task)
+
+    # 3. The result.
+    series: dict[str, Any] = {
+        name: [entry(point, step_ms) for point in points if point.series == name] for name in LABELS
+    }
+    fit = linear_fit(
+        [each["x"] for each in series["nnz"]], [each["sparse_ms"] for each in series["nnz"]]
+    )
+    result = {
+        "schema": "neuroada-bench/1",
+        "benchmark": "scaling",
+        **environment(),
+        "settings": {
+            **vars(args),
+            "dtype": str(base.dtype),
+            "device": str(base.device),
+            "threads": torch.get_num_threads(),
+        },
+        "series": series,
+        "nnz_fit": fit,
+        "not_measured": ["prefill", "HTTP"],
+    }
+    document = json.dumps(plain(result), allow_nan=False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "scaling.json").write_text(document + "\n")
+    for name, entries in series.items():
+        (args.out / f"scaling_{name}.png").write_bytes(plot(name, entries, fit))
+    print(document)
+
+
+def powers_of_two(most: int) -> list[int]:
+    return [n for n in (2**i for i in range(most.bit_length())) if n <= most]
+
+
+def entry(point: Point, step_ms: dict[Point, list[float]]) -> dict[str, Any]:
+    """Medians of one point; the sparse part and the ratio within each round."""
+    ours, base = step_ms[point], step_ms[point.base]
+    return {
+        "x": point.x,
+        "requests": len(point.adapters),
+        "step_ms": statistics.median(ours),
+        "base_step_ms": statistics.median(base),
+        "sparse_ms": statistics.median(a - b for a, b in zip(ours, base, strict=True)),
+        "ratio_to_base": statistics.median(b / a for a, b in zip(ours, base, strict=True)),
+        "rounds": {"step_ms": ours, "base_step_ms": base},
+    }
+
+
+def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
+    """y = slope * x + intercept by least squares, and the share of y's variance it explains."""
+    slope, intercept = np.polyfit(x, y, 1)
+    residual = np.asarray(y) - (slope * np.asarray(x) + intercept)
+    return {
+        "slope_ms_per_million": float(slope),
+        "intercept_ms": float(intercept),
+        "r2": float(1 - residual.var() / np.var(y)),
+    }
+
+
+def plot(name: str, entries: Sequence[dict[str, Any]], fit: dict[str, float]) -> bytes:
+    """A PNG of one series: steps with and without adapters, or the sparse part and its fit."""
+    import io
+
+    from matplotlib.figure import Figure  # of the bench extra; no pyplot, so no global state
+
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    x = [each["x"] for each in entries]
+    if name == "nnz":
+        axes.plot(x, [each["sparse_ms"] for each in entries], "o", color="#1f4e8c")
+        ends = [0, max(x)]
+        line = [fit["slope_ms_per_million"] * each + fit["intercept_ms"] for each in ends]
+        label = f"{fit['slope_ms_per_million']:.2f} ms per million, R2 = {fit['r2']:.3f}"
+        axes.plot(ends, line, color="#c8501e", label=label)
+        axes.set_ylabel("sparse part of a step (ms)")
+    else:
+        axes.plot(x, [each["step_ms"] for each in entries], "o-", color="#1f4e8c", label="adapters")
+        base = [each["base_step_ms"] for each in entries]
+        axes.plot(x, base, "o--", color="#7a7a7a", label="base")
+        axes.set_xscale("log", base=2)
+        axes.set_ylabel("decode step (ms)")
+    axes.set_ylim(bottom=min(0, *axes.get_ylim()))
+    axes.set_xlabel(LABELS[name])
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+if __name__ == "__main__":
+    main()

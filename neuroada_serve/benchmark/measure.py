@@ -1,0 +1,197 @@
+"""When tokens come: requests run through an engine, and the figures read off their times."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from neuroada_serve.benchmark.adapters import magnitude_indices, random_adapter
+from neuroada_serve.benchmark.cases import Work
+from neuroada_serve.benchmark.settings import OfflineConfig
+from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.engine import Engine
+from neuroada_serve.errors import EngineError
+from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.source import ModelSource
+from neuroada_serve.request import SamplingParams
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the tokens of requests came that were all handed in at once.
+
+    token_s: per request one time per token, rising, in seconds since the handing in.
+    wall_s: the whole call, from the handing in to its return.
+    num_prompt_tokens: of all requests together.
+    """
+
+    token_s: tuple[tuple[float, ...], ...]
+    wall_s: float
+    num_prompt_tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens of the whole call per second of it."""
+        return sum(map(len, self.token_s)) / self.wall_s
+
+    @property
+    def all_started_s(self) -> float:
+        """When the last request got its first token: from here on the engine only decodes."""
+        return max(times[0] for times in self.token_s)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Throughput from `all_started_s` to the last token."""
+        stamps = self._decode_stamps
+        produced = sum(t > self.all_started_s for times in self.token_s for t in times)
+        return produced / (stamps[-1] - stamps[0])
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens per second, up to `all_started_s`."""
+        return self.num_prompt_tokens / self.all_started_s
+
+    @property
+    def step_ms(self) -> list[float]:
+        """Time of every decode step: between one moment at which tokens came and the next."""
+        return [1000 * float(gap) for gap in np.diff(self._decode_stamps)]
+
+    @property
+    def ttft_ms(self) -> list[float]:
+        """Time to first token, per request."""
+        return [1000 * times[0] for times in self.token_s]
+
+    @property
+    def tpot_ms(self) -> list[float]:
+        """Time per output token after the first, per request."""
+        return [1000 * (times[-1] - times[0]) / (len(times) - 1) for times in self.token_s]
+
+    @cached_property
+    def _decode_stamps(self) -> list[float]:
+        moments = sorted({t for times in self.token_s for t in times})
+        return [t for t in moments if t >= self.all_started_s]
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Linear between the two nearest values, as numpy's and vLLM's."""
+    return float(np.percentile(values, percent))
+
+
+class Runner(Protocol):
+    """An engine that can be asked to do work, ours or a peer."""
+
+    name: str
+
+    def run(self, work: Work) -> Timeline: ...
+
+
+class OurEngine:
+    """This package's engine with adapters made up for the benchmark.
+
+    Args:
+        source: the base model.
+        config: what to load it with, and which adapters to make.
+        dtype: of the weights; here, because the check runs in float32 too.
+        num_adapters: how many of every k.
+    """
+
+    name = "neuroada"
+
+    def __init__(
+        self, source: ModelSource, config: OfflineConfig, dtype: str, num_adapters: int
+    ) -> None:
+        base = load_base(source, dtype, config.device)
+        self.base = base
+        indices = magnitude_indices(base, config.k)
+        settings = EngineConfig(
+            dtype=dtype,
+            device=config.device,
+            max_num_seqs=max(config.concurrency),
+            max_model_len=min(config.max_model_len, base.max_model_len),
+            max_num_batched_tokens=max(config.max_num_batched_tokens, *config.concurrency),
+        )
+        self.engine = Engine(base, settings)
+        for k in dict.fromkeys(config.k):
+            for number in range(num_adapters):
+                adapter = random_adapter(base.spec, indices[k], config.seed + number)
+                self.engine.add_adapter(_name(k, number), adapter)
+
+    def run(self, work: Work) -> Timeline:
+        with self.merged_for(work):
+            return run_requests(
+                self.engine, work.prompts, self.adapter_names(work), work.output_len
+            )
+
+    def switch_times_ms(self, k: int, rounds: int) -> dict[str, list[float]]:
+        """Times of merging an adapter, swapping it for another, and unmerging that."""
+        actions: dict[str, Callable[[], None]] = {
+            "merge": lambda: self.engine.merge(_name(k, 0)),
+            "swap": lambda: self.engine.merge(_name(k, 1)),
+            "unmerge": self.engine.unmerge,
+        }
+        times_ms: dict[str, list[float]] = {action: [] for action in actions}
+        for _ in range(rounds):
+            for action, act in actions.items():
+                started = time.perf_counter()
+                act()
+                if self.base.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times_ms[action].append(1000 * (time.perf_counter() - started))
+        return times_ms
+
+    @contextmanager
+    def merged_for(self, work: Work) -> Iterator[None]:
+        """The weights as this work wants them, the base's again afterwards."""
+        if not work.merged:
+            yield
+            return
+        self.engine.merge(_name(work.k, 0))
+        try:
+            yield
+        finally:
+            self.engine.unmerge()
+
+    def adapter_names(self, work: Work) -> list[str | None]:
+        """Per request, the name its adapter has in our engine."""
+        return [None if number is None else _name(work.k, number) for number in work.adapters]
+
+
+def _name(k: int | None, number: int) -> str:
+    return f"k{k}-{number}"
+
+
+def run_requests(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    adapters: Sequence[str | None],
+    output_len: int,
+) -> Timeline:
+    """Answer all prompts in one batch, greedily and to the full length.
+
+    Raises:
+        EngineError: a request failed.
+    """
+    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
+    token_s: dict[str, list[float]] = {}
+    started = time.perf_counter()
+    for i, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        token_s[f"bench-{i}"] = []
+        engine.add_request(f"bench-{i}", prompt, params, adapter)
+    while engine.has_unfinished:
+        outputs = engine.step()
+        now = time.perf_counter() - started
+        for output in outputs:
+            if output.error is not None:
+                raise EngineError(f"a request of the benchmark failed: {output.error}")
+            token_s[output.request_id] += [now] * len(output.token_ids)
+    wall_s = time.perf_counter() - started
+    return Timeline(
+        token_s=tuple(tuple(times) for times in token_s.values()),
+        wall_s=wall_s,
+        num_prompt_tokens=sum(map(len, prompts)),
+    )

@@ -1,0 +1,302 @@
+"""What a benchmark leaves: a table on stderr, one JSON document, a plot.
+
+The document, for `throughput` and `latency` (`schema` is "neuroada-bench/1"):
+
+    benchmark, date, commit, modified   commit of the checkout; whether files differ from it
+    versions, hardware, environment     packages; cpu, cores, gpus; thread settings of OpenMP
+    settings                            the flags as used, with dtype, device and threads resolved
+    check       null where it was left out, else per case and dtype: {"case", "dtype",
+                "num_tokens", "num_ties", "num_wrong", "largest_difference", "tolerance", "ok"};
+                see check.py. If any is not ok, there are no cases.
+    peers       name -> versions and settings of its two processes; see peers.py
+    cases       one per engine and case:
+        engine          "neuroada", or the peer's name
+        phase           "decode", "prefill" or "latency"
+        concurrency, popularity, k      k is null on the base and for peers
+        samples         figure -> one value per round
+        median          figure -> median of these
+        ratio_to_base   figure -> median over the rounds of the ratio to the same engine's base
+        ratio_to_peer   peer -> figure -> likewise, ours / the peer's, on the same work
+        distributions   name -> {"p50", ..., "rounds": every sample, per round}
+    switch_ms   only with a merged case: "k=..." -> {"merge", "swap", "unmerge"} -> every sample
+    not_measured    what a reader might take these figures for
+
+Figures: decode_tokens_per_s (from the first token of the last request on), tokens_per_s (output
+tokens per second of the whole call: what can be compared between engines), prefill_tokens_per_s
+(prompt tokens up to the first new one), ttft_ms and tpot_ms (median of the round). Of rates a
+ratio above 1 is better, of times below 1.
+
+For `serving`, cases are {"popularity", "rounds", "median"}; a round has its figures and, under
+"requests", {"sent_s", "model", "ttft_ms", "itl_ms", "e2el_ms", "output_tokens", "error"} each.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_TABLE_WIDTH = 140
+_PACKAGES = ("torch", "transformers", "numpy", "numba", "triton", "safetensors")
+_SETTINGS = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "MKL_NUM_THREADS",
+)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Draws only when told of progress: a drawing thread would take time from what is measured."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False)
+
+
+# --- facts -----------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """Date, commit, versions, hardware and thread settings of this process."""
+    from neuroada_serve import __version__
+
+    versions = {"neuroada-serve": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": versions,
+        "hardware": hardware(),
+        "environment": {name: os.environ.get(name) for name in _SETTINGS},
+        "not_measured": ["answers' quality", "energy", "runs on other machines"],
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout this package lies in; None outside of one."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores this process may use, memory and GPUs."""
+    import torch
+
+    gpus = []
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory_bytes / 2**30, 1),
+        "gpus": gpus,
+        "system": platform.platform(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# --- output ----------------------------------------------------------------------------------
+
+
+def write_report(result: Mapping[str, Any], out: Path | None, console: Console) -> None:
+    """Table to the console, JSON to `out` and stdout's last line, a plot beside `out`."""
+    wide = Console(file=console.file, width=max(console.width, _TABLE_WIDTH))
+    for table in tables(result):
+        wide.print(table)  # no figure is cut, in a narrow terminal or a log
+    document = json.dumps(plain(result), allow_nan=False)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(document + "\n")
+        console.print(f"written to {out}", markup=False, highlight=False)
+        try:
+            png = plot(result)
+        except ImportError:
+            console.print("no plot without matplotlib: pip install 'neuroada-serve[bench]'")
+        else:
+            if png is not None:
+                out.with_suffix(".png").write_bytes(png)
+    print(document, flush=True)
+
+
+def plain(value: Any) -> Any:
+    """As JSON can hold it: paths and infinities as text, nan as null."""
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """One table per phase, the failures of the check, or the serving cases."""
+    if result["benchmark"] == "serving":
+        return [_serving_table(result["cases"])]
+    found = []
+    wrong = [check for check in result["check"] or () if not check["ok"]]
+    if wrong:
+        table = Table("case", "dtype", "requests wrong", "difference", title="The check failed")
+        for check in wrong:
+            difference = f"{check['largest_difference']:.3g} (at most {check['tolerance']:g})"
+            table.add_row(check["case"], check["dtype"], str(check["num_wrong"]), difference)
+        found.append(table)
+    for phase in dict.fromkeys(case["phase"] for case in result["cases"]):
+        cases = [case for case in result["cases"] if case["phase"] == phase]
+        found.append(_phase_table(phase, cases))
+    if switches := result.get("switch_ms"):
+        table = Table("switching one adapter", *switches, box=box.SIMPLE, title="median ms")
+        for action in next(iter(switches.values())):
+            medians = (statistics.median(times[action]) for times in switches.values())
+            table.add_row(action, *(f"{median:.1f}" for median in medians))
+        found.append(table)
+    return found
+
+
+def _phase_table(phase: str, cases: Sequence[Mapping[str, Any]]) -> Table:
+    """Medians, in brackets the ratio to the base, and for our cases the ratio to each peer."""
+    headline = list(cases[0]["median"])[-1]  # whole-call throughput, or time per output token
+    peers = sorted({peer for case in cases for peer in case["ratio_to_peer"]})
+    headings = [_HEADINGS[figure] for figure in cases[0]["median"]]
+    for name, distribution in cases[0]["distributions"].items():
+        headings.append(" ".join([_HEADINGS[name], *_percents(distribution)]))
+    title = f"{phase}: medians, in brackets the ratio to the base"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("at once", justify="right")
+    table.add_column("case", no_wrap=True)
+    for heading in (*headings, *(f"ours / {peer}" for peer in peers)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for case in cases:
+        row = [str(case["concurrency"]), f"{case['engine']}: {case_label(case)}"]
+        for figure, median in case["median"].items():
+            ratio = case["ratio_to_base"]
+            row.append(f"{median:.4g}" + ("" if ratio is None else f" ({ratio[figure]:.2f})"))
+        for distribution in case["distributions"].values():
+            row.append(" ".join(f"{distribution[key]:.1f}" for key in _percents(distribution)))
+        for peer in peers:
+            ratio = case["ratio_to_peer"].get(peer)
+            row.append("" if ratio is None else f"{ratio[headline]:.2f}")
+        table.add_row(*row)
+    return table
+
+
+_HEADINGS = {
+    "decode_tokens_per_s": "decode tok/s",
+    "tokens_per_s": "call tok/s",
+    "prefill_tokens_per_s": "prompt tok/s",
+    "step_ms": "step ms",
+    "ttft_ms": "TTFT ms",
+    "tpot_ms": "TPOT ms",
+}
+
+
+def _percents(distribution: Mapping[str, Any]) -> list[str]:
+    return [key for key in distribution if key != "rounds"]
+
+
+def _serving_table(cases: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("figure (median over rounds)", *(case["popularity"] for case in cases))
+    for figure in cases[0]["median"]:
+        table.add_row(figure.replace("_", " "), *(f"{c['median'][figure]:.4g}" for c in cases))
+    return table
+
+
+def case_label(case: Mapping[str, Any]) -> str:
+    """A case of the result in words."""
+    return case["popularity"] if case["k"] is None else f"{case['popularity']}, k={case['k']}"
+
+
+def plot(result: Mapping[str, Any]) -> bytes | None:
+    """A PNG: bars of the medians, dots for the rounds; None where nothing was measured.
+
+    Raises:
+        ImportError: matplotlib, of the bench extra, is not installed.
+    """
+    import io
+
+    from matplotlib.figure import Figure  # no pyplot, so no global state
+
+    panels = _panels(result)
+    if not panels:
+        return None
+    heights = [1 + 0.3 * len(bars) for _, _, bars in panels]
+    figure = Figure(figsize=(9, sum(heights)), dpi=120, layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for ax, (title, unit, bars) in zip(axes, panels, strict=True):
+        for place, (_, median, samples, color) in enumerate(bars):
+            ax.barh(place, median, color=color, height=0.7)
+            ax.plot(samples, [place] * len(samples), ".", color="black", markersize=3, alpha=0.6)
+            ax.text(0, place, f" {median:.4g}", va="center", fontsize=7, color="white")
+        ax.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=8)
+        ax.invert_yaxis()
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.set_xlabel(unit, fontsize=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+_COLORS = {"neuroada": "#1f4e8c", "vllm": "#c8501e", "peft": "#7a7a7a"}
+_SERVING_PANELS = ("output_throughput", "ttft_ms_p50", "tpot_ms_p50")
+
+Bar = tuple[str, float, Sequence[float], str]  # label, median, samples, color
+
+
+def _panels(result: Mapping[str, Any]) -> list[tuple[str, str, list[Bar]]]:
+    """(title, unit, bars) for every phase and concurrency, or every serving figure."""
+    panels: list[tuple[str, str, list[Bar]]] = []
+    cases = result["cases"]
+    if result["benchmark"] == "serving":
+        for figure in _SERVING_PANELS if cases else ():
+            bars: list[Bar] = [
+                (c["popularity"], c["median"][figure], [r[figure] for r in c["rounds"]], "#1f4e8c")
+                for c in cases
+            ]
+            panels.append((figure.replace("_", " "), "", bars))
+        return panels
+    for phase, concurrency in dict.fromkeys((c["phase"], c["concurrency"]) for c in cases):
+        group = [c for c in cases if (c["phase"], c["concurrency"]) == (phase, concurrency)]
+        figure = list(group[0]["median"])[-1]
+        bars = [
+            (
+                f"{c['engine']}: {case_label(c)}",
+                c["median"][figure],
+                c["samples"][figure],
+                _COLORS[c["engine"]],
+            )
+            for c in group
+        ]
+        panels.append((f"{phase}, {concurrency} at once", figure.replace("_", " "), bars))
+    return panels

@@ -1,0 +1,288 @@
+"""Attention of decoding sequences on CUDA: Triton kernels that read lengths on the device.
+
+One query token a sequence reads its whole context, so the step is bound by the cache's bytes. The
+heads that share keys are computed together, and long contexts are split over several programs
+whose parts a second kernel combines (split-KV, as in Flash-Decoding). The launch depends on no
+length, so a CUDA graph may replay it for any context. A row of slot -1 reads and writes nothing:
+the padding of a graph's batch.
+
+Importing this file needs no Triton; calling its functions does.
+"""
+
+# Triton reads the annotations of a kernel: its pointers and numbers cannot have any.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations  # kernels are defined, not run, where Triton is absent
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # an installation for CPU
+    triton = tl = None
+
+HAS_TRITON = triton is not None
+INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)  # for tests
+
+_MAX_HEAD_DIM = 256
+_MAX_GROUP = 64
+_PROGRAMS = 1056  # eight for each multiprocessor of an H200: about three waves, a short tail
+_MAX_SPLITS = 32
+_TILE_BYTES = 16384
+
+
+def runs_on(tensor: Tensor) -> bool:
+    """Whether the kernels run on this tensor: on CUDA, or anywhere in Triton's interpreter."""
+    return HAS_TRITON and (tensor.is_cuda or INTERPRETED)
+
+
+def fits_decode(head_dim: int, group: int) -> bool:
+    """Whether `decode_attention` knows this head size and this many heads per kv head."""
+    return head_dim <= _MAX_HEAD_DIM and group <= _MAX_GROUP
+
+
+def write_kv_(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor
+) -> None:
+    """Store the keys and values of new tokens in the cache; one launch for both.
+
+    Semantics, for every token t with slots[t] >= 0:
+        keys[slots[t], :, positions[t]] = k[t];  values[slots[t], :, positions[t]] = v[t]
+
+    Args:
+        keys, values: [num_slots, kv_heads, num_tokens, head_dim], contiguous. Changed in place.
+        k, v: [T, kv_heads, head_dim], last stride 1.
+        slots, positions: [T] int32 or int64.
+    """
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    k = k if k.stride(2) == 1 else k.contiguous()
+    v = v if v.stride(2) == 1 else v.contiguous()
+    num_tokens, kv_heads, dim = k.shape
+    if num_tokens == 0:
+        return
+    _write_kernel[(num_tokens,)](
+        *(keys, values, k, v, slots, positions, keys.stride(0), keys.stride(1)),
+        *(k.stride(0), k.stride(1), v.stride(0), v.stride(1), kv_heads * dim),
+        DIM=dim,
+        BLOCK=_power_of_two(kv_heads * dim),
+        num_warps=4,
+    )
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of one new token per sequence over its own context.
+
+    Semantics, for row t with s = slots[t], p = positions[t] and head h of kv head g:
+        columns = max(0, p + 1 - window) .. p
+        scores = softcap * tanh(query[t, h] @ keys[s, g, columns].T * scaling / softcap)
+        out[t, h] = softmax(scores) @ values[s, g, columns]
+    Without window all columns count, without softcap scores are the scaled products. Rows with
+    slots[t] < 0 give zeros.
+
+    Args:
+        query: [n, heads, head_dim], last stride 1.
+        keys, values: [num_slots, kv_heads, num_tokens, head_dim], contiguous.
+        slots, positions: [n] int32 or int64, on the device.
+        scaling: None is head_dim ** -0.5.
+
+    Returns:
+        [n, heads, head_dim], dtype of query.
+    """
+    query = query if query.stride(2) == 1 else query.contiguous()
+    n, heads, dim = query.shape
+    kv_heads = keys.shape[1]
+    splits = num_splits(n, kv_heads)
+    out = query.new_empty(n, heads, dim)
+    # Each split's own softmax-weighted sum, and the logarithm of its weight.
+    parts = torch.empty(n, heads, splits, dim, dtype=torch.float32, device=query.device)
+    weights = torch.empty(n, heads, splits, dtype=torch.float32, device=query.device)
+    block_d = max(16, _power_of_two(dim))
+    _attention_kernel[(n, kv_heads, splits)](
+        *(query, keys, values, slots, positions, out, parts, weights),
+        *(dim**-0.5 if scaling is None else scaling, softcap or 1.0, window or 0),
+        *(query.stride(0), query.stride(1), keys.stride(0), keys.stride(1)),
+        HEADS=heads,
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        BLOCK_G=max(16, _power_of_two(heads // kv_heads)),
+        BLOCK_D=block_d,
+        BLOCK_N=max(16, min(64, _TILE_BYTES // (block_d * keys.element_size()))),
+        SPLITS=splits,
+        WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        num_warps=4,
+    )
+    if splits > 1:
+        _combine_kernel[(n * heads,)](
+            *(parts, weights, out), DIM=dim, BLOCK_D=block_d, SPLITS=splits, num_warps=4
+        )
+    return out
+
+
+def num_splits(n: int, kv_heads: int) -> int:
+    """How many programs share one sequence's context: enough to fill the GPU; a power of two."""
+    wanted = max(1, _PROGRAMS // max(1, n * kv_heads))
+    return min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+# --- kernels ---------------------------------------------------------------------------------
+
+
+def _jit(kernel: Callable[..., None]) -> Any:
+    return triton.jit(kernel) if HAS_TRITON else kernel
+
+
+@_jit
+def _write_kernel(
+    keys,
+    values,
+    k,
+    v,
+    slots,
+    positions,
+    slot_stride,
+    head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    size,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """All kv heads of one token."""
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + t).to(tl.int64)
+    position = tl.load(positions + t).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    head, d = at // DIM, at % DIM
+    mask = (at < size) & (slot >= 0)
+    cell = slot * slot_stride + head * head_stride + position * DIM + d
+    tl.store(keys + cell, tl.load(k + t * k_stride + head * k_head_stride + d, mask=mask), mask)
+    tl.store(values + cell, tl.load(v + t * v_stride + head * v_head_stride + d, mask=mask), mask)
+
+
+@_jit
+def _attention_kernel(
+    query,  # [n, HEADS, DIM]
+    keys,  # [num_slots, kv_heads, num_tokens, DIM]
+    values,
+    slots,  # [n]
+    positions,  # [n]
+    out,  # [n, HEADS, DIM]; written where SPLITS is 1
+    parts,  # [n, HEADS, SPLITS, DIM]; written otherwise
+    weights,  # [n, HEADS, SPLITS]
+    scaling,
+    softcap,
+    window,
+    query_stride,
+    query_head_stride,
+    slot_stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+) -> None:
+    """One part of one sequence's context, for the GROUP heads that share a kv head."""
+    t = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    slot = tl.load(slots + t).to(tl.int64)
+    stop = tl.load(positions + t).to(tl.int32) + 1
+    first = 0
+    if WINDOW:
+        first = tl.maximum(stop - window, 0)
+    stop = tl.where(slot >= 0, stop, first)
+    blocks = (stop - first + BLOCK_N - 1) // BLOCK_N
+    chunk = (blocks + SPLITS - 1) // SPLITS * BLOCK_N
+    first = first + split * chunk
+    stop = tl.minimum(stop, first + chunk)
+
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    heads = kv_head * GROUP + g
+    q_mask = (g < GROUP)[:, None] & (d < DIM)[None, :]
+    q_at = query + t * query_stride + heads[:, None] * query_head_stride + d[None, :]
+    q = tl.load(q_at, mask=q_mask, other=0.0)
+    base = slot * slot_stride + kv_head * head_stride
+    highest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+
+    for start in range(first, stop, BLOCK_N):  # online softmax
+        columns = start + tl.arange(0, BLOCK_N)
+        seen = columns < stop
+        cell = base + columns[:, None].to(tl.int64) * DIM + d[None, :]
+        mask = seen[:, None] & (d < DIM)[None, :]
+        k = tl.load(keys + cell, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        if SOFTCAP:
+            scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # tanh
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        shrink = tl.exp(highest - higher)
+        p = tl.exp(scores - higher[:, None])
+        v = tl.load(values + cell, mask=mask, other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        total = total * shrink + tl.sum(p, 1)
+        highest = higher
+
+    empty = first >= stop
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    if SPLITS == 1:
+        o_at = out + (t * HEADS + heads)[:, None] * DIM + d[None, :]
+        tl.store(o_at, acc.to(out.dtype.element_ty), mask=q_mask)
+    else:
+        row = (t * HEADS + heads) * SPLITS + split
+        tl.store(parts + row[:, None] * DIM + d[None, :], acc, mask=q_mask)
+        weight = tl.where(empty, float("-inf"), highest + tl.log(total))
+        tl.store(weights + row, weight, mask=g < GROUP)
+
+
+@_jit
+def _combine_kernel(
+    parts,  # [rows, SPLITS, DIM]
+    weights,  # [rows, SPLITS]
+    out,  # [rows, DIM]
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """One head of one sequence: its parts, each by its share of the softmax."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    weight = tl.load(weights + row * SPLITS + split)
+    highest = tl.max(weight, 0)
+    share = tl.exp(weight - tl.where(highest == float("-inf"), 0.0, highest))
+    part_at = parts + (row * SPLITS + split)[:, None] * DIM + d[None, :]
+    part = tl.load(part_at, mask=(d < DIM)[None, :], other=0.0)
+    total = tl.sum(share, 0)
+    mixed = tl.sum(share[:, None] * part, 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out + row * DIM + d, mixed.to(out.dtype.element_ty), mask=d < DIM)

@@ -1,0 +1,93 @@
+"""bench/gpu.py: its whole logic on the CPU with a toy model, and its verdicts on made-up times."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import gpu
+
+CPU = torch.device("cpu")
+
+
+def new_report(minutes: float = 5) -> gpu.Report:
+    return gpu.Report(time.monotonic() + minutes * 60, CPU)
+
+
+def test_tiny_run_measures_every_part(tmp_path, capsys):
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--tiny", "--device", "cpu", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert result["errors"] == {}
+    assert result["skipped"] == []
+    assert all(result["checks"].values())
+    for name in ("decode/1/base", "decode/4/k2/4", "prefill/k1/4/gather", "swap/k1", "lora/4/4"):
+        assert len(result["samples_ms"][name]) == gpu.TINY.samples, name
+    assert result["floors_ms"]["floor/4/k2/4"] > result["floors_ms"]["floor/4/base"]
+
+
+def test_no_time_leaves_everything_out_and_says_so(tmp_path):
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--tiny", "--device", "cpu", "--out", str(out), "--minutes", "0"]) == 0
+    result = json.loads(out.read_text())
+    assert "decode/1/base" in result["skipped"]
+    assert not any(name.startswith("decode") for name in result["samples_ms"])
+    assert result["targets"]["64 distinct k=1, of the base step"]["met"] is None
+
+
+def test_broken_part_is_reported_and_the_next_one_runs():
+    report = new_report()
+    with report.part("first"):
+        raise RuntimeError("no such kernel")
+    with report.part("second"):
+        report.samples_ms["second"] = [1.0]
+    assert "no such kernel" in report.errors["first"]
+    assert report.median("second") == 1.0
+
+
+@pytest.mark.parametrize(("times", "met"), [([10.2, 20.4], True), ([10.4, 20.8], False)])
+def test_ratio_is_taken_round_by_round(times, met):
+    report = new_report()
+    report.samples_ms = {"decode/64/k1/64": times, "decode/64/base": [10.0, 20.0]}
+    report.floors_ms = {"floor/1/base": 5.0}
+    report.samples_ms["decode/1/base"] = [6.5, 6.5, 9.0]
+    targets = gpu.met_targets(report)
+    assert targets["64 distinct k=1, of the base step"]["met"] is met
+    assert targets["base step at batch 1, of the floor"]["ratio"] == pytest.approx(1.3)
+
+
+def test_floor_counts_the_bytes_of_llama_8b():
+    """15 GB of weights at batch 1; 64 distinct k=1 adapters add 176 MB (design.md, fact 2)."""
+    config = gpu.AutoConfig.for_model("llama", **gpu.LLAMA_8B.model)
+    with torch.device("meta"):
+        model = gpu.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+    class Meta:
+        base = gpu.BaseModel(
+            model=model,
+            tokenizer=None,
+            spec=gpu.BaseSpec("", "", {}),
+            path=Path(),
+            dtype=torch.bfloat16,
+            device=CPU,
+            eos_token_ids=frozenset(),
+            max_model_len=1,
+        )
+
+    base = gpu.floor_ms(Meta(), gpu.LLAMA_8B, 1.0, 1, 0, 0)
+    assert base == pytest.approx(15.0e9 + 1024 * 131072, rel=0.01)
+    mixed = gpu.floor_ms(Meta(), gpu.LLAMA_8B, 1.0, 1, 64 * 1376256, 0)
+    assert mixed - base == 64 * 1376256 * 2
+
+
+def test_candidate_tiles_differ():
+    for num_tokens in (1, 64):
+        tiles = gpu.candidates(num_tokens)
+        assert len(set(tiles)) == len(tiles)
+        assert any(tile.early for tile in tiles)

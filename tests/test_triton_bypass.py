@@ -1,0 +1,52 @@
+"""The Triton kernels: run in Triton's interpreter (or on a GPU), and compiled for one."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parent
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def run_python(*args: str, **env: str) -> None:
+    """Triton reads TRITON_INTERPRET when it is imported, so each mode takes a process."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    done = subprocess.run(
+        [sys.executable, *args],
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("cases", ["interpreted_bypass.py", "interpreted_attention.py"])
+def test_kernels_equal_their_references(cases):
+    mode = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    # Interpreted kernels compute on numpy, which warns of the nan that some cases plant.
+    run_python("-m", "pytest", cases, "-q", "-W", "ignore::RuntimeWarning", **mode)
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu():
+    """Compiling needs no GPU; the interpreter accepts kernels that the compiler refuses."""
+    run_python("compiled_kernels.py", TRITON_INTERPRET="0")
+
+
+def test_kernels_import_without_triton():
+    run_python(
+        "-c",
+        "import sys; sys.modules['triton'] = None\n"
+        "from neuroada_serve.ops.triton_bypass import HAS_TRITON as bypass\n"
+        "from neuroada_serve.engine.triton_attention import HAS_TRITON as attention\n"
+        "assert not bypass and not attention",
+    )
