@@ -46,9 +46,12 @@ Plain = Annotated[
 
 def main() -> None:
     """Console entry point."""
-    # Read by OpenMP when torch is imported. Its threads otherwise spin while they wait, which on a
-    # machine with other work, or in a container with a CPU quota, takes the time from each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by OpenMP when torch is imported. Its threads otherwise spin for milliseconds while they
+    # wait, which beside other work takes the time from each other; putting them to sleep at once
+    # costs more still on an idle machine. So they spin for about as long as Python needs between
+    # two operators: bench/LOG.md.
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "2000"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     app()
 

@@ -184,7 +184,7 @@ def peer_environment(name: str, threads: int, environ: Mapping[str, str]) -> dic
     environment = {**environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment["TOKENIZERS_PARALLELISM"] = "false"
     if name == "vllm":
-        environment.pop("OMP_WAIT_POLICY", None)  # set by our command line, for our threads
+        environment.pop("GOMP_SPINCOUNT", None)  # set by our command line, for our threads
         # Left to itself, vLLM keeps one core free of its worker's threads.
         cores = sorted(os.sched_getaffinity(0))[:threads]
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))

@@ -1,4 +1,4 @@
-"""The elementwise parts of a model, fused by torch.compile.
+"""The elementwise parts of a model, fused: by torch.compile on CUDA, by our kernels on the CPU.
 
 transformers writes a norm as six launches, a rotary embedding as ten. At batch 1 those launches
 take longer than the bytes they move. Compiling just these parts, not the model, takes seconds and
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from neuroada_serve.ops import cpu_bypass
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,33 @@ def compile_elementwise(
         module.forward = new
         changed.append(module)
     return changed
+
+
+def use_cpu_kernels(model: nn.Module) -> list[nn.Module]:
+    """On the CPU, compute Llama-like norms of 16-bit models by one kernel each.
+
+    Returns:
+        The changed modules; `del module.forward` undoes one.
+    """
+    changed: list[nn.Module] = []
+    for module in model.modules():
+        code = getattr(type(module).forward, "__code__", None)
+        if code is None or not _same_code(code, LlamaRMSNorm.forward.__code__):
+            continue
+        norm: Any = module
+        weight = norm.weight.detach()
+        if weight.element_size() == 2 and cpu_bypass.supports(weight):
+            norm.forward = partial(
+                _norm, norm, cpu_bypass.RmsNorm(weight, norm.variance_epsilon), weight.dtype
+            )
+            changed.append(module)
+    return changed
+
+
+def _norm(module: Any, kernel: cpu_bypass.RmsNorm, dtype: torch.dtype, x: torch.Tensor) -> Any:
+    if x.dtype == dtype and x.is_contiguous():
+        return kernel(x)
+    return type(module).forward(module, x)
 
 
 def _gate_of(act: Callable[..., Any]) -> Callable[..., Any]:

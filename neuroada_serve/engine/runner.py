@@ -11,7 +11,7 @@ from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter
 from neuroada_serve.adapters.store import AdapterVersion
 from neuroada_serve.engine.attention import ATTENTION, PackedStep, PrefillSpan
 from neuroada_serve.engine.cuda_graphs import Capture, DecodeGraphs, DecodeRows, cuda_capture
-from neuroada_serve.engine.fused import compile_elementwise
+from neuroada_serve.engine.fused import compile_elementwise, use_cpu_kernels
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.engine.sequence import Sequence
@@ -69,6 +69,8 @@ class ModelRunner:
         self.cache = cache
         self.scrub_cache = False  # set when a sequence failed: its entries may be non-finite
         base.model.set_attn_implementation(ATTENTION)
+        if base.device.type == "cpu":
+            use_cpu_kernels(base.model)
         if base.device.type == "cuda" and HAS_TRITON and not enforce_eager:
             compile_elementwise(base.model)
             capture = capture or cuda_capture()

@@ -100,6 +100,35 @@ def put_entries(weight: Tensor, positions: Tensor, values: Tensor) -> None:
     _run_on_entries(_kernels().put_entries, weight, positions, values, values)
 
 
+class RmsNorm:
+    """y = weight * x / sqrt(mean(x * x) + eps) over the last dimension, as one kernel.
+
+    Rounds as transformers' own norm does: after the division, and after the product.
+
+    Args:
+        weight: [width], contiguous; `supports(weight)`.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._at = at = _kernels()
+        self._weight = weight  # the block below holds its address
+        self._eps = ctypes.c_float(eps)
+        self._block = block = (ctypes.c_int64 * at.NUM_NORM_FIELDS)()
+        block[at.KIND] = _KINDS[weight.dtype]
+        block[at.NORM_WEIGHT], block[at.NORM_WIDTH] = weight.data_ptr(), weight.numel()
+        block[at.NORM_EPS] = ctypes.addressof(self._eps)
+        self._run = _Kernel(at.rms_norm, block)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., width], contiguous, in the weight's dtype."""
+        block, at = self._block, self._at
+        y, count = torch.empty_like(x), x.numel()
+        block[at.NORM_Y], block[at.NORM_X] = y.data_ptr(), x.data_ptr()
+        block[at.NORM_ROWS] = count // block[at.NORM_WIDTH]
+        self._run(count)
+        return y
+
+
 def _run_on_entries(
     kernel: Any, weight: Tensor, positions: Tensor, values: Tensor, saved: Tensor
 ) -> None:

@@ -1,13 +1,13 @@
 """The CPU kernels, compiled by numba when first used and kept in its cache.
 
-A kernel is a C function of one pointer, to a block of int64 arguments (the _FIELDS of its launcher
-in `cpu_bypass.py`). Every thread runs the same function; the block's first field is a counter from
-which the threads draw pieces of work until none is left.
+A kernel is a C function of one pointer, to a block of int64 arguments that `cpu_bypass.py` sets.
+Every thread runs the same function; the block's first field is a counter from which the threads
+draw pieces of work until none is left.
 
 Lanes: up to 16 tokens are computed side by side, one per vector lane. A neuron reads column c of
 all of them as one row of the transposed activations xT [d_in, 16], so the gather that the sparse
 op is made of becomes an ordinary vector load. Rows of x, y and of each lane's values are turned
-into that shape 16 x 16 elements at a time, in registers.
+into that shape 32 x 16 elements at a time, in registers.
 
 The vector type and its few operations are defined here rather than in a module of their own,
 because numba's cache notices changes of this file only.
@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+TILE = 32  # elements of each lane that are turned at once
 ROWS = 64  # neurons in one piece of work
 ENTRIES = 4096  # weight entries in one piece of work
 AHEAD = 256  # bytes of a lane's values between those that are used and those that are fetched
@@ -56,33 +57,36 @@ def _constant(vector: Any, value: float) -> Any:
     return ir.Constant(vector, [value] * LANES)
 
 
-def _load(builder: Any, address: Any, kind: int) -> Any:
-    """<16 x float> from 16 elements of a kind, wherever they lie."""
-    raw_type = (_I16X16, _F16X16, _F32X16)[kind]
-    raw = builder.load(builder.inttoptr(address, raw_type.as_pointer()))
-    raw.align = 2
-    if kind == FLOAT32:
-        return raw
-    if kind == FLOAT16:
-        return builder.fpext(raw, _F32X16)
-    shifted = builder.shl(builder.zext(raw, _I32X16), _constant(_I32X16, 16))
-    return builder.bitcast(shifted, _F32X16)
+def _load(builder: Any, address: Any, vector: Any) -> Any:
+    loaded = builder.load(builder.inttoptr(address, vector.as_pointer()))
+    loaded.align = 2  # elements lie anywhere
+    return loaded
 
 
-def _store(builder: Any, value: Any, address: Any, kind: int) -> None:
-    """<16 x float> to 16 elements of a kind, rounded to nearest, ties to even, as torch does."""
-    if kind == FLOAT16:
-        value = builder.fptrunc(value, _F16X16)
-    elif kind == BFLOAT16:
-        bits = builder.bitcast(value, _I32X16)
-        odd = builder.and_(builder.lshr(bits, _constant(_I32X16, 16)), _constant(_I32X16, 1))
-        bits = builder.add(builder.add(bits, odd), _constant(_I32X16, 0x7FFF))
-        rounded = builder.lshr(bits, _constant(_I32X16, 16))
-        is_nan = builder.fcmp_unordered("uno", value, value)
-        rounded = builder.select(is_nan, _constant(_I32X16, 0x7FC0), rounded)
-        value = builder.trunc(rounded, _I16X16)
+def _store(builder: Any, value: Any, address: Any) -> None:
     store = builder.store(value, builder.inttoptr(address, value.type.as_pointer()))
     store.align = 2
+
+
+def _float_of(builder: Any, bits: Any, kind: int) -> Any:
+    """<16 x float> of 16 elements of a 16-bit kind, each in the low half of an i32."""
+    if kind == FLOAT16:
+        halves = builder.bitcast(builder.trunc(bits, _I16X16), _F16X16)
+        return builder.fpext(halves, _F32X16)
+    return builder.bitcast(builder.shl(bits, _constant(_I32X16, 16)), _F32X16)
+
+
+def _bits_of(builder: Any, value: Any, kind: int) -> Any:
+    """The reverse, rounded to nearest, ties to even, as torch does."""
+    if kind == FLOAT16:
+        halves = builder.fptrunc(value, _F16X16)
+        return builder.zext(builder.bitcast(halves, _I16X16), _I32X16)
+    bits = builder.bitcast(value, _I32X16)
+    half = _constant(_I32X16, 16)
+    odd = builder.and_(builder.lshr(bits, half), _constant(_I32X16, 1))
+    bits = builder.add(builder.add(bits, odd), _constant(_I32X16, 0x7FFF))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.select(is_nan, _constant(_I32X16, 0x7FC0), builder.lshr(bits, half))
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -105,16 +109,27 @@ def _row(builder: Any, rows: Any, lane: int, offset: Any) -> Any:
 def _tile_reader(kind: int) -> Any:
     @intrinsic
     def read_tile(typing: Any, rows: Any, offset: Any, tile: Any) -> Any:
-        """tile[e, lane] = element e behind rows[lane] + offset, for 16 elements e."""
+        """tile[e, lane] = element e behind rows[lane] + offset, for 32 elements e."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             rows, offset, tile = args
-            loaded = [
-                _load(builder, _row(builder, rows, lane, offset), kind) for lane in range(LANES)
-            ]
-            for e, column in enumerate(_transposed(builder, loaded)):
-                address = builder.add(tile, ir.Constant(_I64, 4 * LANES * e))
-                _store(builder, column, address, FLOAT32)
+
+            def columns(first_byte: int, vector: Any) -> list[Any]:
+                start = builder.add(offset, ir.Constant(_I64, first_byte))
+                lanes = range(LANES)
+                loaded = [_load(builder, _row(builder, rows, i, start), vector) for i in lanes]
+                return _transposed(builder, loaded)
+
+            if kind == FLOAT32:
+                floats = columns(0, _F32X16) + columns(4 * LANES, _F32X16)
+            else:  # two neighbours travel as one i32
+                floats = []
+                for pair in columns(0, _I32X16):
+                    floats.append(_float_of(builder, pair, kind))
+                    second = builder.lshr(pair, _constant(_I32X16, 16))
+                    floats.append(_float_of(builder, second, kind))
+            for e, column in enumerate(floats):
+                _store(builder, column, builder.add(tile, ir.Constant(_I64, 4 * LANES * e)))
             return context.get_dummy_value()
 
         return types.none(types.intp, types.intp, types.intp), generate
@@ -125,16 +140,27 @@ def _tile_reader(kind: int) -> Any:
 def _tile_writer(kind: int) -> Any:
     @intrinsic
     def write_tile(typing: Any, tile: Any, rows: Any, offset: Any) -> Any:
-        """Element e behind rows[lane] + offset = tile[e, lane], for 16 elements e."""
+        """Element e behind rows[lane] + offset = tile[e, lane], for 32 elements e."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             tile, rows, offset = args
-            loaded = [
-                _load(builder, builder.add(tile, ir.Constant(_I64, 4 * LANES * e)), FLOAT32)
-                for e in range(LANES)
+            floats = [
+                _load(builder, builder.add(tile, ir.Constant(_I64, 4 * LANES * e)), _F32X16)
+                for e in range(TILE)
             ]
-            for lane, row in enumerate(_transposed(builder, loaded)):
-                _store(builder, row, _row(builder, rows, lane, offset), kind)
+            if kind == FLOAT32:
+                halves = [floats[:LANES], floats[LANES:]]
+            else:
+                pairs = []
+                for first, second in zip(floats[::2], floats[1::2], strict=True):
+                    high = _bits_of(builder, second, kind)
+                    high = builder.shl(high, _constant(_I32X16, 16))
+                    pairs.append(builder.or_(_bits_of(builder, first, kind), high))
+                halves = [pairs]
+            for number, half in enumerate(halves):
+                start = builder.add(offset, ir.Constant(_I64, 4 * LANES * number))
+                for lane, row in enumerate(_transposed(builder, half)):
+                    _store(builder, row, _row(builder, rows, lane, start))
             return context.get_dummy_value()
 
         return types.none(types.intp, types.intp, types.intp), generate
@@ -145,11 +171,16 @@ def _tile_writer(kind: int) -> Any:
 def _converter(kind: int, to_float: bool) -> Any:
     @intrinsic
     def convert_16(typing: Any, source: Any, target: Any) -> Any:
-        """16 elements of a kind to float32, or back."""
+        """16 elements of a 16-bit kind to float32, or back."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value = _load(builder, args[0], kind if to_float else FLOAT32)
-            _store(builder, value, args[1], FLOAT32 if to_float else kind)
+            if to_float:
+                bits = builder.zext(_load(builder, args[0], _I16X16), _I32X16)
+                value = _float_of(builder, bits, kind)
+            else:
+                bits = _bits_of(builder, _load(builder, args[0], _F32X16), kind)
+                value = builder.trunc(bits, _I16X16)
+            _store(builder, value, args[1])
             return context.get_dummy_value()
 
         return types.none(types.intp, types.intp), generate
@@ -186,7 +217,7 @@ def _vector(typing: Any, address: Any) -> Any:
     """The 16 floats at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _load(builder, args[0], FLOAT32)
+        return _load(builder, args[0], _F32X16)
 
     return _float32x16(types.intp), generate
 
@@ -194,7 +225,7 @@ def _vector(typing: Any, address: Any) -> Any:
 @intrinsic
 def _put(typing: Any, value: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _store(builder, args[0], args[1], FLOAT32)
+        _store(builder, args[0], args[1])
         return context.get_dummy_value()
 
     return types.none(_float32x16, types.intp), generate
@@ -365,11 +396,11 @@ def _set_rows(args: Any, first: int, rows: Any, own: Any) -> None:
 def _transpose_x(args: Any, rows: Any, x_t: Any) -> None:
     """x_t [d_in, 16] float32 = x of the lanes."""
     kind, d_in = args[KIND], args[D_IN]
-    whole = d_in // LANES * LANES
-    for column in range(0, whole, LANES):
+    whole = d_in // TILE * TILE
+    for column in range(0, whole, TILE):
         _read_tile(_address(rows[1]), column, _address(x_t) + 4 * LANES * column, kind)
     if whole < d_in:
-        row = np.empty(LANES, np.float32)
+        row = np.empty(TILE, np.float32)
         for lane in range(LANES):
             _widen(rows[1, lane] + whole * _size(kind), _address(row), d_in - whole, kind)
             for i in range(d_in - whole):
@@ -380,30 +411,30 @@ def _transpose_x(args: Any, rows: Any, x_t: Any) -> None:
 def _add_side_by_side(
     args: Any, rows: Any, own: Any, x_t: Any, tiles: Any, row: int, stop: int
 ) -> None:
-    """Neurons row..stop - 1, a multiple of 16 of them, of 16 lanes."""
+    """Neurons row..stop - 1, a multiple of 32 of them, of 16 lanes."""
     kind, k, index_stride = args[KIND], args[K], args[INDEX_STRIDE]
     size = _size(kind)
     y_rows, value_rows, x_address = _address(rows[0]), _address(rows[2]), _address(x_t)
     sums, values = _address(tiles[0]), _address(tiles[1])
     index = _ints(args[INDEX])
     merged = args[BYPASS] + args[MERGED_SLOT] * args[SLOT_STRIDE] * _size(kind)
-    for i in range(row, stop, LANES):
+    for i in range(row, stop, TILE):
         _read_tile(y_rows, i, sums, kind)
-        entry, e = i * k, LANES
-        for r in range(LANES):
+        entry, e = i * k, TILE
+        for r in range(TILE):
             total = _vector(sums + 4 * LANES * r)
             for j in range(k):
-                if e == LANES:
+                if e == TILE:
                     _prefetch(value_rows, entry * size + AHEAD)
                     _read_tile(value_rows, entry, values, kind)
                     if args[MERGED_SLOT] >= 0:
                         less = tiles[2]
-                        _widen(merged + entry * _size(kind), _address(less), LANES, kind)
-                        for a in range(LANES):
+                        _widen(merged + entry * _size(kind), _address(less), TILE, kind)
+                        for a in range(TILE):
                             for lane in range(LANES):
                                 at = a * LANES + lane
                                 tiles[1, at] = tiles[1, at] * own[lane] - less[a]
-                    entry += LANES
+                    entry += TILE
                     e = 0
                 column = np.int64(index[(i + r) * index_stride + j])
                 x = _vector(x_address + 4 * LANES * column)
@@ -458,7 +489,7 @@ def _bypass_add(args: Any) -> None:
     if work >= (blocks + singles) * pieces:
         return
     rows, own = np.empty((3, LANES), np.int64), np.empty(LANES, np.float32)
-    tiles = np.empty((3, LANES * LANES), np.float32)
+    tiles = np.empty((3, TILE * LANES), np.float32)
     buffer = np.empty(ROWS * (1 + 2 * k), np.float32)
     x = np.empty(d_in * (LANES if blocks else 1), np.float32)
     ready = -1  # the block or single lane that rows, own and x are set for
@@ -470,7 +501,7 @@ def _bypass_add(args: Any) -> None:
             if part != ready:
                 _set_rows(args, part * LANES, rows, own)
                 _transpose_x(args, rows, x)
-            whole = row + (stop - row) // LANES * LANES
+            whole = row + (stop - row) // TILE * TILE
             _add_side_by_side(args, rows, own, x, tiles, row, whole)
             for lane in range(min(LANES, num_lanes - part * LANES) if whole < stop else 0):
                 column_of = np.empty(d_in, np.float32)
@@ -549,6 +580,44 @@ def _put_entries(args: Any) -> None:
         work = _draw(counter)
 
 
+# --- rms_norm --------------------------------------------------------------------------------
+
+# fields of the argument block of `rms_norm`; COUNTER and KIND as above
+(NORM_Y, NORM_X, NORM_WEIGHT, NORM_ROWS, NORM_WIDTH, NORM_EPS) = range(2, 8)
+NUM_NORM_FIELDS = 8
+
+
+@njit
+def _rms_norm(args: Any) -> None:
+    """y = weight * round(x / sqrt(mean(x * x) + eps)), row by row, both products rounded."""
+    kind, width, size = args[KIND], args[NORM_WIDTH], _size(args[KIND])
+    eps = _floats(args[NORM_EPS])[0]
+    x, weight = np.zeros(width + LANES, np.float32), np.empty(width, np.float32)
+    sums = np.empty(LANES, np.float32)
+    _widen(args[NORM_WEIGHT], _address(weight), width, kind)
+    counter = _address(args)
+    row = _draw(counter)
+    while row < args[NORM_ROWS]:
+        source, target = args[NORM_X] + row * width * size, args[NORM_Y] + row * width * size
+        _widen(source, _address(x), width, kind)
+        sums[:] = 0
+        total = _vector(_address(sums))
+        for i in range(0, width, LANES):  # x has zeros behind its end
+            part = _vector(_address(x) + 4 * i)
+            total = _fma(part, part, total)
+        _put(total, _address(sums))
+        scale = np.float32(1) / np.sqrt(sums.sum() / np.float32(width) + eps)
+        for i in range(width):
+            x[i] *= scale
+        _narrow(_address(x), target, width, kind)
+        _widen(target, _address(x), width, kind)
+        for i in range(width):
+            x[i] *= weight[i]
+        _narrow(_address(x), target, width, kind)
+        row = _draw(counter)
+    x[0] = weight[0] = sums[0] = 0
+
+
 def _compiled(kernel: Any) -> Any:
     """A C function of a kernel's body, from numba's cache where one can be kept."""
     try:
@@ -569,6 +638,11 @@ def _put_entries_block(block: Any) -> None:
     _put_entries(carray(block, (NUM_ENTRY_FIELDS,), np.int64))
 
 
+def _rms_norm_block(block: Any) -> None:
+    _rms_norm(carray(block, (NUM_NORM_FIELDS,), np.int64))
+
+
 bypass_add = _compiled(_bypass_add_block)
 add_entries = _compiled(_add_entries_block)
 put_entries = _compiled(_put_entries_block)
+rms_norm = _compiled(_rms_norm_block)
