@@ -44,8 +44,8 @@ def __getattr__(name: str) -> Any:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection inside. Importing torch and transformers makes a third of a million
-    objects that stay; going through them again and again takes the best part of a second."""
+    """No garbage collection inside. Importing torch and transformers makes very many objects, all
+    of which stay; going through them again and again is a good part of a start (bench/LOG.md)."""
     enabled = gc.isenabled()
     gc.disable()
     try:

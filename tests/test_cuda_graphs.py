@@ -134,7 +134,7 @@ def test_failed_capture_is_logged_once_and_the_engine_goes_on(recorder, bank, ca
 
 
 def test_values_written_into_weights_run_without_a_graph(graphs, recorder, bank):
-    batch = BankBatch(bank, [], [object()])  # type: ignore[list-item]
+    batch = BankBatch(bank, [], [object()])
     assert graphs.run(rows(3), batch, 0) is None
     assert recorder.captures == 0
 

@@ -18,8 +18,8 @@ from neuroada_serve.ops.bypass import NO_SLOT, BypassTable, TokenSlots
 
 _FIRST_SLOTS = 4
 # So many consecutive tokens of one adapter are multiplied by a weight that holds its values; fewer
-# go through `bypass_add_`. Where they meet on the CPU: bench/LOG.md, 2026-11-22; on CUDA it is a
-# guess that `bench/gpu.py` is to replace.
+# go through `bypass_add_`. Both figures are guesses, to be replaced by measured ones; on CUDA
+# `bench/gpu.py` times both ways.
 RUN_TOKENS = {"cpu": 32, "cuda": 256}
 
 

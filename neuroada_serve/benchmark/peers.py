@@ -12,7 +12,7 @@ commands, one JSON document per line each way:
 Every peer runs as two processes, so that its base is not slowed by being ready for adapters: one
 without LoRA answers the base cases, one with all LoRA adapters loaded the others. Between commands
 a peer's processes are stopped (SIGSTOP), so that nothing it does while idle costs the engine whose
-turn it is: idle, vLLM 0.32 polls with 1.6 % of a core, and OpenMP threads may spin for a while.
+turn it is: vLLM's worker polls while idle, and OpenMP threads may spin for a while.
 """
 
 import json

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +75,8 @@ def bench_serving(config: ServingConfig, console: Console) -> dict[str, Any]:
         UsageError: httpx is not installed, the server cannot be reached or has no adapters.
         EngineError: our own server did not start, or no request of a case was answered.
     """
-    try:
-        import httpx  # noqa: F401
-    except ImportError:
-        raise UsageError("bench serving needs httpx: pip install 'neuroada-serve[bench]'") from None
+    if find_spec("httpx") is None:
+        raise UsageError("bench serving needs httpx: pip install 'neuroada-serve[bench]'")
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in config.popularity}
     with _server(config, console) as base_url:
         base, adapters = asyncio.run(_models(base_url, config))

@@ -3,8 +3,8 @@
 All rows of a step go through one pass on the logits' device; parameters become tensors, and a row
 costs only what its own parameters ask for. In the usual case the host waits once, for the tokens.
 
-The vocabulary is searched in two steps, blocks first and then inside one of them: on one CPU thread
-a sixth of an argmax, half of a topk and a thirtieth of a running sum over 16 rows of 49152.
+The vocabulary is searched in two steps, blocks first and then inside one of them, which costs a CPU
+less than an argmax, a topk or a running sum over all of it (bench/LOG.md).
 """
 
 import math

@@ -17,7 +17,7 @@ from torch import Tensor
 from neuroada_serve.errors import ShapeError
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_THREADED_ENTRIES = 8192  # less work than this is done before a second thread has woken up
+_THREADED_ENTRIES = 8192  # less work than this is not worth waking a second thread; a guess
 
 
 def supports(*tensors: Tensor) -> bool:

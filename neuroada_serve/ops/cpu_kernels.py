@@ -39,7 +39,7 @@ _I16X16 = ir.VectorType(ir.IntType(16), LANES)
 # --- sixteen floats in one register ----------------------------------------------------------
 
 
-class _Float32x16(types.Type):  # type: ignore[misc]
+class _Float32x16(types.Type):
     def __init__(self) -> None:
         super().__init__(name="float32x16")
 
@@ -48,7 +48,7 @@ _float32x16 = _Float32x16()
 
 
 @register_model(_Float32x16)
-class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Float32x16Model(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: Any) -> None:
         super().__init__(manager, fe_type, _F32X16)
 
@@ -286,14 +286,14 @@ def _draw(typing: Any, counter: Any) -> Any:
 
 @njit(inline="always")
 def _size(kind: int) -> int:
-    return 4 if kind == 2 else 2
+    return 4 if kind == FLOAT32 else 2
 
 
 @njit
 def _read_tile(rows: int, offset: int, tile: int, kind: int) -> None:
-    if kind == 0:
+    if kind == BFLOAT16:
         _read_tile_bf16(rows, offset * 2, tile)
-    elif kind == 1:
+    elif kind == FLOAT16:
         _read_tile_f16(rows, offset * 2, tile)
     else:
         _read_tile_f32(rows, offset * 4, tile)
@@ -301,9 +301,9 @@ def _read_tile(rows: int, offset: int, tile: int, kind: int) -> None:
 
 @njit
 def _write_tile(tile: int, rows: int, offset: int, kind: int) -> None:
-    if kind == 0:
+    if kind == BFLOAT16:
         _write_tile_bf16(tile, rows, offset * 2)
-    elif kind == 1:
+    elif kind == FLOAT16:
         _write_tile_f16(tile, rows, offset * 2)
     else:
         _write_tile_f32(tile, rows, offset * 4)
@@ -319,19 +319,19 @@ def _copy_bytes(source: int, target: int, count: int) -> None:
 @njit
 def _widen(source: int, target: int, count: int, kind: int) -> None:
     """count elements of a kind at `source` to float32 at `target`."""
-    if kind == 2:
+    if kind == FLOAT32:
         _copy_bytes(source, target, 4 * count)
         return
     whole = count // 16 * 16
     for i in range(0, whole, 16):
-        if kind == 0:
+        if kind == BFLOAT16:
             _widen_bf16(source + 2 * i, target + 4 * i)
         else:
             _widen_f16(source + 2 * i, target + 4 * i)
     if whole < count:
         raw, floats = np.zeros(16, np.uint16), np.empty(16, np.float32)
         _copy_bytes(source + 2 * whole, _address(raw), 2 * (count - whole))
-        if kind == 0:
+        if kind == BFLOAT16:
             _widen_bf16(_address(raw), _address(floats))
         else:
             _widen_f16(_address(raw), _address(floats))
@@ -342,19 +342,19 @@ def _widen(source: int, target: int, count: int, kind: int) -> None:
 @njit
 def _narrow(source: int, target: int, count: int, kind: int) -> None:
     """count float32 at `source`, rounded, to elements of a kind at `target`."""
-    if kind == 2:
+    if kind == FLOAT32:
         _copy_bytes(source, target, 4 * count)
         return
     whole = count // 16 * 16
     for i in range(0, whole, 16):
-        if kind == 0:
+        if kind == BFLOAT16:
             _narrow_bf16(source + 4 * i, target + 2 * i)
         else:
             _narrow_f16(source + 4 * i, target + 2 * i)
     if whole < count:
         raw, floats = np.empty(16, np.uint16), np.zeros(16, np.float32)
         _copy_bytes(source + 4 * whole, _address(floats), 4 * (count - whole))
-        if kind == 0:
+        if kind == BFLOAT16:
             _narrow_bf16(_address(floats), _address(raw))
         else:
             _narrow_f16(_address(floats), _address(raw))
@@ -463,7 +463,7 @@ def _add_one(
         _widen(merged + offset, values_address + 4 * ROWS * k, count * k, kind)
         for e in range(count * k):
             values[e] = values[e] * own[lane] - less[e]
-    if k == 1:  # without an inner loop: several times faster
+    if k == 1:  # without an inner loop the compiler does better
         for r in range(count):
             y[r] += values[r] * x[index[(row + r) * index_stride]]
     else:
@@ -543,7 +543,7 @@ def _add_entries(args: Any) -> None:
             n = min(LANES, stop - first)
             for e in range(n):
                 position = positions[first + e]
-                if kind == 2:
+                if kind == FLOAT32:
                     single[e] = saved_floats[first + e] = floats[position]
                 else:
                     short[e] = saved_shorts[first + e] = shorts[position]
@@ -554,7 +554,7 @@ def _add_entries(args: Any) -> None:
             _narrow(_address(own), _address(raw), n, kind)
             for e in range(n):
                 position = positions[first + e]
-                if kind == 2:
+                if kind == FLOAT32:
                     floats[position] = single[e]
                 else:
                     shorts[position] = short[e]
@@ -573,7 +573,7 @@ def _put_entries(args: Any) -> None:
     work = _draw(counter)
     while work * ENTRIES < count:
         for e in range(work * ENTRIES, min((work + 1) * ENTRIES, count)):
-            if kind == 2:
+            if kind == FLOAT32:
                 floats[positions[e]] = float_values[e]
             else:
                 shorts[positions[e]] = values[e]

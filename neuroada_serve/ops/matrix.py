@@ -1,9 +1,9 @@
 """A frozen weight matrix, stored the way its device multiplies fastest, single entries in reach.
 
-oneDNN multiplies a bf16 matrix by few rows about twice as fast when the matrix lies in blocks of
-its own choosing; given a plain matrix, it brings it into that shape at every call. Merging must
-still find single entries, so the place of entry (row, column) in the blocks is learnt once per
-shape, by packing matrices that hold their own row and column numbers.
+oneDNN multiplies a bf16 matrix by few rows faster when the matrix lies in blocks of its own
+choosing; given a plain matrix, it brings it into that shape at every call (bench/LOG.md). Merging
+must still find single entries, so the place of entry (row, column) in the blocks is learnt once
+per shape, by packing matrices that hold their own row and column numbers.
 """
 
 import ctypes
@@ -109,10 +109,8 @@ def packs_faster(weight: Tensor) -> bool:
 @cache
 def _can_pack() -> bool:
     needed = ("_reorder_linear_weight", "_linear_pointwise", "_nbytes", "data_ptr")
-    return (
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and all(hasattr(torch.ops.mkldnn, name) for name in needed)
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return all(hasattr(torch.ops.mkldnn, name) for name in needed) and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 

@@ -1,9 +1,9 @@
 """The op that serves adapters, as Triton kernels for CUDA.
 
-A decode step moves few bytes here, so what counts is how the gather reads. Random two-byte loads
-of an activation row cost L1 a cycle each; the same loads from shared memory cost a warp three or
-four cycles together, and a row of transposed activations serves many tokens with one load. Hence
-three ways, chosen per launch by `bypass_tile`:
+A decode step moves few bytes here, so what counts is how the gather reads: random two-byte loads
+of an activation row keep L1 busy, the same loads from shared memory should cost less, and a row of
+transposed activations serves many tokens with one load. None of it is measured yet. Hence three
+ways, chosen per launch by `bypass_tile`:
 
     direct   one token a program, gathers from global memory; for a few tokens
     staged   one token a program, its activations kept in shared memory first; for decode batches
