@@ -42,7 +42,9 @@ class EngineConfig:
         512, "Most tokens computed in one step; longer prompts are prefilled in chunks."
     )
     enforce_eager: bool = _option(
-        False, "On CUDA, neither record decode steps as CUDA graphs nor compile elementwise parts."
+        False,
+        "Run transformers' own forward. On CUDA, neither record decode steps as CUDA graphs nor "
+        "compile elementwise parts; on the CPU, do not run whole steps as one kernel.",
     )
     merge: str = _option(
         "never",

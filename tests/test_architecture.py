@@ -34,7 +34,9 @@ CORE_LIBRARIES = {"torch", "transformers", "safetensors", "numpy"}
 CORE_COMPANIONS = {"jinja2", "huggingface_hub", "gguf"}
 # Compilers of kernels, each for the modules that cannot be without it.
 KERNEL_LIBRARIES = {
-    "ops.cpu_kernels": {"numba", "llvmlite"},
+    "ops.cpu_vectors": {"numba", "llvmlite"},
+    "ops.cpu_kernels": {"numba"},
+    "ops.cpu_forward_kernels": {"numba", "llvmlite"},
     "ops.triton_bypass": {"triton"},
     "engine.triton_attention": {"triton"},
 }

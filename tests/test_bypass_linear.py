@@ -153,7 +153,7 @@ def test_runs_leave_the_weights_as_they_were(dtype):
 def test_failing_run_puts_the_weights_back(monkeypatch):
     served = Served(torch.bfloat16, [new_adapter(0, 3), new_adapter(1, 2, index_seed=1)])
     before = {n: w.clone() for n, w in served.model.state_dict().items()}
-    site = served.model.layers[0].q_proj._site
+    site = served.model.layers[0].q_proj.site
 
     def fail(x, bias):
         raise RuntimeError("out of memory")

@@ -2,8 +2,8 @@
 
 The linear layers that read the same input (q, k and v, say) are one site: their rows are numbered
 through, and the op runs once for all of them. Adapters of one index and one k form a plane: a pool
-[num_slots, nnz] in which an adapter is one row. A smaller k on the same index reads the first
-columns of the larger k's table, so tables are kept once whatever the mix of budgets.
+[num_slots, nnz] in which an adapter is one row. Tables are shared by all adapters of a base and k;
+that of a smaller k is the first columns of the larger k's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +18,9 @@ from neuroada_serve.ops.bypass import NO_SLOT, BypassTable, TokenSlots
 
 _FIRST_SLOTS = 4
 # So many consecutive tokens of one adapter are multiplied by a weight that holds its values; fewer
-# go through `bypass_add_`. Both figures are guesses, to be replaced by measured ones; on CUDA
+# go through `bypass_add_`. By `bench/choices.py` on the CPU; that of CUDA is a guess, and
 # `bench/gpu.py` times both ways.
-RUN_TOKENS = {"cpu": 32, "cuda": 256}
+RUN_TOKENS = {"cpu": 192, "cuda": 256}
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,7 @@ class AdapterBank:
         self._sites = dict(sites or {})
         self._site_of = {m: site for site, modules in self._sites.items() for m in modules}
         self._tables: dict[int, Tensor] = {}  # table id -> [rows, largest k] int32
+        self._narrower: dict[tuple[int, int], Tensor] = {}  # (table id, k) -> its first k columns
         self._tables_of: dict[tuple[str, int], list[int]] = {}  # (site, first row) -> table ids
         self._planes: dict[tuple[object, ...], _Plane] = {}
         self._next_table = count()
@@ -181,7 +182,8 @@ class AdapterBank:
     @property
     def index_bytes(self) -> int:
         """Bytes of all index tables; shared by the adapters."""
-        return sum(t.numel() * t.element_size() for t in self._tables.values())
+        tables = (*self._tables.values(), *self._narrower.values())
+        return sum(t.numel() * t.element_size() for t in tables)
 
     @property
     def num_resident(self) -> int:
@@ -219,13 +221,15 @@ class AdapterBank:
         if not plane.used:
             self.version += 1
             self._planes = {key: p for key, p in self._planes.items() if p is not plane}
-            wanted = {
-                rows.table
+            used = {
+                (rows.table, p.k)
                 for p in self._planes.values()
                 for site in p.sites.values()
                 for rows in site
             }
+            wanted = {table_id for table_id, _ in used}
             self._tables = {t: index for t, index in self._tables.items() if t in wanted}
+            self._narrower = {key: index for key, index in self._narrower.items() if key in used}
             for place, ids in self._tables_of.items():
                 self._tables_of[place] = [t for t in ids if t in wanted]
 
@@ -236,7 +240,7 @@ class AdapterBank:
                 name: [
                     SiteBypass(
                         slice(rows.first, rows.stop),
-                        BypassTable(self._tables[rows.table][:, : plane.k], plane.bypass(rows)),
+                        BypassTable(self._index(rows.table, plane.k), plane.bypass(rows)),
                     )
                     for rows in stretches
                 ]
@@ -259,7 +263,7 @@ class AdapterBank:
             runs: whether long stretches may become runs; not in a CUDA graph.
         """
         shortest = RUN_TOKENS.get(self._device.type, RUN_TOKENS["cpu"])
-        long = _runs(residents, merged, shortest) if runs else []
+        long = find_runs(residents, merged, shortest) if runs else []
         in_runs = list(residents)
         for run in long:
             in_runs[run.start : run.stop] = [merged] * (run.stop - run.start)  # nothing to add
@@ -288,6 +292,15 @@ class AdapterBank:
                 row += sum(members[name] for name in names)
         return found
 
+    def _index(self, table_id: int, k: int) -> Tensor:
+        """[rows, k] int32, contiguous: one entry out of many columns costs as much as the line."""
+        table = self._tables[table_id]
+        if table.shape[1] == k:
+            return table
+        if (table_id, k) not in self._narrower:
+            self._narrower[table_id, k] = table[:, :k].contiguous()
+        return self._narrower[table_id, k]
+
     def _intern(self, place: tuple[str, int], index: Tensor) -> int:
         """The id of the table that begins with these columns; the longer of two such is kept."""
         index = index.to(self._device)
@@ -306,7 +319,7 @@ class AdapterBank:
         return table_id
 
 
-def _runs(
+def find_runs(
     residents: Sequence[ResidentAdapter | None], merged: ResidentAdapter | None, shortest: int
 ) -> list[Run]:
     """The stretches of at least `shortest` tokens of one adapter that is not in the weights."""

@@ -22,6 +22,7 @@ import neuroada_serve.adapters.bank as bank
 import neuroada_serve.model.bypass_linear as bypass_linear
 from neuroada_serve.benchmark.cases import Case, Work
 from neuroada_serve.benchmark.measure import OurEngine
+from neuroada_serve.engine.cpu_decoder import CpuDecoder
 from neuroada_serve.engine.cuda_graphs import DecodeGraphs
 from neuroada_serve.errors import EngineError
 from neuroada_serve.ops.bypass import BypassTable, TokenSlots, bypass_add_reference
@@ -101,7 +102,7 @@ def reference_op() -> Iterator[list[int]]:
     """Layers use the reference op for all tokens until the block ends.
 
     Gives the token counts of its calls. Whatever gets around the op is off: values written into the
-    weights for long runs of one adapter, and recorded CUDA graphs.
+    weights for long runs of one adapter, recorded CUDA graphs, and kernels for whole steps.
     """
     calls: list[int] = []
 
@@ -116,6 +117,7 @@ def reference_op() -> Iterator[list[int]]:
         (bypass_linear, "bypass_add_", bypass_add_),
         (bank, "RUN_TOKENS", dict.fromkeys(bank.RUN_TOKENS, sys.maxsize)),
         (DecodeGraphs, "run", lambda *arguments: None),  # this step must run without a graph
+        (CpuDecoder, "takes", lambda *arguments: False),  # nor as a kernel
     ]
     kept = [getattr(owner, name) for owner, name, _ in changes]
     for owner, name, value in changes:

@@ -73,7 +73,7 @@ def compile_elementwise(
             continue
         if type(module).__name__.endswith("RMSNorm"):
             new = partial(shared(forward, forward), module)
-        elif _same_code(code, LlamaMLP.forward.__code__):
+        elif same_code(forward, LlamaMLP.forward):
             act: Any = module.act_fn
             if any(True for _ in act.parameters()):
                 continue
@@ -96,8 +96,7 @@ def use_cpu_kernels(model: nn.Module) -> list[nn.Module]:
     """
     changed: list[nn.Module] = []
     for module in model.modules():
-        code = getattr(type(module).forward, "__code__", None)
-        if code is None or not _same_code(code, LlamaRMSNorm.forward.__code__):
+        if not same_code(type(module).forward, LlamaRMSNorm.forward):
             continue
         norm: Any = module
         weight = norm.weight.detach()
@@ -129,8 +128,12 @@ def _gated_mlp(module: Any, gate: Callable[..., Any], x: torch.Tensor) -> Any:
     return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
 
 
-def _same_code(code: CodeType, known: CodeType) -> bool:
-    return code.co_code == known.co_code and code.co_names == known.co_names
+def same_code(function: Any, known: FunctionType) -> bool:
+    """Whether two functions do the same, but for the meaning of global names."""
+    code: CodeType | None = getattr(function, "__code__", None)
+    if code is None:
+        return False
+    return code.co_code == known.__code__.co_code and code.co_names == known.__code__.co_names
 
 
 def _with_global(function: Any, name: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class KVCache:
         self._slots = 0
         self._tokens = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: dict[int, Tensor] = {}  # a layer -> keys of no token
 
     @property
     def max_slots(self) -> int:
@@ -52,12 +54,19 @@ class KVCache:
         assert num_tokens <= self._tokens
         for i, pair in self._layers.items():  # one by one, so that both sizes never meet in full
             self._layers[i] = self._grown(pair)
+        for i, like in self._known.items():
+            if i not in self._layers:
+                self._layers[i] = (self._new(like), self._new(like))
 
     def release(self) -> None:
         """Give all memory back, unless graphs read it; only while no sequence runs."""
         if not self._coarse:
             self._layers, self._slots, self._tokens = {}, 0, 0
             self.version += 1
+
+    def add_layer(self, layer: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        """Have a layer's memory, on the CPU, from the first `reserve` on, not the first `write`."""
+        self._known[layer] = torch.empty(0, kv_heads, head_dim, dtype=dtype)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Store k and v [tokens, kv_heads, head_dim] of one layer at (slot, position) per token."""

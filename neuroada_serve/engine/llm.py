@@ -10,10 +10,10 @@ from neuroada_serve.adapters.format import Adapter
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.errors import UsageError
-from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.loader import find_device, load_base
 from neuroada_serve.model.prompt import Message, encode_chat, encode_text
 from neuroada_serve.model.source import Notify, resolve_model
-from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops import cpu_forward
 from neuroada_serve.request import Completion, FinishReason, Output, RequestOutput, SamplingParams
 
 Prompt = str | Seq[int]
@@ -45,13 +45,15 @@ class LLM:
     ) -> None:
         engine_config = EngineConfig(**config)
         source = resolve_model(model, notify)
-        kernels = Thread(target=cpu_bypass.prepare, daemon=True)
-        kernels.start()
+        kernels = Thread(target=cpu_forward.prepare, daemon=True)
+        if find_device(engine_config.device).type == "cpu":
+            kernels.start()
         base = load_base(source, engine_config.dtype, engine_config.device)
-        kernels.join(timeout=1)
-        if kernels.is_alive():
-            notify("Compiling the CPU kernels; the next start finds them compiled.")
-        kernels.join()
+        if base.device.type == "cpu":
+            kernels.join(timeout=1)
+            if kernels.is_alive():
+                notify("Compiling the CPU kernels; the next start finds them compiled.")
+            kernels.join()
         self.engine = Engine(base, engine_config)
         for name, adapter in (adapters or {}).items():
             self.load_adapter(name, adapter)

@@ -10,6 +10,7 @@ from torch import Tensor
 from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter
 from neuroada_serve.adapters.store import AdapterVersion
 from neuroada_serve.engine.attention import ATTENTION, PackedStep, PrefillSpan
+from neuroada_serve.engine.cpu_decoder import cpu_decoder
 from neuroada_serve.engine.cuda_graphs import Capture, DecodeGraphs, DecodeRows, cuda_capture
 from neuroada_serve.engine.fused import compile_elementwise, use_cpu_kernels
 from neuroada_serve.engine.kv_cache import KVCache
@@ -19,6 +20,7 @@ from neuroada_serve.engine.triton_attention import HAS_TRITON
 from neuroada_serve.errors import ModelError
 from neuroada_serve.model.bypass_linear import BypassContext
 from neuroada_serve.model.loader import BaseModel
+from neuroada_serve.ops.cpu_forward import Tokens
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -48,7 +50,8 @@ class ModelRunner:
     """Runs schedules on one model; owns its KV cache.
 
     Args:
-        enforce_eager: on CUDA, neither record graphs nor compile elementwise parts.
+        enforce_eager: run transformers' own forward: on CUDA, neither record graphs nor compile
+            elementwise parts; on the CPU, no kernel for whole steps.
         capture: how decode steps are recorded; default: as CUDA graphs on CUDA, else not at all.
     """
 
@@ -78,6 +81,11 @@ class ModelRunner:
             None
             if capture is None
             else DecodeGraphs(self._decode, base.device, cache.max_slots, capture)
+        )
+        self._cpu_decoder = (
+            cpu_decoder(base.model, bank, cache)
+            if base.device.type == "cpu" and not enforce_eager
+            else None
         )
 
     @torch.inference_mode()
@@ -131,21 +139,27 @@ class ModelRunner:
             decode_length=max(positions[:num_decodes], default=-1) + 1,
             prefills=spans,
         )
-        batch = self._bank.batch(residents, None if merged is None else merged.resident)
+        in_weights = None if merged is None else merged.resident
 
         # 2. One forward; the output head sees only the tokens that are sampled from or scored.
-        kept = last_tokens + [token for _, _, tokens in scored for token in tokens]
-        with self._context.forward_batch(batch):
-            output = self._base.model(
-                input_ids=self._tensor(ids)[None],
-                position_ids=step.positions[None],
-                use_cache=False,
-                logits_to_keep=self._tensor(kept),
-                step=step,
-            )
+        kept = self._tensor(last_tokens + [token for _, _, tokens in scored for token in tokens])
+        decoder = self._cpu_decoder
+        if decoder is not None and decoder.takes(len(ids)):
+            inputs = Tokens(self._tensor(ids), step.positions, step.slots, max(positions) + 1)
+            logits = decoder.run(inputs, kept, residents, in_weights)
+        else:
+            batch = self._bank.batch(residents, in_weights)
+            with self._context.forward_batch(batch):
+                output = self._base.model(
+                    input_ids=self._tensor(ids)[None],
+                    position_ids=step.positions[None],
+                    use_cache=False,
+                    logits_to_keep=kept,
+                    step=step,
+                )
+            logits = output.logits[0].float()
         for sequence, num_tokens in work:
             sequence.num_computed += num_tokens
-        logits = output.logits[0].float()
         prompts, row = [], len(sampled)
         for sequence, first, tokens in scored:
             prompts.append(PromptLogits(sequence, first, logits[row : row + len(tokens)]))

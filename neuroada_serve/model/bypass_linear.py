@@ -66,7 +66,7 @@ class BypassSite:
         first = members[self.name]
         weight = _joined([m.weight for m in members.values()])
         assert weight is not None
-        self._bias = _joined([m.bias for m in members.values()])
+        self.bias = _joined([m.bias for m in members.values()])
         transposed = is_transposed(first)
         self.matrix: FrozenMatrix = (
             frozen_matrix(weight, transposed) if pack else DenseMatrix(weight, transposed)
@@ -90,12 +90,12 @@ class BypassSite:
     def _forward(self, x: Tensor) -> Tensor:
         batch = self._context.batch
         if batch is None:
-            return self.matrix.multiply(x, self._bias)
+            return self.matrix.multiply(x, self.bias)
         tokens = x.view(-1, x.shape[-1])
         if batch.runs:
             y = self._multiply_runs(tokens, batch)
         else:
-            y = self.matrix.multiply(tokens, self._bias)
+            y = self.matrix.multiply(tokens, self.bias)
         for part, token_slots in batch.calls(self.name):
             whole = part.table.d_out == self._d_out
             rows = y if whole else y[:, part.rows]
@@ -107,16 +107,16 @@ class BypassSite:
         products, done = [], 0
         for run in batch.runs:
             if run.start > done:
-                products.append(self.matrix.multiply(x[done : run.start], self._bias))
-            with self._added(batch.adds(self.name, run)):
-                products.append(self.matrix.multiply(x[run.start : run.stop], self._bias))
+                products.append(self.matrix.multiply(x[done : run.start], self.bias))
+            with self.added(batch.adds(self.name, run)):
+                products.append(self.matrix.multiply(x[run.start : run.stop], self.bias))
             done = run.stop
         if done < len(x):
-            products.append(self.matrix.multiply(x[done:], self._bias))
+            products.append(self.matrix.multiply(x[done:], self.bias))
         return products[0] if len(products) == 1 else torch.cat(products)
 
     @contextmanager
-    def _added(self, adds: Sequence[tuple[SiteBypass, Tensor]]) -> Iterator[None]:
+    def added(self, adds: Sequence[tuple[SiteBypass, Tensor]]) -> Iterator[None]:
         """Have values in the weight for a while. What was there is put back in reverse order."""
         undo: list[Callable[[], None]] = []
         try:
@@ -152,7 +152,7 @@ class BypassLinear(nn.Module):
     def __init__(self, base: nn.Module, name: str, site: BypassSite) -> None:
         super().__init__()
         self.name = name
-        self._site = site
+        self.site = site
         self._rows = site.rows[name]
         self.d_out, self.d_in = matrix_shape(base)
         self.register_parameter("bias", base.bias if isinstance(base.bias, nn.Parameter) else None)
@@ -165,25 +165,25 @@ class BypassLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self._packed:
-            return self._site.matrix.dense()[self._rows]
+            return self.site.matrix.dense()[self._rows]
         return super().__getattr__(name)
 
     @property
     def device(self) -> torch.device:
-        return self._site.matrix.entries.device
+        return self.site.matrix.entries.device
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._site.output(self.name, x)
+        return self.site.output(self.name, x)
 
     def positions(self, index: Tensor) -> Tensor:
         """Places of index [d_out, k] in the site's matrix, as [d_out * k] int64."""
-        return self._site.matrix.positions(index.to(self.device), self._rows.start)
+        return self.site.matrix.positions(index.to(self.device), self._rows.start)
 
     def read_entries(self, positions: Tensor) -> Tensor:
-        return read_entries(self._site.matrix.entries, positions)
+        return read_entries(self.site.matrix.entries, positions)
 
     def write_entries_(self, positions: Tensor, values: Tensor) -> None:
-        write_entries_(self._site.matrix.entries, positions, values)
+        write_entries_(self.site.matrix.entries, positions, values)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -202,10 +202,10 @@ class PackedLinear(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self._matrix = PackedMatrix(base.weight)
+        self.matrix = PackedMatrix(base.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._matrix.multiply(x, self.bias)
+        return self.matrix.multiply(x, self.bias)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") ->
         ModelError: unreadable files, pickle-only weights, no causal LM; tensors that are missing,
             of another shape, or without a place in the model.
     """
-    torch_device = _device(device)
+    torch_device = find_device(device)
     with quiet_transformers():
         try:
             model, report = load_model(source.path)
@@ -188,7 +188,12 @@ def matrix_shape(module: Any) -> tuple[int, int]:
     return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
-def _device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """The device of this name; auto takes CUDA where there is any.
+
+    Raises:
+        ModelError: unknown, or not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -17,7 +17,10 @@ from torch import Tensor
 from neuroada_serve.errors import ShapeError
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_THREADED_ENTRIES = 8192  # less work than this is not worth waking a second thread; a guess
+# Both by `bench/choices.py`: so many lanes and fewer are computed one by one, not side by side; so
+# many entries and fewer are not worth waking a second thread.
+FEW_LANES = 3
+THREADED_ENTRIES = 12_288
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -45,7 +48,7 @@ class BypassLaunch:
         if not bypass[0].is_contiguous():
             raise ShapeError(f"a slot must be contiguous, bypass has strides {bypass.stride()}")
         self._kept = index, bypass  # the block below holds their addresses
-        self._entries_per_lane = d_out * k
+        self._entries_per_lane, self.k = d_out * k, k
         self._at = at = _kernels()
         self._block = block = (ctypes.c_int64 * at.NUM_FIELDS)()
         block[at.KIND] = _KINDS[bypass.dtype]
@@ -54,12 +57,20 @@ class BypassLaunch:
         block[at.BYPASS], block[at.SLOT_STRIDE] = bypass.data_ptr(), bypass.stride(0)
         self._run = _Kernel(at.bypass_add, block)
 
+    def arguments(self, lanes_address: int) -> Any:
+        """A block like the launch's own that reads its lanes at this address, for a kernel that has
+        x and y. It holds addresses of the launch's tensors.
+        """
+        block = type(self._block).from_buffer_copy(self._block)
+        block[self._at.LANES_AT] = lanes_address
+        return block
+
     def __call__(self, y: Tensor, x: Tensor, lanes: "Lanes") -> None:
         """Add to y [num_tokens, d_out]; rows of x and y contiguous, wherever they begin."""
         block, at = self._block, self._at
         block[at.Y], block[at.Y_STRIDE] = y.data_ptr(), y.stride(0)
         block[at.X], block[at.X_STRIDE], block[at.D_IN] = x.data_ptr(), x.stride(0), x.shape[1]
-        block[at.LANE_POSITIONS : at.MERGED_SLOT + 1] = lanes.fields
+        block[at.LANES_AT] = lanes.address
         self._run(lanes.num_lanes * self._entries_per_lane)
 
 
@@ -73,10 +84,20 @@ class Lanes:
     """
 
     def __init__(self, positions: Tensor, slots: Tensor, merged_slot: int | None) -> None:
-        self._kept = positions, slots  # `fields` holds their addresses
+        self._kept = positions, slots  # the block holds their addresses
         self.num_lanes = len(slots)
         merged = -1 if merged_slot is None else merged_slot
-        self.fields = (positions.data_ptr(), slots.data_ptr(), self.num_lanes, merged)
+        at = _kernels()
+        self.block = block = (ctypes.c_int64 * at.NUM_LANE_FIELDS)()
+        block[at.LANE_POSITIONS], block[at.LANE_SLOTS] = positions.data_ptr(), slots.data_ptr()
+        block[at.NUM_LANES], block[at.MERGED_SLOT] = self.num_lanes, merged
+        whole, left = divmod(self.num_lanes, at.LANES)
+        block[at.NUM_BLOCKS] = whole + (left > FEW_LANES)
+        self.address = ctypes.addressof(block)
+
+    def copy(self) -> Any:
+        """A block of the same fields."""
+        return type(self.block).from_buffer_copy(self.block)
 
 
 def add_entries(weight: Tensor, positions: Tensor, values: Tensor) -> Tensor:
@@ -141,11 +162,6 @@ def _run_on_entries(
     _Kernel(kernel, block)(len(positions))
 
 
-def prepare() -> None:
-    """Compile the kernels, or load them from numba's cache, before they are first needed."""
-    _kernels()
-
-
 @cache
 def _kernels() -> Any:
     try:
@@ -163,20 +179,35 @@ class _Kernel:
         self._address = ctypes.addressof(block)
         self._function = kernel.ctypes
         self._function_address = kernel.address
-        self._parallel = _openmp()
+        self._openmp = _openmp()
 
     def __call__(self, num_entries: int) -> None:
         self._block[0] = 0
-        threads = torch.get_num_threads() if num_entries > _THREADED_ENTRIES else 1
-        if threads == 1 or self._parallel is None:
+        threads = torch.get_num_threads() if num_entries > THREADED_ENTRIES else 1
+        if threads == 1 or self._openmp is None:
             self._function(self._address)
         else:
-            self._parallel(self._function_address, self._address, threads, 0)
+            self._openmp[0](self._function_address, self._address, threads, 0)
+
+
+def run_team(kernel: Any, block: Any, barrier_field: int, threads: int) -> None:
+    """Run a kernel whose threads wait for each other, by the barrier it finds in its block."""
+    block[0] = 0
+    openmp = _openmp()
+    if threads == 1 or openmp is None:
+        block[barrier_field] = 0
+        kernel.ctypes(ctypes.addressof(block))
+    else:
+        parallel, barrier = openmp
+        block[barrier_field] = barrier
+        parallel(kernel.address, ctypes.addressof(block), threads, 0)
 
 
 @cache
-def _openmp() -> Any:
-    """GOMP_parallel(function, data, num_threads, flags) of the OpenMP library torch runs on."""
+def _openmp() -> tuple[Any, int] | None:
+    """Of the OpenMP library that torch runs on: GOMP_parallel(function, data, num_threads, flags),
+    and the address of GOMP_barrier().
+    """
     torch_folder = os.path.dirname(torch.__file__)
     candidates = [
         *glob.glob(os.path.join(torch_folder, "lib", "libgomp*.so*")),
@@ -184,10 +215,13 @@ def _openmp() -> Any:
     ]
     for path in candidates:
         try:
-            parallel = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+            library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+            parallel, barrier = library.GOMP_parallel, library.GOMP_barrier
         except (OSError, AttributeError):
             continue  # torch did not load this one
         parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         parallel.restype = None
-        return parallel
+        address = ctypes.cast(barrier, ctypes.c_void_p).value
+        assert address is not None
+        return parallel, address
     return None

@@ -72,12 +72,16 @@ class PackedMatrix:
 
     Args:
         weight: [d_out, d_in]; copied.
+
+    in_blocks_of_64: whether entry (i, j) lies where `ops/cpu_forward.py` looks for it: blocks of 64
+        rows; in a block, for each pair of columns, the 64 pairs.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._packed = _pack(weight.detach())
         self.entries = _storage(self._packed)
         self.d_out, self.d_in = weight.shape
+        self.in_blocks_of_64 = _lies_in_blocks_of_64(weight.detach(), self.entries)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
@@ -146,6 +150,25 @@ def _layout(d_out: int, d_in: int) -> tuple[Tensor, Tensor] | None:
     of_column[j[first_row]] = places[first_row]
     of_column -= of_column[0].item()
     return (of_row, of_column) if torch.equal(of_row[i] + of_column[j], places) else None
+
+
+def _lies_in_blocks_of_64(weight: Tensor, entries: Tensor) -> bool:
+    """By all of its places; of a matrix too large for that, by its first and its last rows."""
+    d_out, d_in = weight.shape
+    if d_in % 2 or len(entries) != -(-d_out // 64) * 64 * d_in:
+        return False
+    layout = _layout(d_out, d_in)
+    if layout is not None:
+        rows, columns = torch.arange(d_out), torch.arange(d_in)
+        return torch.equal(layout[0], rows // 64 * 64 * d_in + rows % 64 * 2) and torch.equal(
+            layout[1], columns // 2 * 128 + columns % 2
+        )
+    for first in (0, (d_out - 1) // 64 * 64):
+        rows = weight[first : first + 64]
+        block = entries[first * d_in : (first + 64) * d_in].view(d_in // 2, 64, 2)
+        if not torch.equal(block[:, : len(rows)], rows.view(len(rows), -1, 2).transpose(0, 1)):
+            return False
+    return True
 
 
 def _codes_after_packing(codes: Tensor) -> Tensor:

@@ -1,0 +1,212 @@
+"""Steps on the CPU as one kernel, instead of a transformers forward.
+
+A decode step of a small model is some thousand short operators and calls of Python; together they
+take as long as reading the weights. For models of the known form, steps of up to MAX_TOKENS tokens
+run as one kernel (`ops/cpu_forward.py`) on the same packed weights, KV cache and adapters.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter, find_runs
+from neuroada_serve.engine.fused import same_code
+from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.model.bypass_linear import BypassLinear, BypassSite, PackedLinear
+from neuroada_serve.ops import cpu_forward
+from neuroada_serve.ops.cpu_forward import (
+    Additions,
+    Attention,
+    Caches,
+    Call,
+    CpuForward,
+    Decoder,
+    Layer,
+    Norm,
+    Product,
+    Tokens,
+)
+from neuroada_serve.ops.matrix import PackedMatrix
+
+# Both by `bench/choices.py`. From more tokens on, transformers' way is as fast; so many consecutive
+# tokens of one adapter repay writing its values into the weights for a step.
+MAX_TOKENS = 512
+RUN_TOKENS = 256
+
+# Their layers are Llama's, but for biases, norms of the heads and windows, which are looked at.
+_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_TILE = 32  # rows of a matrix that are computed together
+
+
+class CpuDecoder:
+    """Runs steps of one model.
+
+    Args:
+        decoder: what `known_decoder` made of the model.
+        sites: all that adapters of the model can change.
+        cache: has the layers of the decoder.
+    """
+
+    def __init__(
+        self, decoder: Decoder, sites: Sequence[BypassSite], bank: AdapterBank, cache: KVCache
+    ) -> None:
+        self._bank = bank
+        self._cache = cache
+        self._sites = sites
+        self._forward = CpuForward(decoder, MAX_TOKENS)
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens should come here."""
+        return num_tokens <= MAX_TOKENS
+
+    def run(
+        self,
+        tokens: Tokens,
+        kept: Tensor,
+        residents: Sequence[ResidentAdapter | None],
+        merged: ResidentAdapter | None,
+    ) -> Tensor:
+        """One forward.
+
+        Args:
+            tokens: with room in the cache.
+            kept: [n] int64, the tokens whose logits are wanted.
+            residents: per token its adapter, None for the base.
+            merged: the adapter that is in the weights just now.
+
+        Returns:
+            [n, vocab] float32, valid until the next step.
+        """
+        runs = find_runs(residents, merged, RUN_TOKENS)
+        longest = max(runs, key=lambda run: run.stop - run.start, default=None)
+        in_weights = merged if longest is None else residents[longest.start]
+        batch = self._bank.batch(residents, in_weights, runs=False)
+        with ExitStack() as changed:
+            if longest is not None:
+                for site in self._sites:
+                    changed.enter_context(site.added(batch.adds(site.name, longest)))
+            caches = Caches(self._cache.version, self._cache.layer)
+            return self._forward(tokens, kept, caches, _additions(batch))
+
+
+def _additions(batch: BankBatch) -> Additions:
+    all_slots = batch.token_slots
+
+    def calls(site: str) -> list[Call]:
+        return [
+            Call(part.table.cpu_launch, part.rows.start, all_slots.index(token_slots))
+            for part, token_slots in batch.calls(site)
+            if part.table.cpu_launch is not None
+        ]
+
+    version, *planes = batch.layout
+    lanes = [token_slots.cpu_lanes for token_slots in all_slots]
+    return Additions(version, tuple(planes), lanes, calls)
+
+
+def cpu_decoder(model: nn.Module, bank: AdapterBank, cache: KVCache) -> CpuDecoder | None:
+    """A decoder for the model, with its layers in the cache; None where there is no kernel."""
+    decoder = known_decoder(model) if cpu_forward.available() else None
+    if decoder is None:
+        return None
+    for layer in decoder.layers:
+        attention = layer.attention
+        cache.add_layer(attention.layer, attention.kv_heads, attention.head_dim, torch.bfloat16)
+    layers = (module for module in model.modules() if isinstance(module, BypassLinear))
+    sites = {layer.site.name: layer.site for layer in layers}
+    return CpuDecoder(decoder, list(sites.values()), bank, cache)
+
+
+def known_decoder(model: Any) -> Decoder | None:
+    """The parts of a model that the kernel can compute; None if it is of another form."""
+    if type(model).__name__ not in _MODELS or not type(model).__module__.startswith(
+        "transformers.models."
+    ):
+        return None
+    inner = model.model
+    head = model.lm_head
+    norm = _norm(inner.norm)
+    layers = [_layer(layer, model.config) for layer in inner.layers]
+    if norm is None or not isinstance(head, PackedLinear) or not _fits(head.matrix):
+        return None
+    known = [layer for layer in layers if layer is not None]
+    shapes = {tuple((p.weight.d_out, p.weight.d_in) for p in layer.products) for layer in known}
+    if len(known) != len(layers) or len(shapes) != 1:
+        return None
+    embedding = inner.embed_tokens.weight.detach()
+    if embedding.dtype != torch.bfloat16 or not embedding.is_contiguous():
+        return None
+
+    def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = inner.rotary_emb(embedding, position_ids=positions)
+        return cos, sin
+
+    return Decoder(embedding, rotary, known, norm, Product(head.matrix, _bias(head.bias)))
+
+
+def _layer(layer: Any, config: Any) -> Layer | None:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = _product([attention.q_proj, attention.k_proj, attention.v_proj])
+    o, down = _product([attention.o_proj]), _product([mlp.down_proj])
+    gate_up = _product([mlp.gate_proj, mlp.up_proj])
+    attention_norm, mlp_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+    is_silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
+    if qkv is None or o is None or gate_up is None or down is None or not is_silu:
+        return None
+    if attention_norm is None or mlp_norm is None or attention.head_dim % _TILE:
+        return None
+    head_norms = [_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
+    if any(hasattr(attention, f"{x}_norm") and head_norms[i] is None for i, x in enumerate("qk")):
+        return None
+    mistral = type(attention).__name__ == "MistralAttention"  # reads its window from elsewhere
+    heads = config.num_attention_heads
+    return Layer(
+        attention_norm=attention_norm,
+        qkv=qkv,
+        attention=Attention(
+            layer=attention.layer_idx,
+            heads=heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            scaling=attention.scaling,
+            window=getattr(config if mistral else attention, "sliding_window", None),
+            q_norm=head_norms[0],
+            k_norm=head_norms[1],
+        ),
+        o=o,
+        mlp_norm=mlp_norm,
+        gate_up=gate_up,
+        down=down,
+    )
+
+
+def _norm(norm: Any) -> Norm | None:
+    """A norm with transformers' Llama code and a bf16 weight."""
+    if norm is None or not same_code(type(norm).forward, LlamaRMSNorm.forward):
+        return None
+    weight = norm.weight.detach()
+    return Norm(weight, norm.variance_epsilon) if weight.dtype == torch.bfloat16 else None
+
+
+def _product(members: Sequence[Any]) -> Product | None:
+    """Layers that are all the members of one site, in this order, as one product."""
+    if not all(isinstance(member, BypassLinear) for member in members):
+        return None
+    site = members[0].site
+    if list(site.rows) != [member.name for member in members] or not _fits(site.matrix):
+        return None
+    if any(rows.start % _TILE or rows.stop % _TILE for rows in site.rows.values()):
+        return None
+    return Product(site.matrix, _bias(site.bias), site.name)
+
+
+def _fits(matrix: Any) -> bool:
+    return isinstance(matrix, PackedMatrix) and matrix.d_in % _TILE == 0 and matrix.in_blocks_of_64
+
+
+def _bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().contiguous()

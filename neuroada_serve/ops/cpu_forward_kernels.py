@@ -1,0 +1,621 @@
+"""A decoder's forward over a few tokens as one kernel, for Llama-like models with packed weights.
+
+At decode sizes a forward is bound by reading the weights; what else it does must hide behind that.
+So it is one parallel region that walks through a list of operations with a barrier after each, and
+an adapter's values are added where a product's tile is still in the cache.
+
+Every operation has a block of int64 arguments as in `cpu_kernels.py`, its first field the counter
+that its threads draw pieces of work from; what all of them share stands in the step's block. Sums
+are float32; where transformers keeps a bf16 tensor between two modules, values are rounded to bf16.
+
+Weights lie as oneDNN packs them (`ops/matrix.py`): blocks of 64 neurons; in a block, for each pair
+of inputs, the 64 pairs of weights.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from neuroada_serve.ops.cpu_kernels import (
+    BYPASS,
+    D_OUT,
+    INDEX,
+    INDEX_STRIDE,
+    LANE_POSITIONS,
+    LANE_SLOTS,
+    LANES_AT,
+    MERGED_SLOT,
+    NUM_BLOCKS,
+    NUM_LANES,
+    SLOT_STRIDE,
+    K,
+    add_one,
+    fetch_values,
+    norm_row,
+)
+from neuroada_serve.ops.cpu_vectors import (
+    BFLOAT16,
+    F32X16,
+    I32X16,
+    I64,
+    LANES,
+    TILE,
+    add_products,
+    add_to_rows,
+    address_of,
+    c_function,
+    constant,
+    dot_first,
+    dot_rows,
+    dot_second,
+    draw,
+    exp,
+    floats_at,
+    fma,
+    ints_at,
+    kernel_sources,
+    lane_sum,
+    larger,
+    load,
+    longs_at,
+    minus,
+    narrow,
+    over,
+    plus,
+    prefetch,
+    put,
+    read_pairs,
+    read_tile,
+    read_twice,
+    spread,
+    store,
+    times,
+    vector_at,
+    widen,
+)
+
+BLOCK_NEURONS = 64  # of a packed weight
+CHUNK = 12  # tokens that are multiplied at once: as many as there are registers for
+AHEAD = 2048  # bytes of weights between those that are used and those that are fetched
+GROUP = 8  # values that are weighted at once by the attention
+
+COUNTER = 0  # of every block
+
+# the step: what changes from one forward to the next
+(NUM_TOKENS, NUM_KEPT, POSITIONS, SLOTS, KEPT, COS, SIN, LARGEST_K) = range(1, 9)
+NUM_STEP_FIELDS = 9
+
+# operations
+NORM, PRODUCT, ROTATE, ATTEND = range(4)
+
+(NORM_X, NORM_Y, NORM_WIDTH, NORM_WEIGHT, NORM_EPS, NORM_IS_LAST) = range(1, 7)
+
+(WEIGHT, BIAS, NUM_ROWS, D_IN, X, Y, Y_STRIDE, EPILOGUE, CALLS, NUM_CALLS) = range(1, 11)
+# what becomes of a product: stored, added to what is there, gated (its first half by its second)
+STORE, ADD, GATE, LOGITS = range(4)
+
+(QKV, QKV_STRIDE, OUT, HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW) = range(1, 9)
+(KEYS, VALUES, MAX_TOKENS, Q_NORM, K_NORM, HEAD_EPS) = range(9, 15)
+
+NUM_OP_FIELDS = 15
+
+# the program
+(NUM_OPS, OPS, STEP, BARRIER, SCRATCH, SCRATCH_BYTES) = range(1, 7)
+NUM_PROGRAM_FIELDS = 7
+
+
+# --- products --------------------------------------------------------------------------------
+
+
+def _tile_product(num_tokens: int) -> Any:
+    @intrinsic
+    def tile_product(typing: Any, weight: Any, x: Any, x_bytes: Any, pairs: Any, y: Any) -> Any:
+        """y [num_tokens, 32] float32 = x [num_tokens, 2 * pairs] bf16 times 32 packed neurons."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            weight, x, x_bytes, pairs, y = args
+            rows = [
+                builder.add(x, builder.mul(x_bytes, ir.Constant(I64, t))) for t in range(num_tokens)
+            ]
+            before = builder.block
+            loop = builder.append_basic_block("pairs")
+            done = builder.append_basic_block("done")
+            builder.branch(loop)
+
+            builder.position_at_end(loop)
+            pair = builder.phi(I64)
+            totals = [[builder.phi(F32X16) for _ in range(2)] for _ in range(num_tokens)]
+            start = builder.add(weight, builder.mul(pair, ir.Constant(I64, 4 * BLOCK_NEURONS)))
+            weights = []
+            for half in range(2):
+                address = builder.add(start, ir.Constant(I64, 4 * LANES * half))
+                weights.append(load(builder, address, I32X16))
+                prefetch(builder, builder.add(address, ir.Constant(I64, AHEAD)))
+            sums = []
+            for t in range(num_tokens):
+                address = builder.add(rows[t], builder.mul(pair, ir.Constant(I64, 4)))
+                inputs = _same_in_all(builder, load(builder, address, ir.IntType(32)))
+                sums.append(
+                    [
+                        add_products(builder, total, w, inputs)
+                        for total, w in zip(totals[t], weights, strict=True)
+                    ]
+                )
+            following = builder.add(pair, ir.Constant(I64, 1))
+            pair.add_incoming(ir.Constant(I64, 0), before)
+            pair.add_incoming(following, loop)
+            for t in range(num_tokens):
+                for total, added in zip(totals[t], sums[t], strict=True):
+                    total.add_incoming(constant(F32X16, 0.0), before)
+                    total.add_incoming(added, loop)
+            builder.cbranch(builder.icmp_signed("<", following, pairs), loop, done)
+
+            builder.position_at_end(done)
+            for t in range(num_tokens):
+                for half in range(2):
+                    offset = ir.Constant(I64, 4 * (TILE * t + LANES * half))
+                    store(builder, sums[t][half], builder.add(y, offset))
+            return context.get_dummy_value()
+
+        return types.none(*[types.intp] * 5), generate
+
+    return tile_product
+
+
+def _same_in_all(builder: Any, bits: Any) -> Any:
+    undefined = ir.Constant(I32X16, ir.Undefined)
+    alone = builder.insert_element(undefined, bits, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(alone, undefined, constant(I32X16, 0))
+
+
+_product_of_1, _product_of_4, _product_of_8, _product_of_12 = map(_tile_product, (1, 4, 8, CHUNK))
+
+
+@njit
+def _multiply(weight: int, d_in: int, x: int, num_tokens: int, y: int) -> None:
+    """y [num_tokens, 32] float32 = x times 32 neurons; x and y have CHUNK more rows than that."""
+    x_bytes, pairs, first = 2 * d_in, d_in // 2, 0
+    while first < num_tokens:
+        count = num_tokens - first
+        rows, target = x + first * x_bytes, y + 4 * TILE * first
+        if count == 1:
+            _product_of_1(weight, rows, x_bytes, pairs, target)
+        elif count <= 4:
+            _product_of_4(weight, rows, x_bytes, pairs, target)
+        elif count <= 8:
+            _product_of_8(weight, rows, x_bytes, pairs, target)
+        else:
+            _product_of_12(weight, rows, x_bytes, pairs, target)
+        first += CHUNK
+
+
+# What a thread keeps for a block of 16 lanes of one call while it works on a product: their rows of
+# y, where their values begin, 1 or (on the base) 0, and behind that their inputs.
+Y_ROWS, VALUE_ROWS, OWN, LANES_X = 0, 128, 256, 320
+
+
+@njit
+def _lay_out_lanes(args: Any, y: int, spare: int, at: int) -> None:
+    """Set up the blocks of lanes of all calls; a missing lane repeats the last one, into `spare`.
+
+    What is left of a call's lanes is computed one by one, from rows of float32.
+    """
+    d_in = args[D_IN]
+    calls = longs_at(args[CALLS])
+    for c in range(args[NUM_CALLS]):
+        call = longs_at(calls[2 * c])
+        lanes = longs_at(call[LANES_AT])
+        positions, slots = longs_at(lanes[LANE_POSITIONS]), longs_at(lanes[LANE_SLOTS])
+        num_lanes, blocks = lanes[NUM_LANES], lanes[NUM_BLOCKS]
+        for b in range(blocks):
+            y_rows, values, own = longs_at(at), longs_at(at + VALUE_ROWS), floats_at(at + OWN)
+            for i in range(LANES):
+                lane = min(b * LANES + i, num_lanes - 1)
+                y_rows[i] = args[X] + 2 * d_in * positions[lane]
+            for column in range(0, d_in, TILE):
+                read_twice(at, 2 * column, at + LANES_X + 4 * LANES * column)
+            for i in range(LANES):
+                lane = min(b * LANES + i, num_lanes - 1)
+                is_lane, slot = b * LANES + i < num_lanes, slots[lane]
+                y_rows[i] = y + 4 * TILE * positions[lane] if is_lane else spare
+                own[i] = 1.0 if slot >= 0 else 0.0
+                if slot < 0:
+                    slot = lanes[MERGED_SLOT]
+                values[i] = call[BYPASS] + 2 * slot * call[SLOT_STRIDE]
+            at += LANES_X + 4 * LANES * d_in
+        for lane in range(blocks * LANES, num_lanes):
+            widen(args[X] + 2 * d_in * positions[lane], at, d_in, BFLOAT16)
+            at += 4 * d_in
+
+
+@njit
+def _dot(k: int, r: int, pairs: int, index: Any, columns: int, x: int) -> Any:
+    """Neuron r's values times its inputs, for 16 lanes; pairs: what `read_pairs` made of them."""
+    total = spread(np.float32(0))
+    e, j = r * k, 0
+    if e % 2:
+        row = x + 4 * LANES * np.int64(index[columns])
+        total = dot_second(total, pairs + 2 * LANES * (e - 1), row)
+        j = 1
+    while j + 1 < k:
+        first = x + 4 * LANES * np.int64(index[columns + j])
+        second = x + 4 * LANES * np.int64(index[columns + j + 1])
+        total = dot_rows(total, pairs + 2 * LANES * (e + j), first, second)
+        j += 2
+    if j < k:
+        row = x + 4 * LANES * np.int64(index[columns + j])
+        total = dot_first(total, pairs + 2 * LANES * (e + j), row)
+    return total
+
+
+@njit
+def _add_block(call: Any, row: int, at: int, y_offset: int, work: int) -> None:
+    """The bypass of a table's neurons row..row + 31 to the rows of y of a block of lanes.
+
+    work: room for 32 sums and for 32 * k values, each of 16 lanes.
+    """
+    k, stride = call[K], call[INDEX_STRIDE]
+    index, x, pairs = ints_at(call[INDEX]), at + LANES_X, work + 4 * LANES * TILE
+    for part in range(k):
+        offset = 2 * row * k + 2 * TILE * part
+        read_pairs(at + VALUE_ROWS, offset, pairs + 2 * LANES * TILE * part)
+    if k == 1:
+        for r in range(0, TILE, 2):
+            total = spread(np.float32(0))
+            column = (row + r) * stride
+            at_pair = pairs + 2 * LANES * r
+            first = dot_first(total, at_pair, x + 4 * LANES * np.int64(index[column]))
+            put(first, work + 4 * LANES * r)
+            second = dot_second(total, at_pair, x + 4 * LANES * np.int64(index[column + stride]))
+            put(second, work + 4 * LANES * (r + 1))
+    else:
+        for r in range(TILE):
+            put(_dot(k, r, pairs, index, (row + r) * stride, x), work + 4 * LANES * r)
+    merged_slot = longs_at(call[LANES_AT])[MERGED_SLOT]
+    if merged_slot >= 0:
+        rows_at = work + 4 * LANES * TILE * (1 + k)
+        rows = longs_at(rows_at)
+        for i in range(LANES):
+            rows[i] = call[BYPASS] + 2 * merged_slot * call[SLOT_STRIDE]
+        for part in range(k):
+            offset = 2 * row * k + 2 * TILE * part
+            read_pairs(rows_at, offset, pairs + 2 * LANES * TILE * part)
+        own = vector_at(at + OWN)
+        for r in range(TILE):
+            less = _dot(k, r, pairs, index, (row + r) * stride, x)
+            mine = times(own, vector_at(work + 4 * LANES * r))
+            put(minus(mine, less), work + 4 * LANES * r)
+    add_to_rows(work, at + Y_ROWS, y_offset)
+
+
+@njit
+def _tile_of_product(
+    args: Any, row: int, num_tokens: int, y: int, y_offset: int, work: int, at: int
+) -> None:
+    """y + y_offset: [num_tokens, 32] float32 = neurons row..row + 31 of a product, with adapters
+    and bias.
+
+    at: what `_lay_out_lanes` set up.
+    """
+    d_in, target = args[D_IN], y + y_offset
+    block, within = row // BLOCK_NEURONS, row % BLOCK_NEURONS
+    weight = args[WEIGHT] + 2 * (block * BLOCK_NEURONS * d_in + 2 * within)
+    calls = longs_at(args[CALLS])
+    for c in range(args[NUM_CALLS]):  # to arrive while the weights are multiplied
+        call, first_row = longs_at(calls[2 * c]), calls[2 * c + 1]
+        if first_row <= row < first_row + call[D_OUT]:
+            fetch_values(call, row - first_row, row - first_row + TILE)
+    _multiply(weight, d_in, args[X], num_tokens, target)
+    if args[BIAS]:
+        widen(args[BIAS] + 2 * row, work, min(TILE, args[NUM_ROWS] - row), BFLOAT16)
+        for t in range(num_tokens):
+            for half in range(2):
+                place, offset = target + 4 * TILE * t, 4 * LANES * half
+                put(plus(vector_at(place + offset), vector_at(work + offset)), place + offset)
+    for c in range(args[NUM_CALLS]):
+        call, first_row = longs_at(calls[2 * c]), calls[2 * c + 1]
+        lanes = longs_at(call[LANES_AT])
+        num_lanes, blocks = lanes[NUM_LANES], lanes[NUM_BLOCKS]
+        inside = first_row <= row < first_row + call[D_OUT]
+        for _ in range(blocks):
+            if inside:
+                _add_block(call, row - first_row, at, y_offset, work)
+            at += LANES_X + 4 * LANES * d_in
+        positions, slots = longs_at(lanes[LANE_POSITIONS]), longs_at(lanes[LANE_SLOTS])
+        for lane in range(blocks * LANES, num_lanes):
+            if inside:
+                slot, i = slots[lane], row - first_row
+                own = np.float32(1 if slot >= 0 else 0)
+                if slot < 0:
+                    slot = lanes[MERGED_SLOT]
+                values = call[BYPASS] + 2 * slot * call[SLOT_STRIDE]
+                place = target + 4 * TILE * positions[lane]
+                add_one(call, place, values, own, at, work, i, i + TILE)
+            at += 4 * d_in
+
+
+@njit
+def _rounded(source: int, raw: int, count: int) -> None:
+    """count float32 at `source` become what they are as bf16."""
+    narrow(source, raw, count, BFLOAT16)
+    widen(raw, source, count, BFLOAT16)
+
+
+def scratch_bytes(num_tokens: int, num_lanes: int, d_in: int, largest_k: int) -> int:
+    """What a thread needs for a product; num_lanes with every call's rounded up to 16."""
+    tiles = 2 * 4 * TILE * (num_tokens + CHUNK + 1)
+    work = 10 * TILE + 4 * LANES * TILE * (1 + largest_k) + 8 * LANES
+    return tiles + work + num_lanes * (4 * d_in + LANES_X)
+
+
+@njit
+def _product(args: Any, step: Any, scratch: int) -> None:
+    """scratch: as `scratch_bytes` says."""
+    epilogue, num_rows = args[EPILOGUE], args[NUM_ROWS]
+    num_tokens = step[NUM_KEPT] if epilogue == LOGITS else step[NUM_TOKENS]
+    num_out = num_rows // 2 if epilogue == GATE else num_rows
+    pieces = (num_out + TILE - 1) // TILE
+    y, spare = scratch, scratch + 4 * TILE * (num_tokens + CHUNK)
+    tile_bytes = spare + 4 * TILE - y  # the spare row is part of a tile
+    up, raw = y + tile_bytes, y + 2 * tile_bytes
+    before = raw + 2 * TILE
+    work = before + 4 * TILE
+    lanes_at = work + 4 * LANES * TILE * (1 + step[LARGEST_K]) + 8 * LANES
+    counter = address_of(args)
+    piece = draw(counter)
+    if piece < pieces:
+        _lay_out_lanes(args, y, spare, lanes_at)
+    while piece < pieces:
+        row = piece * TILE
+        count = min(TILE, num_out - row)
+        for half in range(2 if epilogue == GATE else 1):
+            place, offset = half * num_out + row, half * tile_bytes
+            _tile_of_product(args, place, num_tokens, y, offset, work, lanes_at)
+        for t in range(num_tokens):
+            tile = y + 4 * TILE * t
+            target = args[Y] + 2 * (t * args[Y_STRIDE] + row)
+            if epilogue == STORE:
+                narrow(tile, target, count, BFLOAT16)
+            elif epilogue == LOGITS:
+                _rounded(tile, raw, TILE)
+                totals, logits = (
+                    floats_at(tile),
+                    floats_at(args[Y] + 4 * (t * args[Y_STRIDE] + row)),
+                )
+                for i in range(count):
+                    logits[i] = totals[i]
+            elif epilogue == ADD:
+                _rounded(tile, raw, TILE)
+                widen(target, before, count, BFLOAT16)
+                for half in range(2):
+                    at = 4 * LANES * half
+                    put(plus(vector_at(tile + at), vector_at(before + at)), tile + at)
+                narrow(tile, target, count, BFLOAT16)
+            else:
+                gated = up + 4 * TILE * t
+                _rounded(tile, raw, TILE)
+                _rounded(gated, raw, TILE)
+                for half in range(2):
+                    at = 4 * LANES * half
+                    gate, one = vector_at(tile + at), spread(np.float32(1))
+                    below = plus(one, exp(minus(spread(np.float32(0)), gate)))
+                    put(over(gate, below), tile + at)
+                _rounded(tile, raw, TILE)
+                for half in range(2):
+                    at = 4 * LANES * half
+                    put(times(vector_at(tile + at), vector_at(gated + at)), tile + at)
+                narrow(tile, target, count, BFLOAT16)
+        piece = draw(counter)
+
+
+# --- norms, rotary embedding, attention ------------------------------------------------------
+
+
+@njit
+def _norm(args: Any, step: Any) -> None:
+    """Norms of all tokens; of the last layer's, those whose logits are kept."""
+    width = args[NORM_WIDTH]
+    eps = floats_at(args[NORM_EPS])[0]
+    is_last, kept = args[NORM_IS_LAST], longs_at(step[KEPT])
+    count = step[NUM_KEPT] if is_last else step[NUM_TOKENS]
+    counter = address_of(args)
+    row = draw(counter)
+    if row >= count:
+        return
+    x, weight = np.empty(width + LANES, np.float32), np.empty(width, np.float32)
+    widen(args[NORM_WEIGHT], address_of(weight), width, BFLOAT16)
+    while row < count:
+        source = kept[row] if is_last else row
+        at, target = args[NORM_X] + 2 * width * source, args[NORM_Y] + 2 * width * row
+        norm_row(at, target, weight, width, eps, x, BFLOAT16)
+        row = draw(counter)
+    x[0] = weight[0] = 0
+
+
+@njit
+def _rotate(args: Any, step: Any) -> None:
+    """Rotary embedding of queries and keys; keys and values go into the cache."""
+    heads, kv_heads, dim = args[HEADS], args[KV_HEADS], args[HEAD_DIM]
+    half = dim // 2
+    positions, slots = longs_at(step[POSITIONS]), longs_at(step[SLOTS])
+    counter = address_of(args)
+    token = draw(counter)
+    if token >= step[NUM_TOKENS]:
+        return
+    cos, sin = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    x, turned = np.empty(dim + LANES, np.float32), np.empty(dim, np.float32)
+    norms = np.empty((2, dim), np.float32)
+    if args[Q_NORM]:
+        widen(args[Q_NORM], address_of(norms[0]), dim, BFLOAT16)
+        widen(args[K_NORM], address_of(norms[1]), dim, BFLOAT16)
+    while token < step[NUM_TOKENS]:
+        widen(step[COS] + 2 * dim * token, address_of(cos), dim, BFLOAT16)
+        widen(step[SIN] + 2 * dim * token, address_of(sin), dim, BFLOAT16)
+        row = args[QKV] + 2 * args[QKV_STRIDE] * token
+        for head in range(heads + kv_heads):
+            at, is_key = row + 2 * dim * head, head >= heads
+            if args[Q_NORM]:
+                eps = floats_at(args[HEAD_EPS])[0]
+                norm_row(at, at, norms[1 if is_key else 0], dim, eps, x, BFLOAT16)
+            widen(at, address_of(x), dim, BFLOAT16)
+            for i in range(half):
+                turned[i] = x[i] * cos[i] - x[half + i] * sin[i]
+                turned[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i]
+            if is_key:
+                entry = (slots[token] * kv_heads + head - heads) * args[MAX_TOKENS]
+                at = args[KEYS] + 2 * dim * (entry + positions[token])
+            narrow(address_of(turned), at, dim, BFLOAT16)
+        for head in range(kv_heads):
+            entry = (slots[token] * kv_heads + head) * args[MAX_TOKENS] + positions[token]
+            at = row + 2 * dim * (heads + kv_heads + head)
+            widen(at, address_of(x), dim, BFLOAT16)
+            narrow(address_of(x), args[VALUES] + 2 * dim * entry, dim, BFLOAT16)
+        token = draw(counter)
+    cos[0] = sin[0] = x[0] = turned[0] = norms[0, 0] = 0
+
+
+@njit
+def _attend(args: Any, step: Any, scratch: int) -> None:
+    """Softmax attention of each token over its slot's entries up to its own position.
+
+    scratch: room for group * (entries + 16) float32.
+    """
+    heads, kv_heads, dim = args[HEADS], args[KV_HEADS], args[HEAD_DIM]
+    group = heads // kv_heads
+    scale = floats_at(args[SCALE])[0]
+    positions, slots = longs_at(step[POSITIONS]), longs_at(step[SLOTS])
+    pieces = step[NUM_TOKENS] * kv_heads
+    counter = address_of(args)
+    piece = draw(counter)
+    if piece >= pieces:
+        return
+    query, out = np.empty((group, dim), np.float32), np.empty((group, dim), np.float32)
+    keys = np.empty((dim, LANES), np.float32)  # of 16 positions, turned
+    values = np.empty((GROUP, dim), np.float32)
+    rows = np.empty(LANES, np.int64)
+    row_bytes = 2 * dim
+    while piece < pieces:
+        token, kv_head = piece // kv_heads, piece % kv_heads
+        first = 0
+        if args[WINDOW]:
+            first = max(0, positions[token] - args[WINDOW] + 1)
+        count = positions[token] + 1 - first
+        padded = (count + LANES - 1) // LANES * LANES
+        entry = (slots[token] * kv_heads + kv_head) * args[MAX_TOKENS] + first
+        keys_at, values_at = args[KEYS] + row_bytes * entry, args[VALUES] + row_bytes * entry
+        own = args[QKV] + 2 * (args[QKV_STRIDE] * token + kv_head * group * dim)
+        widen(own, address_of(query), group * dim, BFLOAT16)
+
+        # 1. Scores, 16 positions side by side; what stands for missing ones repeats the last.
+        for start in range(0, count, LANES):
+            for i in range(LANES):
+                rows[i] = keys_at + row_bytes * min(start + i, count - 1)
+            for column in range(0, dim, TILE):
+                turned = address_of(keys) + 4 * LANES * column
+                read_tile(address_of(rows), column, turned, BFLOAT16)
+            for g in range(group):
+                a = spread(np.float32(0))
+                b, c, d = a, a, a
+                for i in range(0, dim, 4):
+                    at = address_of(keys) + 4 * LANES * i
+                    a = fma(spread(query[g, i]), vector_at(at), a)
+                    b = fma(spread(query[g, i + 1]), vector_at(at + 4 * LANES), b)
+                    c = fma(spread(query[g, i + 2]), vector_at(at + 8 * LANES), c)
+                    d = fma(spread(query[g, i + 3]), vector_at(at + 12 * LANES), d)
+                total = times(plus(plus(a, b), plus(c, d)), spread(scale))
+                put(total, scratch + 4 * (g * padded + start))
+
+        # 2. Their softmax, not yet divided by its sum; missing positions get no weight.
+        for g in range(group):
+            weights_at = scratch + 4 * g * padded
+            weights = floats_at(weights_at)
+            most = vector_at(weights_at)
+            for start in range(LANES, padded, LANES):
+                most = larger(most, vector_at(weights_at + 4 * start))
+            put(most, address_of(keys))
+            largest = keys[0].max()
+            for start in range(0, padded, LANES):
+                at = weights_at + 4 * start
+                put(exp(minus(vector_at(at), spread(largest))), at)
+            for i in range(count, padded):
+                weights[i] = 0
+            total = spread(np.float32(0))
+            for start in range(0, padded, LANES):
+                total = plus(total, vector_at(weights_at + 4 * start))
+            share = spread(np.float32(1) / lane_sum(total))
+            for start in range(0, padded, LANES):
+                at = weights_at + 4 * start
+                put(times(vector_at(at), share), at)
+
+        # 3. The values' weighted sum.
+        out[:] = 0
+        for start in range(0, padded, GROUP):
+            for i in range(GROUP):
+                at = values_at + row_bytes * min(start + i, count - 1)
+                widen(at, address_of(values[i]), dim, BFLOAT16)
+            for g in range(group):
+                weights = floats_at(scratch + 4 * (g * padded + start))
+                for column in range(0, dim, LANES):
+                    at = address_of(out) + 4 * (g * dim + column)
+                    total = vector_at(at)
+                    for i in range(GROUP):
+                        value = vector_at(address_of(values) + 4 * (i * dim + column))
+                        total = fma(spread(weights[i]), value, total)
+                    put(total, at)
+        target = args[OUT] + 2 * (token * heads + kv_head * group) * dim
+        narrow(address_of(out), target, group * dim, BFLOAT16)
+        piece = draw(counter)
+    query[0, 0] = out[0, 0] = keys[0, 0] = values[0, 0] = 0
+    rows[0] = 0
+
+
+# --- the program -----------------------------------------------------------------------------
+
+
+@intrinsic
+def _call(typing: Any, function: Any) -> Any:
+    """Call the C function without arguments at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), []).as_pointer()
+        builder.call(builder.inttoptr(args[0], kind), [])
+        return context.get_dummy_value()
+
+    return types.none(types.intp), generate
+
+
+@njit
+def _run(program: Any) -> None:
+    """Every thread of the team runs this, with a barrier after each operation."""
+    thread = draw(address_of(program))
+    scratch = program[SCRATCH] + thread * program[SCRATCH_BYTES]
+    ops = longs_at(program[OPS])
+    step = carray(longs_at(program[STEP]), (NUM_STEP_FIELDS,))
+    for i in range(program[NUM_OPS]):
+        kind, args = ops[2 * i], carray(longs_at(ops[2 * i + 1]), (NUM_OP_FIELDS,))
+        if kind == NORM:
+            _norm(args, step)
+        elif kind == PRODUCT:
+            _product(args, step, scratch)
+        elif kind == ROTATE:
+            _rotate(args, step)
+        else:
+            _attend(args, step, scratch)
+        if program[BARRIER]:
+            _call(program[BARRIER])
+        if thread == 0:  # all are past it, and none draws from it before the next run
+            args[COUNTER] = 0
+
+
+def _c_functions(sources: int) -> Any:
+    def run(block: Any) -> None:
+        if sources:
+            _run(carray(block, (NUM_PROGRAM_FIELDS,), np.int64))
+
+    return c_function(run)
+
+
+run = _c_functions(kernel_sources())
