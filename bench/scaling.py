@@ -8,11 +8,12 @@
                step less the base's step of the same round, against the values used in a step, with
                a linear fit
 
-Every round runs each point and its base once, in turn; a point is the median over the rounds of the
+Every round runs each point between two runs of its base, since the machine drifts by more than an
+adapter costs; the base's step is the mean of the two, a point the median over the rounds of the
 median step. Writes scaling.json and one scaling_NAME.png per series to --out; the last line of
 stdout is the JSON. Not measured: prefill, HTTP.
 
-    python bench/scaling.py [MODEL] [--rounds 5] [--steps 16] [--max-batch 64]
+    python bench/scaling.py [MODEL] [--rounds 7] [--steps 24] [--max-batch 64]
 """
 
 import argparse
@@ -63,11 +64,32 @@ class Point:
         return Point("base", 0, (None,) * len(self.adapters), self.context)
 
 
+class Measured:
+    """Per point, its own and its base's median step of every round."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.step_ms: dict[Point, list[float]] = {point: [] for point in points}
+        self.base_ms: dict[Point, list[float]] = {point: [] for point in points}
+
+    def entry(self, point: Point) -> dict[str, Any]:
+        """Medians of one point; the sparse part and the ratio within each round."""
+        ours, base = self.step_ms[point], self.base_ms[point]
+        return {
+            "x": point.x,
+            "requests": len(point.adapters),
+            "step_ms": statistics.median(ours),
+            "base_step_ms": statistics.median(base),
+            "sparse_ms": statistics.median(a - b for a, b in zip(ours, base, strict=True)),
+            "ratio_to_base": statistics.median(b / a for a, b in zip(ours, base, strict=True)),
+            "rounds": {"step_ms": ours, "base_step_ms": base},
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--max-batch", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
@@ -120,8 +142,7 @@ def main() -> None:
     points += [Point("nnz", quarter * k * all_nnz / 1e6, tuple(of_k[k])) for k in NNZ_KS]
 
     # 2. The rounds.
-    work = list(dict.fromkeys(each for point in points for each in (point.base, point)))
-    step_ms: dict[Point, list[float]] = {point: [] for point in work}
+    measured = Measured(points)
     vocab = range(int(base.model.config.get_text_config().vocab_size))
 
     def measure(point: Point, number: int, steps: int) -> float:
@@ -129,17 +150,20 @@ def main() -> None:
         return statistics.median(run_requests(engine, prompts, point.adapters, steps + 1).step_ms)
 
     with progress_bar(console) as progress:
-        for point in progress.track(work, description="warming up"):
+        for point in progress.track(points, description="warming up"):
             measure(point, args.rounds, 2)
-        task = progress.add_task("measuring", total=args.rounds * len(work))
+        task = progress.add_task("measuring", total=args.rounds * len(points))
         for number in range(args.rounds):
-            for point in work:
-                step_ms[point].append(measure(point, number, args.steps))
+            for point in points:
+                before = measure(point.base, number, args.steps)
+                measured.step_ms[point].append(measure(point, number, args.steps))
+                after = measure(point.base, number, args.steps)
+                measured.base_ms[point].append((before + after) / 2)
                 progress.advance(task)
 
     # 3. The result.
     series: dict[str, Any] = {
-        name: [entry(point, step_ms) for point in points if point.series == name] for name in LABELS
+        name: [measured.entry(point) for point in points if point.series == name] for name in LABELS
     }
     fit = linear_fit(
         [each["x"] for each in series["nnz"]], [each["sparse_ms"] for each in series["nnz"]]
@@ -168,20 +192,6 @@ def main() -> None:
 
 def powers_of_two(most: int) -> list[int]:
     return [n for n in (2**i for i in range(most.bit_length())) if n <= most]
-
-
-def entry(point: Point, step_ms: dict[Point, list[float]]) -> dict[str, Any]:
-    """Medians of one point; the sparse part and the ratio within each round."""
-    ours, base = step_ms[point], step_ms[point.base]
-    return {
-        "x": point.x,
-        "requests": len(point.adapters),
-        "step_ms": statistics.median(ours),
-        "base_step_ms": statistics.median(base),
-        "sparse_ms": statistics.median(a - b for a, b in zip(ours, base, strict=True)),
-        "ratio_to_base": statistics.median(b / a for a, b in zip(ours, base, strict=True)),
-        "rounds": {"step_ms": ours, "base_step_ms": base},
-    }
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
