@@ -119,32 +119,29 @@ def test_any_number_of_lanes(sources, count):
 
 @pytest.mark.parametrize("merged", [None, "three"])
 def test_long_prompts_of_one_adapter_go_through_the_weights(sources, merged):
+    """Several runs in one step, with other tokens before, between and behind them."""
     source = sources("llama")
-    llm = new_llm(source, ADAPTERS)
-    before = llm.base_digest()
-    changed = []
-    for site in llm.engine._runner._cpu_decoder._sites:
-        real = site.added
-        site.added = lambda adds, real=real: changed.append(adds) or real(adds)
-    llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=2), ["eight"])
-    assert changed
-    assert llm.base_digest() == before
-    prompts = [PROMPT, PROMPT[:150], PROMPT[:3], PROMPT[:4]]
-    names = ["eight", "one", None, "some"]
+    prompts = [PROMPT[:n] for n in (3, LONG + 20, LONG, 7, LONG + 1, 5, LONG, 4)]
+    names = ["one", "eight", "one", None, "some", "three", None, "other"]
     assert_as_close_as_transformers(source, prompts, names, merged)
 
 
-def test_failing_step_puts_the_weights_back(sources, monkeypatch):
+@pytest.mark.parametrize("merged", [None, "three"])
+def test_runs_leave_the_weights_as_they_were(sources, monkeypatch, merged):
     llm = new_llm(sources("llama"), ADAPTERS)
+    if merged is not None:
+        llm.merge(merged)
     before = llm.base_digest()
-
-    def fail(*arguments):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(cpu_forward.CpuForward, "__call__", fail)
-    answer = llm.generate([PROMPT], SamplingParams(max_tokens=2), ["eight"])[0]
-    assert answer.finish_reason == "error"
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=0)
+    prompts = [PROMPT[: LONG + n] for n in (0, 5, 9)]
+    names = ["eight", "some", "one"]
+    through_weights = llm.generate(prompts, params, names)
     assert llm.base_digest() == before
+    monkeypatch.setattr(cpu_decoder, "RUN_TOKENS", 10**6)
+    by_lanes = llm.generate(prompts, params, names)
+    assert [a.outputs[0].logprobs for a in by_lanes] != [
+        a.outputs[0].logprobs for a in through_weights
+    ], "both ways round alike: was either taken?"
 
 
 def test_window_hides_what_lies_before_it(sources):

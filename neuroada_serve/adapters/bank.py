@@ -147,12 +147,19 @@ class BankBatch:
             for part in views.get(site, ())
         ]
 
-    def adds(self, site: str, run: Run) -> list[tuple[SiteBypass, Tensor]]:
-        """What a run adds to a site's weight: parts with their values [rows, k], in order."""
+    def run_parts(self, site: str, run: Run) -> list[tuple[SiteBypass, int, int]]:
+        """What a run adds to a site's weight: parts with their slot and sign, in order."""
         return [
-            (part, part.table.bypass[slot] if sign > 0 else -part.table.bypass[slot])
+            (part, slot, sign)
             for plane, slot, sign in run.adds
             for part in self._bank.views(plane).get(site, ())
+        ]
+
+    def adds(self, site: str, run: Run) -> list[tuple[SiteBypass, Tensor]]:
+        """The same with their values, [rows, k]."""
+        return [
+            (part, part.table.bypass[slot] if sign > 0 else -part.table.bypass[slot])
+            for part, slot, sign in self.run_parts(site, run)
         ]
 
 
@@ -254,6 +261,7 @@ class AdapterBank:
         residents: Sequence[ResidentAdapter | None],
         merged: ResidentAdapter | None,
         runs: bool = True,
+        shortest: int | None = None,
     ) -> BankBatch:
         """Plan one forward.
 
@@ -261,9 +269,11 @@ class AdapterBank:
             residents: per token its adapter, None for the base.
             merged: the adapter that is in the weights just now; every other token takes it out.
             runs: whether long stretches may become runs; not in a CUDA graph.
+            shortest: tokens of a run; default: RUN_TOKENS of the device.
         """
-        shortest = RUN_TOKENS.get(self._device.type, RUN_TOKENS["cpu"])
-        long = find_runs(residents, merged, shortest) if runs else []
+        if shortest is None:
+            shortest = RUN_TOKENS.get(self._device.type, RUN_TOKENS["cpu"])
+        long = _runs(residents, merged, shortest) if runs else []
         in_runs = list(residents)
         for run in long:
             in_runs[run.start : run.stop] = [merged] * (run.stop - run.start)  # nothing to add
@@ -319,7 +329,7 @@ class AdapterBank:
         return table_id
 
 
-def find_runs(
+def _runs(
     residents: Sequence[ResidentAdapter | None], merged: ResidentAdapter | None, shortest: int
 ) -> list[Run]:
     """The stretches of at least `shortest` tokens of one adapter that is not in the weights."""

@@ -6,17 +6,17 @@ run as one kernel (`ops/cpu_forward.py`) on the same packed weights, KV cache an
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter, find_runs
+from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter, Run
 from neuroada_serve.engine.fused import same_code
 from neuroada_serve.engine.kv_cache import KVCache
-from neuroada_serve.model.bypass_linear import BypassLinear, BypassSite, PackedLinear
+from neuroada_serve.model.bypass_linear import BypassLinear, PackedLinear
 from neuroada_serve.ops import cpu_forward
 from neuroada_serve.ops.cpu_forward import (
     Additions,
@@ -28,14 +28,16 @@ from neuroada_serve.ops.cpu_forward import (
     Layer,
     Norm,
     Product,
+    RunAdd,
+    RunAdditions,
     Tokens,
 )
 from neuroada_serve.ops.matrix import PackedMatrix
 
 # Both by `bench/choices.py`. From more tokens on, transformers' way is as fast; so many consecutive
 # tokens of one adapter repay writing its values into the weights for a step.
-MAX_TOKENS = 512
-RUN_TOKENS = 256
+MAX_TOKENS = 1024
+RUN_TOKENS = 64
 
 # Their layers are Llama's, but for biases, norms of the heads and windows, which are looked at.
 _MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -47,16 +49,12 @@ class CpuDecoder:
 
     Args:
         decoder: what `known_decoder` made of the model.
-        sites: all that adapters of the model can change.
         cache: has the layers of the decoder.
     """
 
-    def __init__(
-        self, decoder: Decoder, sites: Sequence[BypassSite], bank: AdapterBank, cache: KVCache
-    ) -> None:
+    def __init__(self, decoder: Decoder, bank: AdapterBank, cache: KVCache) -> None:
         self._bank = bank
         self._cache = cache
-        self._sites = sites
         self._forward = CpuForward(decoder, MAX_TOKENS)
 
     def takes(self, num_tokens: int) -> bool:
@@ -81,16 +79,9 @@ class CpuDecoder:
         Returns:
             [n, vocab] float32, valid until the next step.
         """
-        runs = find_runs(residents, merged, RUN_TOKENS)
-        longest = max(runs, key=lambda run: run.stop - run.start, default=None)
-        in_weights = merged if longest is None else residents[longest.start]
-        batch = self._bank.batch(residents, in_weights, runs=False)
-        with ExitStack() as changed:
-            if longest is not None:
-                for site in self._sites:
-                    changed.enter_context(site.added(batch.adds(site.name, longest)))
-            caches = Caches(self._cache.version, self._cache.layer)
-            return self._forward(tokens, kept, caches, _additions(batch))
+        batch = self._bank.batch(residents, merged, shortest=RUN_TOKENS)
+        caches = Caches(self._cache.version, self._cache.layer)
+        return self._forward(tokens, kept, caches, _additions(batch))
 
 
 def _additions(batch: BankBatch) -> Additions:
@@ -103,9 +94,17 @@ def _additions(batch: BankBatch) -> Additions:
             if part.table.cpu_launch is not None
         ]
 
+    def adds(run: Run, site: str) -> list[RunAdd]:
+        return [
+            RunAdd(part.table.cpu_launch, part.rows.start, slot, sign)
+            for part, slot, sign in batch.run_parts(site, run)
+            if part.table.cpu_launch is not None
+        ]
+
+    runs = [RunAdditions(run.start, run.stop, partial(adds, run)) for run in batch.runs]
     version, *planes = batch.layout
     lanes = [token_slots.cpu_lanes for token_slots in all_slots]
-    return Additions(version, tuple(planes), lanes, calls)
+    return Additions(version, tuple(planes), lanes, calls, runs)
 
 
 def cpu_decoder(model: nn.Module, bank: AdapterBank, cache: KVCache) -> CpuDecoder | None:
@@ -116,9 +115,7 @@ def cpu_decoder(model: nn.Module, bank: AdapterBank, cache: KVCache) -> CpuDecod
     for layer in decoder.layers:
         attention = layer.attention
         cache.add_layer(attention.layer, attention.kv_heads, attention.head_dim, torch.bfloat16)
-    layers = (module for module in model.modules() if isinstance(module, BypassLinear))
-    sites = {layer.site.name: layer.site for layer in layers}
-    return CpuDecoder(decoder, list(sites.values()), bank, cache)
+    return CpuDecoder(decoder, bank, cache)
 
 
 def known_decoder(model: Any) -> Decoder | None:

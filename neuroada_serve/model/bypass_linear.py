@@ -108,7 +108,7 @@ class BypassSite:
         for run in batch.runs:
             if run.start > done:
                 products.append(self.matrix.multiply(x[done : run.start], self.bias))
-            with self.added(batch.adds(self.name, run)):
+            with self._added(batch.adds(self.name, run)):
                 products.append(self.matrix.multiply(x[run.start : run.stop], self.bias))
             done = run.stop
         if done < len(x):
@@ -116,7 +116,7 @@ class BypassSite:
         return products[0] if len(products) == 1 else torch.cat(products)
 
     @contextmanager
-    def added(self, adds: Sequence[tuple[SiteBypass, Tensor]]) -> Iterator[None]:
+    def _added(self, adds: Sequence[tuple[SiteBypass, Tensor]]) -> Iterator[None]:
         """Have values in the weight for a while. What was there is put back in reverse order."""
         undo: list[Callable[[], None]] = []
         try:

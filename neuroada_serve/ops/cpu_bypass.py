@@ -55,6 +55,7 @@ class BypassLaunch:
         block[at.D_OUT], block[at.K] = d_out, k
         block[at.INDEX], block[at.INDEX_STRIDE] = index.data_ptr(), index.stride(0)
         block[at.BYPASS], block[at.SLOT_STRIDE] = bypass.data_ptr(), bypass.stride(0)
+        self.address = ctypes.addressof(block)
         self._run = _Kernel(at.bypass_add, block)
 
     def arguments(self, lanes_address: int) -> Any:

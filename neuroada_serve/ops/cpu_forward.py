@@ -111,6 +111,28 @@ class Call:
 
 
 @dataclass(frozen=True)
+class RunAdd:
+    """One table's share in the weight that a run is multiplied by: sign times a slot's values."""
+
+    launch: cpu_bypass.BypassLaunch
+    first_row: int
+    slot: int
+    sign: int
+
+
+@dataclass(frozen=True)
+class RunAdditions:
+    """Tokens start..stop - 1, which are multiplied by weights that hold their adapter's values.
+
+    adds: site -> what is added to its weight, one after the other.
+    """
+
+    start: int
+    stop: int
+    adds: Callable[[str], Sequence[RunAdd]]
+
+
+@dataclass(frozen=True)
 class Additions:
     """What adapters add in one forward.
 
@@ -118,12 +140,14 @@ class Additions:
     layout: of one version and equal layouts, the calls are equal; what differs from step to step is
         in `lanes`.
     calls: site -> its calls.
+    runs: in the order of their tokens, which are in no call.
     """
 
     version: int
     layout: Hashable
     lanes: Sequence[cpu_bypass.Lanes]
     calls: Callable[[str], Sequence[Call]]
+    runs: Sequence[RunAdditions] = ()
 
 
 @dataclass(frozen=True)
@@ -170,6 +194,7 @@ class CpuForward:
         self._ops: list[tuple[int, Any]] = []
         self._plans: dict[Hashable, _Plan] = {}
         self._version: int | None = None  # of the plans
+        self._runs: list[Any] = []  # what the blocks hold addresses of, while there are runs
         self._layout: Hashable = None  # that the blocks are set to
         self._caches_version: int | None = None
         self._hidden, self._logits, self._head_block = self._set_up()
@@ -209,9 +234,10 @@ class CpuForward:
         for own, lanes in zip(plan.lanes, additions.lanes, strict=True):
             own[:] = lanes.block
         num_lanes = sum(lanes.num_lanes + at.LANES for lanes in additions.lanes)
-        product_bytes = at.scratch_bytes(num_tokens, num_lanes, self._largest_d_in, plan.largest_k)
-        scores_bytes = 4 * self._group * (tokens.context_length + at.LANES)
-        self._reserve(max(product_bytes, scores_bytes))
+        largest_k = step[at.LARGEST_K] = max(plan.largest_k, self._set_runs(additions.runs))
+        product_bytes = at.scratch_bytes(num_tokens, num_lanes, self._largest_d_in, largest_k)
+        attention_bytes = at.attention_scratch_bytes(self._group, tokens.context_length)
+        self._reserve(max(product_bytes, attention_bytes))
         self._run()
         return self._logits[: len(kept)]
 
@@ -232,11 +258,34 @@ class CpuForward:
         if plan is None:
             plan = self._plans[additions.layout] = self._new_plan(additions)
         if additions.layout != self._layout:
-            self._step[at.LARGEST_K] = plan.largest_k
             for (_, block), (count, address) in zip(self._products, plan.products, strict=True):
                 block[at.NUM_CALLS], block[at.CALLS] = count, address
             self._layout = additions.layout
         return plan
+
+    def _set_runs(self, runs: Sequence[RunAdditions]) -> int:
+        """Hand every product the runs of this step; their largest k."""
+        at, largest_k = self._at, 0
+        if not runs and not self._runs:
+            return 0
+        self._runs.clear()  # what the blocks held addresses of
+        for product, block in self._products:
+            entries: list[int] = []
+            for run in runs if product.site is not None else ():
+                adds: list[int] = []
+                for add in run.adds(product.site or ""):
+                    adds += [add.launch.address, add.first_row, add.slot, add.sign]
+                    largest_k = max(largest_k, add.launch.k)
+                    self._runs.append(add.launch)
+                array = (ctypes.c_int64 * len(adds))(*adds)
+                self._runs.append(array)
+                entries += [run.start, run.stop, ctypes.addressof(array), len(adds) // 4]
+            array = (ctypes.c_int64 * len(entries))(*entries)
+            self._runs.append(array)
+            block[at.NUM_RUNS], block[at.RUNS] = len(entries) // 4, ctypes.addressof(array)
+        if not runs:
+            self._runs.clear()
+        return largest_k
 
     def _new_plan(self, additions: Additions) -> _Plan:
         lanes = [own.copy() for own in additions.lanes]

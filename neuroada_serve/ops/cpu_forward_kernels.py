@@ -49,6 +49,7 @@ from neuroada_serve.ops.cpu_vectors import (
     c_function,
     constant,
     dot_first,
+    dot_pair,
     dot_rows,
     dot_second,
     draw,
@@ -59,6 +60,7 @@ from neuroada_serve.ops.cpu_vectors import (
     kernel_sources,
     lane_sum,
     larger,
+    largest_lane,
     load,
     longs_at,
     minus,
@@ -68,8 +70,9 @@ from neuroada_serve.ops.cpu_vectors import (
     prefetch,
     put,
     read_pairs,
-    read_tile,
     read_twice,
+    same_in_all,
+    shorts_at,
     spread,
     store,
     times,
@@ -81,6 +84,8 @@ BLOCK_NEURONS = 64  # of a packed weight
 CHUNK = 12  # tokens that are multiplied at once: as many as there are registers for
 AHEAD = 2048  # bytes of weights between those that are used and those that are fetched
 GROUP = 8  # values that are weighted at once by the attention
+QUERIES = 4  # tokens of a sequence that attend together, in a step of more than SINGLE tokens
+SINGLE = 32
 
 COUNTER = 0  # of every block
 
@@ -93,7 +98,8 @@ NORM, PRODUCT, ROTATE, ATTEND = range(4)
 
 (NORM_X, NORM_Y, NORM_WIDTH, NORM_WEIGHT, NORM_EPS, NORM_IS_LAST) = range(1, 7)
 
-(WEIGHT, BIAS, NUM_ROWS, D_IN, X, Y, Y_STRIDE, EPILOGUE, CALLS, NUM_CALLS) = range(1, 11)
+(WEIGHT, BIAS, NUM_ROWS, D_IN, X, Y, Y_STRIDE, EPILOGUE) = range(1, 9)
+(CALLS, NUM_CALLS, RUNS, NUM_RUNS) = range(9, 13)
 # what becomes of a product: stored, added to what is there, gated (its first half by its second)
 STORE, ADD, GATE, LOGITS = range(4)
 
@@ -137,7 +143,7 @@ def _tile_product(num_tokens: int) -> Any:
             sums = []
             for t in range(num_tokens):
                 address = builder.add(rows[t], builder.mul(pair, ir.Constant(I64, 4)))
-                inputs = _same_in_all(builder, load(builder, address, ir.IntType(32)))
+                inputs = same_in_all(builder, load(builder, address, ir.IntType(32)))
                 sums.append(
                     [
                         add_products(builder, total, w, inputs)
@@ -165,12 +171,6 @@ def _tile_product(num_tokens: int) -> Any:
     return tile_product
 
 
-def _same_in_all(builder: Any, bits: Any) -> Any:
-    undefined = ir.Constant(I32X16, ir.Undefined)
-    alone = builder.insert_element(undefined, bits, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(alone, undefined, constant(I32X16, 0))
-
-
 _product_of_1, _product_of_4, _product_of_8, _product_of_12 = map(_tile_product, (1, 4, 8, CHUNK))
 
 
@@ -190,6 +190,78 @@ def _multiply(weight: int, d_in: int, x: int, num_tokens: int, y: int) -> None:
         else:
             _product_of_12(weight, rows, x_bytes, pairs, target)
         first += CHUNK
+
+
+@njit
+def _add_to_weight(table: Any, slot: int, sign: int, row: int, weight: int, log: int) -> int:
+    """Add a slot's values for neurons row..row + 31 to their 32 packed neurons at `weight`.
+
+    log: gets the addresses of all entries, and behind them what was there.
+
+    Returns:
+        The end of the log.
+    """
+    k, stride, index = table[K], table[INDEX_STRIDE], ints_at(table[INDEX])
+    count, entry = TILE * k, 0
+    places, before = longs_at(log), shorts_at(log + 8 * count)
+    for r in range(TILE):
+        for j in range(k):
+            column = np.int64(index[(row + r) * stride + j])
+            place = weight + 4 * (BLOCK_NEURONS * (column >> 1) + r) + 2 * (column & 1)
+            places[entry], before[entry] = place, shorts_at(place)[0]
+            entry += 1
+    end = log + 10 * count
+    sums, values, factor = end, end + 4 * count, spread(np.float32(sign))
+    widen(log + 8 * count, sums, count, BFLOAT16)
+    widen(table[BYPASS] + 2 * (slot * table[SLOT_STRIDE] + row * k), values, count, BFLOAT16)
+    for i in range(0, 4 * count, 4 * LANES):
+        put(fma(vector_at(values + i), factor, vector_at(sums + i)), sums + i)
+    narrow(sums, values, count, BFLOAT16)
+    after = shorts_at(values)
+    for i in range(count):
+        target = shorts_at(places[i])
+        target[0] = after[i]
+    return end
+
+
+@njit
+def _put_back(log: int, count: int) -> None:
+    """Undo one `_add_to_weight` of `count` entries, whose log begins here."""
+    places, before = longs_at(log), shorts_at(log + 8 * count)
+    for i in range(count):
+        target = shorts_at(places[i])
+        target[0] = before[i]
+
+
+@njit
+def _multiply_runs(args: Any, row: int, weight: int, num_tokens: int, y: int, work: int) -> None:
+    """As `_multiply`, every run by the weight with its adapter's values in it, for the moment.
+
+    No other thread reads these 32 neurons in this operation.
+    """
+    d_in, done = args[D_IN], 0
+    runs = longs_at(args[RUNS])
+    for run in range(args[NUM_RUNS] + 1):
+        start, stop, log = num_tokens, num_tokens, work
+        if run < args[NUM_RUNS]:
+            start, stop = runs[4 * run], runs[4 * run + 1]
+        if start > done:
+            _multiply(weight, d_in, args[X] + 2 * d_in * done, start - done, y + 4 * TILE * done)
+        if run < args[NUM_RUNS]:
+            adds = longs_at(runs[4 * run + 2])
+            for a in range(runs[4 * run + 3]):
+                table, first_row = longs_at(adds[4 * a]), adds[4 * a + 1]
+                if first_row <= row < first_row + table[D_OUT]:
+                    slot, sign = adds[4 * a + 2], adds[4 * a + 3]
+                    log = _add_to_weight(table, slot, sign, row - first_row, weight, log)
+            at = args[X] + 2 * d_in * start
+            _multiply(weight, d_in, at, stop - start, y + 4 * TILE * start)
+            for a in range(runs[4 * run + 3] - 1, -1, -1):
+                table, first_row = longs_at(adds[4 * a]), adds[4 * a + 1]
+                if first_row <= row < first_row + table[D_OUT]:
+                    log -= 10 * TILE * table[K]
+                    _put_back(log, TILE * table[K])
+        done = stop
 
 
 # What a thread keeps for a block of 16 lanes of one call while it works on a product: their rows of
@@ -308,7 +380,7 @@ def _tile_of_product(
         call, first_row = longs_at(calls[2 * c]), calls[2 * c + 1]
         if first_row <= row < first_row + call[D_OUT]:
             fetch_values(call, row - first_row, row - first_row + TILE)
-    _multiply(weight, d_in, args[X], num_tokens, target)
+    _multiply_runs(args, row, weight, num_tokens, target, work)
     if args[BIAS]:
         widen(args[BIAS] + 2 * row, work, min(TILE, args[NUM_ROWS] - row), BFLOAT16)
         for t in range(num_tokens):
@@ -347,7 +419,7 @@ def _rounded(source: int, raw: int, count: int) -> None:
 def scratch_bytes(num_tokens: int, num_lanes: int, d_in: int, largest_k: int) -> int:
     """What a thread needs for a product; num_lanes with every call's rounded up to 16."""
     tiles = 2 * 4 * TILE * (num_tokens + CHUNK + 1)
-    work = 10 * TILE + 4 * LANES * TILE * (1 + largest_k) + 8 * LANES
+    work = 10 * TILE + 4 * LANES * TILE * (1 + largest_k) + 8 * LANES  # or the logs of two adds
     return tiles + work + num_lanes * (4 * d_in + LANES_X)
 
 
@@ -477,99 +549,142 @@ def _rotate(args: Any, step: Any) -> None:
     cos[0] = sin[0] = x[0] = turned[0] = norms[0, 0] = 0
 
 
+def attention_scratch_bytes(group: int, context_length: int) -> int:
+    """What a thread needs for attention, with this many query heads to one of keys."""
+    return 4 * QUERIES * group * (context_length + LANES)
+
+
 @njit
 def _attend(args: Any, step: Any, scratch: int) -> None:
-    """Softmax attention of each token over its slot's entries up to its own position.
-
-    scratch: room for group * (entries + 16) float32.
-    """
+    """Softmax attention of each token over its slot's entries up to its own position."""
     heads, kv_heads, dim = args[HEADS], args[KV_HEADS], args[HEAD_DIM]
-    group = heads // kv_heads
-    scale = floats_at(args[SCALE])[0]
     positions, slots = longs_at(step[POSITIONS]), longs_at(step[SLOTS])
-    pieces = step[NUM_TOKENS] * kv_heads
+    num_tokens = step[NUM_TOKENS]
+    together = QUERIES if num_tokens > SINGLE else 1
+    pieces = (num_tokens + together - 1) // together * kv_heads
     counter = address_of(args)
     piece = draw(counter)
     if piece >= pieces:
         return
-    query, out = np.empty((group, dim), np.float32), np.empty((group, dim), np.float32)
-    keys = np.empty((dim, LANES), np.float32)  # of 16 positions, turned
-    values = np.empty((GROUP, dim), np.float32)
-    rows = np.empty(LANES, np.int64)
-    row_bytes = 2 * dim
+    keys = np.empty(dim * LANES // 2, np.int32)  # pairs of 16 positions, turned
+    values = np.empty(GROUP * dim, np.float32)
+    out = np.empty(together * heads // kv_heads * dim, np.float32)
     while piece < pieces:
-        token, kv_head = piece // kv_heads, piece % kv_heads
-        first = 0
-        if args[WINDOW]:
-            first = max(0, positions[token] - args[WINDOW] + 1)
-        count = positions[token] + 1 - first
-        padded = (count + LANES - 1) // LANES * LANES
-        entry = (slots[token] * kv_heads + kv_head) * args[MAX_TOKENS] + first
-        keys_at, values_at = args[KEYS] + row_bytes * entry, args[VALUES] + row_bytes * entry
-        own = args[QKV] + 2 * (args[QKV_STRIDE] * token + kv_head * group * dim)
-        widen(own, address_of(query), group * dim, BFLOAT16)
-
-        # 1. Scores, 16 positions side by side; what stands for missing ones repeats the last.
-        for start in range(0, count, LANES):
-            for i in range(LANES):
-                rows[i] = keys_at + row_bytes * min(start + i, count - 1)
-            for column in range(0, dim, TILE):
-                turned = address_of(keys) + 4 * LANES * column
-                read_tile(address_of(rows), column, turned, BFLOAT16)
-            for g in range(group):
-                a = spread(np.float32(0))
-                b, c, d = a, a, a
-                for i in range(0, dim, 4):
-                    at = address_of(keys) + 4 * LANES * i
-                    a = fma(spread(query[g, i]), vector_at(at), a)
-                    b = fma(spread(query[g, i + 1]), vector_at(at + 4 * LANES), b)
-                    c = fma(spread(query[g, i + 2]), vector_at(at + 8 * LANES), c)
-                    d = fma(spread(query[g, i + 3]), vector_at(at + 12 * LANES), d)
-                total = times(plus(plus(a, b), plus(c, d)), spread(scale))
-                put(total, scratch + 4 * (g * padded + start))
-
-        # 2. Their softmax, not yet divided by its sum; missing positions get no weight.
-        for g in range(group):
-            weights_at = scratch + 4 * g * padded
-            weights = floats_at(weights_at)
-            most = vector_at(weights_at)
-            for start in range(LANES, padded, LANES):
-                most = larger(most, vector_at(weights_at + 4 * start))
-            put(most, address_of(keys))
-            largest = keys[0].max()
-            for start in range(0, padded, LANES):
-                at = weights_at + 4 * start
-                put(exp(minus(vector_at(at), spread(largest))), at)
-            for i in range(count, padded):
-                weights[i] = 0
-            total = spread(np.float32(0))
-            for start in range(0, padded, LANES):
-                total = plus(total, vector_at(weights_at + 4 * start))
-            share = spread(np.float32(1) / lane_sum(total))
-            for start in range(0, padded, LANES):
-                at = weights_at + 4 * start
-                put(times(vector_at(at), share), at)
-
-        # 3. The values' weighted sum.
-        out[:] = 0
-        for start in range(0, padded, GROUP):
-            for i in range(GROUP):
-                at = values_at + row_bytes * min(start + i, count - 1)
-                widen(at, address_of(values[i]), dim, BFLOAT16)
-            for g in range(group):
-                weights = floats_at(scratch + 4 * (g * padded + start))
-                for column in range(0, dim, LANES):
-                    at = address_of(out) + 4 * (g * dim + column)
-                    total = vector_at(at)
-                    for i in range(GROUP):
-                        value = vector_at(address_of(values) + 4 * (i * dim + column))
-                        total = fma(spread(weights[i]), value, total)
-                    put(total, at)
-        target = args[OUT] + 2 * (token * heads + kv_head * group) * dim
-        narrow(address_of(out), target, group * dim, BFLOAT16)
+        token = piece // kv_heads * together
+        stop = min(token + together, num_tokens)
+        while token < stop:
+            count = 1
+            while (
+                token + count < stop
+                and slots[token + count] == slots[token]
+                and positions[token + count] == positions[token] + count
+            ):
+                count += 1
+            work = address_of(keys), address_of(values), address_of(out)
+            head, slot, position = piece % kv_heads, slots[token], positions[token]
+            _attend_together(args, token, count, head, slot, position, scratch, work)
+            token += count
         piece = draw(counter)
-    query[0, 0] = out[0, 0] = keys[0, 0] = values[0, 0] = 0
-    rows[0] = 0
+    keys[0] = values[0] = out[0] = 0
+
+
+@njit
+def _attend_together(
+    args: Any,
+    token: int,
+    num_tokens: int,
+    kv_head: int,
+    slot: int,
+    position: int,
+    scratch: int,
+    work: tuple[int, int, int],
+) -> None:
+    """Attention of one head of keys for tokens of one sequence at position and on.
+
+    scratch: num_tokens * group rows of scores.
+    work: addresses of room for 16 keys, for GROUP values, and for what all tokens get.
+    """
+    heads, kv_heads, dim = args[HEADS], args[KV_HEADS], args[HEAD_DIM]
+    group = heads // kv_heads
+    scale = spread(floats_at(args[SCALE])[0])
+    keys, values, out = work
+    row_bytes, first = 2 * dim, 0
+    if args[WINDOW]:
+        first = max(0, position - args[WINDOW] + 1)
+    count = position + num_tokens - first
+    padded = (count + LANES - 1) // LANES * LANES
+    entry = (slot * kv_heads + kv_head) * args[MAX_TOKENS] + first
+    keys_at, values_at = args[KEYS] + row_bytes * entry, args[VALUES] + row_bytes * entry
+    queries = args[QKV] + 2 * (args[QKV_STRIDE] * token + kv_head * group * dim)
+
+    # 1. Scores, 16 positions side by side; what stands for missing ones repeats the last.
+    rows = longs_at(values)
+    for start in range(0, count, LANES):
+        for i in range(LANES):
+            rows[i] = keys_at + row_bytes * min(start + i, count - 1)
+        for column in range(0, dim, TILE):
+            read_pairs(values, 2 * column, keys + 2 * LANES * column)
+        for row in range(num_tokens * group):
+            query = queries + 2 * (row // group * args[QKV_STRIDE] + row % group * dim)
+            a = spread(np.float32(0))
+            b, c, d = a, a, a
+            for i in range(0, dim, 8):
+                at = keys + 2 * LANES * i
+                a = dot_pair(a, at, query + 2 * i)
+                b = dot_pair(b, at + 4 * LANES, query + 2 * i + 4)
+                c = dot_pair(c, at + 8 * LANES, query + 2 * i + 8)
+                d = dot_pair(d, at + 12 * LANES, query + 2 * i + 12)
+            total = times(plus(plus(a, b), plus(c, d)), scale)
+            put(total, scratch + 4 * (row * padded + start))
+
+    # 2. Their softmax; what a token may not see gets no weight.
+    for row in range(num_tokens * group):
+        weights_at = scratch + 4 * row * padded
+        weights = floats_at(weights_at)
+        own_stop, own_first = position + row // group + 1 - first, 0
+        if args[WINDOW]:
+            own_first = max(0, own_stop - args[WINDOW])
+        for i in range(own_first):
+            weights[i] = weights[own_first]
+        for i in range(own_stop, padded):
+            weights[i] = weights[own_first]
+        most = vector_at(weights_at)
+        for start in range(LANES, padded, LANES):
+            most = larger(most, vector_at(weights_at + 4 * start))
+        largest = spread(largest_lane(most))
+        for start in range(0, padded, LANES):
+            put(exp(minus(vector_at(weights_at + 4 * start), largest)), weights_at + 4 * start)
+        for i in range(own_first):
+            weights[i] = 0
+        for i in range(own_stop, padded):
+            weights[i] = 0
+        total = spread(np.float32(0))
+        for start in range(0, padded, LANES):
+            total = plus(total, vector_at(weights_at + 4 * start))
+        share = spread(np.float32(1) / lane_sum(total))
+        for start in range(0, padded, LANES):
+            at = weights_at + 4 * start
+            put(times(vector_at(at), share), at)
+
+    # 3. The values' weighted sum.
+    for i in range(0, num_tokens * group * dim, LANES):
+        put(spread(np.float32(0)), out + 4 * i)
+    for start in range(0, padded, GROUP):
+        for i in range(GROUP):
+            at = values_at + row_bytes * min(start + i, count - 1)
+            widen(at, values + 4 * dim * i, dim, BFLOAT16)
+        for row in range(num_tokens * group):
+            weights = floats_at(scratch + 4 * (row * padded + start))
+            for column in range(0, dim, LANES):
+                at = out + 4 * (row * dim + column)
+                total = vector_at(at)
+                for i in range(GROUP):
+                    value = vector_at(values + 4 * (i * dim + column))
+                    total = fma(spread(weights[i]), value, total)
+                put(total, at)
+    for i in range(num_tokens):
+        target = args[OUT] + 2 * ((token + i) * heads + kv_head * group) * dim
+        narrow(out + 4 * i * group * dim, target, group * dim, BFLOAT16)
 
 
 # --- the program -----------------------------------------------------------------------------

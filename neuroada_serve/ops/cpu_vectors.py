@@ -274,6 +274,26 @@ def dot_rows(typing: Any, total: Any, pairs: Any, first: Any, second: Any) -> An
     return float32x16(float32x16, types.intp, types.intp, types.intp), generate
 
 
+@intrinsic
+def dot_pair(typing: Any, total: Any, pairs: Any, pair: Any) -> Any:
+    """total[lane] + both products of a pair per lane at `pairs` with the one pair at `pair`; all
+    bf16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        total, pairs, pair = args
+        same = same_in_all(builder, load(builder, pair, ir.IntType(32)))
+        return add_products(builder, total, load(builder, pairs, I32X16), same)
+
+    return float32x16(float32x16, types.intp, types.intp), generate
+
+
+def same_in_all(builder: Any, bits: Any) -> Any:
+    """<16 x i32> of one i32."""
+    undefined = ir.Constant(I32X16, ir.Undefined)
+    alone = builder.insert_element(undefined, bits, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(alone, undefined, constant(I32X16, 0))
+
+
 def _dot_one(keep: int) -> Any:
     @intrinsic
     def dot_one(typing: Any, total: Any, pairs: Any, row: Any) -> Any:
@@ -438,6 +458,15 @@ def lane_sum(vector: Any) -> Any:
         even += _lane(vector, lane)
         odd += _lane(vector, lane + 1)
     return even + odd
+
+
+@njit
+def largest_lane(vector: Any) -> Any:
+    """The largest of all lanes, a float32."""
+    most = _lane(vector, 0)
+    for lane in range(1, LANES):
+        most = max(most, _lane(vector, lane))
+    return most
 
 
 @intrinsic

@@ -1,0 +1,119 @@
+"""What a decode step does beside its forward: scheduling, planning adapters, sampling, text.
+
+Runs --batch requests with an adapter each and one k, and times whole steps and, inside them, the
+forward: the kernel of a known model, or the model's modules. Host work is the difference. Prints
+percentiles; writes host.json to --out; the last line of stdout is that JSON. Not measured: HTTP, a
+GPU, where host work hides behind the device's.
+
+    python bench/host.py [MODEL] [--batch 16] [--steps 200]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from neuroada_serve.benchmark.adapters import magnitude_indices, random_adapter
+from neuroada_serve.benchmark.measure import percentile
+from neuroada_serve.benchmark.report import environment, plain
+from neuroada_serve.benchmark.workload import random_prompts
+from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.engine import Engine
+from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.source import resolve_model
+from neuroada_serve.ops.cpu_forward import CpuForward
+from neuroada_serve.request import SamplingParams
+
+SAMPLING = {
+    "greedy": SamplingParams(temperature=0, ignore_eos=True),
+    "top_p": SamplingParams(temperature=0.8, top_p=0.9, seed=0, ignore_eos=True),
+}
+WARM_UP = 5  # steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+
+    base = load_base(resolve_model(args.model))
+    engine = Engine(base, EngineConfig(max_num_seqs=args.batch))
+    indices = magnitude_indices(base, [1])
+    for number in range(args.batch):
+        engine.add_adapter(str(number), random_adapter(base.spec, indices[1], number))
+    vocab = range(int(base.model.config.get_text_config().vocab_size))
+    prompts = random_prompts(args.batch, 16, vocab, 0)
+
+    table = Table(title=f"{args.batch} requests, each its own adapter")
+    for column in ("sampling", "step ms", "forward ms", "host ms", "host p99 ms", "host share"):
+        table.add_column(column, justify="right")
+    results: dict[str, Any] = {}
+    for name, params in SAMPLING.items():
+        steps, forwards = timed_steps(engine, prompts, params, args.steps)
+        host = [step - forward for step, forward in zip(steps, forwards, strict=True)]
+        share = statistics.median(h / s for h, s in zip(host, steps, strict=True))
+        results[name] = {"step_ms": steps, "forward_ms": forwards, "host_share": share}
+        medians = (f"{statistics.median(values):.2f}" for values in (steps, forwards, host))
+        table.add_row(name, *medians, f"{percentile(host, 99):.2f}", f"{share:.3f}")
+    Console(stderr=True).print(table)
+    result = {
+        "schema": "neuroada-bench/1",
+        "benchmark": "host",
+        **environment(),
+        "settings": {**vars(args), "threads": torch.get_num_threads(), "dtype": str(base.dtype)},
+        "sampling": results,
+        "not_measured": ["HTTP", "GPU"],
+    }
+    document = json.dumps(plain(result), allow_nan=False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "host.json").write_text(document + "\n")
+    print(document)
+
+
+def timed_steps(
+    engine: Engine, prompts: list[list[int]], params: SamplingParams, count: int
+) -> tuple[list[float], list[float]]:
+    """(steps, forwards) in ms, of `count` decode steps."""
+    params = replace(params, max_tokens=count + WARM_UP + 1)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, params, str(number))
+    spent = [0.0]
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                spent[0] += time.perf_counter() - start
+
+        return run
+
+    steps, forwards = [], []
+    model = engine.base.model
+    with (
+        patch.object(CpuForward, "_run", timed(CpuForward._run)),
+        patch.object(model, "forward", timed(model.forward)),
+    ):
+        while engine.has_unfinished:
+            spent[0], start = 0.0, time.perf_counter()
+            engine.step()
+            steps.append((time.perf_counter() - start) * 1e3)
+            forwards.append(spent[0] * 1e3)
+    return steps[-count:], forwards[-count:]
+
+
+if __name__ == "__main__":
+    main()
