@@ -9,7 +9,7 @@ from neuroada_serve.engine import cpu_decoder
 from neuroada_serve.engine.cpu_decoder import known_decoder
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import load_base
-from neuroada_serve.ops import cpu_forward, cpu_vectors
+from neuroada_serve.ops import cpu_bypass, cpu_forward, cpu_vectors
 
 # As small as the kernel takes them: every matrix a multiple of 32 wide and high, but for the head.
 SIZES = {
@@ -215,8 +215,10 @@ def test_only_what_the_kernel_computes_is_known(sources, monkeypatch):
     assert decoder() is None
 
 
-def test_without_numba_transformers_forward_runs(sources, monkeypatch):
-    monkeypatch.setattr(cpu_forward, "_kernels", lambda: None)
+@pytest.mark.parametrize("missing", ["_kernels", "_openmp"])
+def test_without_numba_or_torchs_threads_modules_run(sources, monkeypatch, missing):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu_forward if missing == "_kernels" else cpu_bypass, missing, lambda: None)
     llm = new_llm(sources("llama"), {})
     assert llm.engine._runner._cpu_decoder is None
     assert len(llm.generate([PROMPT[:3]], SamplingParams(max_tokens=2))[0].token_ids) == 2

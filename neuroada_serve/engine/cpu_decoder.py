@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter, Run
+from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter, Run, SiteBypass
 from neuroada_serve.engine.fused import same_code
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.model.bypass_linear import BypassLinear, PackedLinear
 from neuroada_serve.ops import cpu_forward
+from neuroada_serve.ops.cpu_bypass import BypassLaunch
 from neuroada_serve.ops.cpu_forward import (
     Additions,
     Attention,
@@ -34,8 +35,9 @@ from neuroada_serve.ops.cpu_forward import (
 )
 from neuroada_serve.ops.matrix import PackedMatrix
 
-# Both by `bench/choices.py`. From more tokens on, transformers' way is as fast; so many consecutive
-# tokens of one adapter repay writing its values into the weights for a step.
+# By `bench/choices.py`: steps of up to so many tokens, the most that was measured, are faster than
+# through the modules; so many consecutive tokens of one adapter repay writing its values into the
+# weights, tile by tile.
 MAX_TOKENS = 1024
 RUN_TOKENS = 64
 
@@ -89,22 +91,26 @@ def _additions(batch: BankBatch) -> Additions:
 
     def calls(site: str) -> list[Call]:
         return [
-            Call(part.table.cpu_launch, part.rows.start, all_slots.index(token_slots))
+            Call(_launch(part), part.rows.start, all_slots.index(token_slots))
             for part, token_slots in batch.calls(site)
-            if part.table.cpu_launch is not None
         ]
 
     def adds(run: Run, site: str) -> list[RunAdd]:
         return [
-            RunAdd(part.table.cpu_launch, part.rows.start, slot, sign)
+            RunAdd(_launch(part), part.rows.start, slot, sign)
             for part, slot, sign in batch.run_parts(site, run)
-            if part.table.cpu_launch is not None
         ]
 
     runs = [RunAdditions(run.start, run.stop, partial(adds, run)) for run in batch.runs]
     version, *planes = batch.layout
     lanes = [token_slots.cpu_lanes for token_slots in all_slots]
     return Additions(version, tuple(planes), lanes, calls, runs)
+
+
+def _launch(part: SiteBypass) -> BypassLaunch:
+    launch = part.table.cpu_launch
+    assert launch is not None, "values are kept in the weights' dtype, which the kernels have"
+    return launch
 
 
 def cpu_decoder(model: nn.Module, bank: AdapterBank, cache: KVCache) -> CpuDecoder | None:

@@ -191,6 +191,11 @@ class _Kernel:
             self._openmp[0](self._function_address, self._address, threads, 0)
 
 
+def has_team() -> bool:
+    """Whether kernels can take over torch's OpenMP threads."""
+    return _openmp() is not None
+
+
 def run_team(kernel: Any, block: Any, barrier_field: int, threads: int) -> None:
     """Run a kernel whose threads wait for each other, by the barrier it finds in its block."""
     block[0] = 0

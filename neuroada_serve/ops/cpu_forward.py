@@ -411,7 +411,8 @@ def prepare() -> None:
 
 
 def available() -> bool:
-    return _kernels() is not None
+    """Whether there are kernels, and a team of threads that can wait for each other."""
+    return _kernels() is not None and (torch.get_num_threads() == 1 or cpu_bypass.has_team())
 
 
 @cache

@@ -193,7 +193,7 @@ def _multiply(weight: int, d_in: int, x: int, num_tokens: int, y: int) -> None:
 
 
 @njit
-def _add_to_weight(table: Any, slot: int, sign: int, row: int, weight: int, log: int) -> int:
+def _add_to_weight(table: Any, slot: int, sign: int, row: int, weight: int, log: int) -> Any:
     """Add a slot's values for neurons row..row + 31 to their 32 packed neurons at `weight`.
 
     log: gets the addresses of all entries, and behind them what was there.
