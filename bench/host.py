@@ -1,8 +1,8 @@
-"""What a decode step does beside its forward: scheduling, planning adapters, sampling, text.
+"""What a decode step does beside its forward and sampling: scheduling, planning adapters, text.
 
-Runs --batch requests with an adapter each and one k, and times whole steps and, inside them, the
-forward: the kernel of a known model, or the model's modules. Host work is the difference. Prints
-percentiles; writes host.json to --out; the last line of stdout is that JSON. Not measured: HTTP, a
+Runs --batch requests with an adapter each and k=1, and times whole steps and, inside them, what
+belongs to the device: the forward (the kernel of a known model, or the model's modules) and the
+choice of tokens from the logits. Host work is the rest. Prints medians; writes host.json to --out; the last line of stdout is that JSON. Not measured: HTTP, a
 GPU, where host work hides behind the device's.
 
     python bench/host.py [MODEL] [--batch 16] [--steps 200]
@@ -27,6 +27,7 @@ from neuroada_serve.benchmark.measure import percentile
 from neuroada_serve.benchmark.report import environment, plain
 from neuroada_serve.benchmark.workload import random_prompts
 from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine import engine as engine_module
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import resolve_model
@@ -49,23 +50,38 @@ def main() -> None:
     args = parser.parse_args()
 
     base = load_base(resolve_model(args.model))
-    engine = Engine(base, EngineConfig(max_num_seqs=args.batch))
     indices = magnitude_indices(base, [1])
+    engine = Engine(base, EngineConfig(max_num_seqs=args.batch))
     for number in range(args.batch):
         engine.add_adapter(str(number), random_adapter(base.spec, indices[1], number))
     vocab = range(int(base.model.config.get_text_config().vocab_size))
     prompts = random_prompts(args.batch, 16, vocab, 0)
 
     table = Table(title=f"{args.batch} requests, each its own adapter")
-    for column in ("sampling", "step ms", "forward ms", "host ms", "host p99 ms", "host share"):
+    columns = (
+        "sampling",
+        "step ms",
+        "forward ms",
+        "sampling ms",
+        "host ms",
+        "host p99",
+        "host share",
+    )
+    for column in columns:
         table.add_column(column, justify="right")
     results: dict[str, Any] = {}
     for name, params in SAMPLING.items():
-        steps, forwards = timed_steps(engine, prompts, params, args.steps)
-        host = [step - forward for step, forward in zip(steps, forwards, strict=True)]
+        steps, forwards, samplings = timed_steps(engine, prompts, params, args.steps)
+        host = [s - f - c for s, f, c in zip(steps, forwards, samplings, strict=True)]
         share = statistics.median(h / s for h, s in zip(host, steps, strict=True))
-        results[name] = {"step_ms": steps, "forward_ms": forwards, "host_share": share}
-        medians = (f"{statistics.median(values):.2f}" for values in (steps, forwards, host))
+        results[name] = {
+            "step_ms": steps,
+            "forward_ms": forwards,
+            "sampling_ms": samplings,
+            "host_share": share,
+        }
+        times = steps, forwards, samplings, host
+        medians = (f"{statistics.median(values):.2f}" for values in times)
         table.add_row(name, *medians, f"{percentile(host, 99):.2f}", f"{share:.3f}")
     Console(stderr=True).print(table)
     result = {
@@ -84,35 +100,38 @@ def main() -> None:
 
 def timed_steps(
     engine: Engine, prompts: list[list[int]], params: SamplingParams, count: int
-) -> tuple[list[float], list[float]]:
-    """(steps, forwards) in ms, of `count` decode steps."""
+) -> tuple[list[float], list[float], list[float]]:
+    """(steps, forwards, choices of tokens) in ms, of `count` decode steps."""
     params = replace(params, max_tokens=count + WARM_UP + 1)
     for number, prompt in enumerate(prompts):
         engine.add_request(str(number), prompt, params, str(number))
-    spent = [0.0]
+    spent = {"forward": 0.0, "sampling": 0.0}
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **named: Any) -> Any:
             start = time.perf_counter()
             try:
                 return function(*arguments, **named)
             finally:
-                spent[0] += time.perf_counter() - start
+                spent[part] += (time.perf_counter() - start) * 1e3
 
         return run
 
-    steps, forwards = [], []
+    steps, forwards, samplings = [], [], []
     model = engine.base.model
     with (
-        patch.object(CpuForward, "_run", timed(CpuForward._run)),
-        patch.object(model, "forward", timed(model.forward)),
+        patch.object(CpuForward, "_run", timed("forward", CpuForward._run)),
+        patch.object(model, "forward", timed("forward", model.forward)),
+        patch.object(engine_module, "sample", timed("sampling", engine_module.sample)),
     ):
         while engine.has_unfinished:
-            spent[0], start = 0.0, time.perf_counter()
+            spent.update(forward=0.0, sampling=0.0)
+            start = time.perf_counter()
             engine.step()
             steps.append((time.perf_counter() - start) * 1e3)
-            forwards.append(spent[0] * 1e3)
-    return steps[-count:], forwards[-count:]
+            forwards.append(spent["forward"])
+            samplings.append(spent["sampling"])
+    return steps[-count:], forwards[-count:], samplings[-count:]
 
 
 if __name__ == "__main__":

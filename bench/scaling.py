@@ -4,9 +4,9 @@
     k          kept inputs per neuron, a quarter of that batch, all adapters distinct
     batch      requests, all adapters distinct, k=1
     context    tokens before the decode steps, a quarter of the batch, all adapters distinct, k=1
-    nnz        adapters of some of the modules and several k: the sparse part alone, which is the
-               step less the base's step of the same round, against the values used in a step, with
-               a linear fit
+    nnz        adapters of some of the modules and several k, and the points of k: the sparse part
+               alone, which is the step less the base's step of the same round, against the values
+               used in a step, with a linear fit
 
 Every round runs each point between two runs of its base, since the machine drifts by more than an
 adapter costs; the base's step is the mean of the two, a point the median over the rounds of the
@@ -138,8 +138,6 @@ def main() -> None:
         for k in NNZ_KS:
             nnz, names = add(f"{ending}-k{k}", k, quarter, part)
             points.append(Point("nnz", quarter * nnz / 1e6, tuple(names)))
-    all_nnz = sum(d_out for d_out, _ in base.spec.shapes.values())
-    points += [Point("nnz", quarter * k * all_nnz / 1e6, tuple(of_k[k])) for k in NNZ_KS]
 
     # 2. The rounds.
     measured = Measured(points)
@@ -165,6 +163,9 @@ def main() -> None:
     series: dict[str, Any] = {
         name: [measured.entry(point) for point in points if point.series == name] for name in LABELS
     }
+    all_nnz = sum(d_out for d_out, _ in base.spec.shapes.values())
+    of_all = [each | {"x": quarter * each["x"] * all_nnz / 1e6} for each in series["k"]]
+    series["nnz"] += of_all
     fit = linear_fit(
         [each["x"] for each in series["nnz"]], [each["sparse_ms"] for each in series["nnz"]]
     )

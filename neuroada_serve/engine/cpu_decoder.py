@@ -39,7 +39,7 @@ from neuroada_serve.ops.matrix import PackedMatrix
 # through the modules; so many consecutive tokens of one adapter repay writing its values into the
 # weights, tile by tile.
 MAX_TOKENS = 1024
-RUN_TOKENS = 64
+RUN_TOKENS = 96
 
 # Their layers are Llama's, but for biases, norms of the heads and windows, which are looked at.
 _MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

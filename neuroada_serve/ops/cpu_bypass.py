@@ -20,7 +20,7 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # Both by `bench/choices.py`: so many lanes and fewer are computed one by one, not side by side; so
 # many entries and fewer are not worth waking a second thread.
 FEW_LANES = 3
-THREADED_ENTRIES = 12_288
+THREADED_ENTRIES = 8192
 
 
 def supports(*tensors: Tensor) -> bool:
