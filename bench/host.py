@@ -2,8 +2,8 @@
 
 Runs --batch requests with an adapter each and k=1, and times whole steps and, inside them, what
 belongs to the device: the forward (the kernel of a known model, or the model's modules) and the
-choice of tokens from the logits. Host work is the rest. Prints medians; writes host.json to --out; the last line of stdout is that JSON. Not measured: HTTP, a
-GPU, where host work hides behind the device's.
+choice of tokens from the logits. Host work is the rest. Prints medians; writes host.json to --out;
+the last line of stdout is that JSON. Not measured: HTTP, a GPU.
 
     python bench/host.py [MODEL] [--batch 16] [--steps 200]
 """
