@@ -529,7 +529,7 @@ def test_scaling_writes_its_series_and_plots(model, tmp_path):
     xs = {name: [entry["x"] for entry in entries] for name, entries in found["series"].items()}
     assert xs["adapters"] == xs["batch"] == [1, 2, 4]
     assert xs["k"] == [1, 2, 4, 8, 16, 32]
-    assert len(xs["nnz"]) == 3 * 8  # seven kinds of modules and all together, three ks
+    assert len(xs["nnz"]) == 7 * 3 + 6  # seven kinds of modules of three ks, and the series of k
     assert len(list(tmp_path.glob("scaling_*.png"))) == 5
     assert found["nnz_fit"]["r2"] <= 1
 
