@@ -129,7 +129,9 @@ def new_engine(model: str, **config: Any) -> Engine:
     engine = Engine(base, EngineConfig(max_num_batched_tokens=most, max_num_seqs=16, **config))
     for k in KS:
         for number in range(max(LANES)):
-            engine.add_adapter(f"k{k}-{number}", random_adapter(base.spec, indices[k], number))
+            engine.adapters.add_resident(
+                f"k{k}-{number}", random_adapter(base.spec, indices[k], number)
+            )
     return engine
 
 

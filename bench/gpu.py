@@ -245,7 +245,7 @@ def add_adapters(engine: Engine, ks: Sequence[int], count: int) -> None:
                 parts = {name: ModuleBypass(index[name], values[name]) for name in index}
                 adapter = Adapter(config, parts, f"random-k{k}-{number}")
                 values = engine._merger.realise(adapter)
-            resident = engine._bank.upload(adapter, values)
+            resident = engine.adapters.bank.upload(adapter, values)
             engine._store.publish(AdapterVersion(f"k{k}-{number}", adapter, resident))
 
 
@@ -267,7 +267,7 @@ def new_runner(
     cache = KVCache(num_seqs, num_tokens, coarse=True)
     return ModelRunner(
         engine.base,
-        engine._bank,
+        engine.adapters.bank,
         engine._runner._context,
         cache,
         enforce_eager=enforce_eager,
@@ -377,11 +377,11 @@ def check_engine(report: Report) -> None:
             0 if runner.graphs is None else len(runner.graphs)
         )
         for name in ("k1-0", "k2-1", "k1-1"):
-            engine.merge(name)
+            engine.adapters.merge(name)
             same = generate(engine, runner, names, 12) == eager
             report.checks[f"tokens with {name} merged"] = same
     with run_tokens(2):
-        engine.unmerge()
+        engine.adapters.unmerge()
         written = generate(engine, new_runner(engine, 8, 64, enforce_eager=True), names, 12)
         report.checks["tokens with values written into the weights"] = written == eager
     report.checks["unmerging restores every bit"] = engine.base_digest() == digest
@@ -572,9 +572,9 @@ def measure_swap(report: Report, engine: Engine, shape: Shape) -> None:
     for k in shape.ks:
         for _ in range(shape.samples + 1):
             for name, call in (
-                ("merge", partial(engine.merge, f"k{k}-0")),
-                ("swap", partial(engine.merge, f"k{k}-1")),
-                ("unmerge", engine.unmerge),
+                ("merge", partial(engine.adapters.merge, f"k{k}-0")),
+                ("swap", partial(engine.adapters.merge, f"k{k}-1")),
+                ("unmerge", engine.adapters.unmerge),
             ):
                 ms = time_ms(call, report.device)
                 report.samples_ms.setdefault(f"{name}/k{k}", []).append(ms)

@@ -53,7 +53,7 @@ def main() -> None:
     indices = magnitude_indices(base, [1])
     engine = Engine(base, EngineConfig(max_num_seqs=args.batch))
     for number in range(args.batch):
-        engine.add_adapter(str(number), random_adapter(base.spec, indices[1], number))
+        engine.adapters.add_resident(str(number), random_adapter(base.spec, indices[1], number))
     vocab = range(int(base.model.config.get_text_config().vocab_size))
     prompts = random_prompts(args.batch, 16, vocab, 0)
 

@@ -116,7 +116,7 @@ def main() -> None:
         names = [f"{name}-{number}" for number in range(count)]
         for seed, each in enumerate(names):
             adapter = random_adapter(base.spec, {m: indices[k][m] for m in modules}, seed)
-            engine.add_adapter(each, adapter)
+            engine.adapters.add_resident(each, adapter)
         return adapter.nnz, names
 
     # 1. The points.

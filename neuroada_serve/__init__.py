@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuroada_serve.adapters.format import Adapter, load_adapter, save_adapter
+    from neuroada_serve.adapters.format import Adapter, save_adapter
+    from neuroada_serve.adapters.reader import load_adapter
     from neuroada_serve.engine.llm import LLM
     from neuroada_serve.errors import NeuroAdaError
     from neuroada_serve.request import SamplingParams
@@ -30,7 +31,7 @@ _HOME = {
     "Adapter": "adapters.format",
     "NeuroAdaError": "errors",
     "SamplingParams": "request",
-    "load_adapter": "adapters.format",
+    "load_adapter": "adapters.reader",
     "save_adapter": "adapters.format",
 }
 

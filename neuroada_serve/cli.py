@@ -18,10 +18,12 @@ from rich.table import Table
 
 from neuroada_serve import uncollected
 from neuroada_serve.benchmark.settings import OfflineConfig, ServingConfig, parse_goodput
-from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig, help_of
+from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig, help_of, parse_bytes
 from neuroada_serve.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from neuroada_serve.engine.llm import LLM
 
 app = typer.Typer(
@@ -32,6 +34,7 @@ app = typer.Typer(
     help="Train, serve and merge NeuroAda adapters. MODEL is a local Hugging Face folder, a .gguf "
     "file, `demo`, or a hub id.",
 )
+_MOST_LISTED = 20  # adapters that `serve` names at its start
 err = Console(stderr=True)
 out = Console()
 
@@ -126,6 +129,29 @@ def serve(
     adapter_dir: Annotated[
         Path | None, typer.Option(help=help_of(ServerConfig, "adapter_dir"))
     ] = None,
+    preload: Annotated[
+        bool, typer.Option("--preload", help=help_of(ServerConfig, "preload"))
+    ] = False,
+    adapter_memory: Annotated[
+        str | None, typer.Option(help=help_of(EngineConfig, "adapter_memory"))
+    ] = None,
+    adapter_host_memory: Annotated[
+        str | None, typer.Option(help=help_of(EngineConfig, "adapter_host_memory"))
+    ] = None,
+    prefix_cache_memory: Annotated[
+        str | None, typer.Option(help=help_of(EngineConfig, "prefix_cache_memory"))
+    ] = None,
+    tenant_header: Annotated[
+        str | None, typer.Option(help=help_of(ServerConfig, "tenant_header"))
+    ] = None,
+    tenant_weight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=WEIGHT", help=help_of(EngineConfig, "tenant_weights")),
+    ] = None,
+    adapter_weight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=WEIGHT", help=help_of(EngineConfig, "adapter_weights")),
+    ] = None,
     allow_runtime_adapters: Annotated[
         bool,
         typer.Option(
@@ -157,38 +183,49 @@ def serve(
         host=host,
         port=port,
         adapter_dir=adapter_dir,
+        preload=preload,
+        tenant_header=tenant_header,
         allow_runtime_adapters=allow_runtime_adapters,
         max_waiting=max_waiting,
         drain_timeout_s=drain_timeout_s,
     )
-    adapters = _named_adapters(adapter or [], adapter_dir)
-    if allow_runtime_adapters and adapter_dir is None:
-        raise UsageError("--allow-runtime-adapters needs --adapter-dir, to load adapters from")
-
+    adapters = _named_adapters(adapter or [])
     with _for_good():
+        from neuroada_serve.benchmark.report import progress_bar
         from neuroada_serve.engine.llm import LLM
         from neuroada_serve.server.serve import serve as run_server
 
-        llm = LLM(
-            model,
-            adapters,
-            notify=_notify,
-            merge=merge,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=max_num_batched_tokens,
-            dtype=dtype,
-            device=device,
-            enforce_eager=enforce_eager,
-        )
+        with progress_bar(err) as progress:
+            llm = LLM(
+                model,
+                adapters,
+                adapter_dir=adapter_dir,
+                preload=preload,
+                notify=_notify,
+                on_progress=_shown_in(progress),
+                merge=merge,
+                adapter_memory=_optional_bytes(adapter_memory),
+                adapter_host_memory=_optional_bytes(adapter_host_memory),
+                prefix_cache_memory=_optional_bytes(prefix_cache_memory),
+                tenant_weights=_weights("--tenant-weight", tenant_weight or []),
+                adapter_weights=_weights("--adapter-weight", adapter_weight or []),
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                max_num_batched_tokens=max_num_batched_tokens,
+                dtype=dtype,
+                device=device,
+                enforce_eager=enforce_eager,
+            )
 
     def on_ready(host: str, port: int) -> None:
-        names = ", ".join(llm.adapters) or "none yet"
+        names = llm.adapters
+        listed = ", ".join(names) if len(names) <= _MOST_LISTED else f"{len(names)} in all"
         _notify(
-            f"Serving {llm.engine.base.spec.name} on http://{host}:{port}/v1; adapters: {names}"
+            f"Serving {llm.engine.base.spec.name} on http://{host}:{port}/v1; adapters: "
+            f"{listed or 'none yet'}"
         )
 
-    code = run_server(llm.engine, server_config, on_ready)
+    code = run_server(llm.engine, server_config, on_ready, _notify)
     metrics = llm.engine.metrics
     endings = ", ".join(f"{count} {reason.value}" for reason, count in metrics.num_finished.items())
     _notify(f"Stopped. Answers by ending: {endings}; {metrics.num_output_tokens} tokens in all.")
@@ -196,20 +233,46 @@ def serve(
         raise typer.Exit(code)
 
 
-def _named_adapters(flags: list[str], adapter_dir: Path | None) -> dict[str, Path]:
-    """Adapters of --adapter-dir, by folder name, and of --adapter NAME=PATH."""
+def _named_adapters(flags: list[str]) -> dict[str, Path]:
+    """The adapters of --adapter NAME=PATH."""
     adapters: dict[str, Path] = {}
-    if adapter_dir is not None:
-        if not adapter_dir.is_dir():
-            raise UsageError(f"--adapter-dir {adapter_dir} is not a directory")
-        for config in sorted(adapter_dir.glob("*/adapter_config.json")):
-            adapters[config.parent.name] = config.parent
     for flag in flags:
         name, separator, path = flag.partition("=")
         if not separator or not name or not path:
             raise UsageError(f"--adapter takes NAME=PATH, got {flag!r}")
         adapters[name] = Path(path)
     return adapters
+
+
+def _weights(option: str, flags: list[str]) -> dict[str, float]:
+    """The shares of NAME=WEIGHT options."""
+    weights: dict[str, float] = {}
+    for flag in flags:
+        name, separator, weight = flag.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            separator = ""
+        if not separator or not name:
+            raise UsageError(f"{option} takes NAME=WEIGHT, such as big-customer=2, got {flag!r}")
+    return weights
+
+
+def _optional_bytes(text: str | None) -> int | None:
+    return None if text is None else parse_bytes(text)
+
+
+def _shown_in(progress: "Progress") -> "Callable[[str, int, int], None]":
+    """Shows work on adapters as it goes on, one bar for each kind."""
+    tasks: dict[str, Any] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        step = max(1, total // 100)
+        progress.update(tasks[what], completed=done, refresh=done % step == 0 or done == total)
+
+    return show
 
 
 @_command
@@ -379,7 +442,8 @@ def inspect(
     """Show what an adapter holds, after checking its files."""
     import torch
 
-    from neuroada_serve.adapters.format import WEIGHTS_FILE, load_adapter
+    from neuroada_serve.adapters.format import WEIGHTS_FILE
+    from neuroada_serve.adapters.reader import load_adapter
 
     loaded = load_adapter(adapter)
     config = loaded.config

@@ -1,5 +1,8 @@
 """Settings, frozen. The help text of a field is the help text of its command-line flag."""
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +13,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _option(default: Any, help: str) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -19,6 +24,23 @@ def help_of(config: type, name: str) -> str:
         if f.name == name:
             return str(f.metadata["help"])
     raise KeyError(f"{config.__name__} has no field {name}")
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 512MiB, 4GB or 1000000.
+
+    Raises:
+        UsageError: it is not written as one.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = None if found is None else _UNITS.get(found[2].upper())
+    if found is None or unit is None:
+        raise UsageError(f"{text!r} is no size; write a number of bytes, or such as 512MiB or 4GB")
+    return int(float(found[1]) * unit)
 
 
 def _at_least(config: object, **minimums: float) -> None:
@@ -48,8 +70,30 @@ class EngineConfig:
     )
     merge: str = _option(
         "never",
-        "never; NAME of an adapter to keep merged into the weights; or auto: keep merged "
-        "whichever adapter most running requests use.",
+        "never; NAME of an adapter to keep merged into the weights; or auto: merge whichever "
+        "adapter that saves most time, by the tokens still to come.",
+    )
+    adapter_memory: int | None = _option(
+        None,
+        "Device memory for adapters, such as 512MiB; those used least recently go first. Default: "
+        "a tenth of a GPU's memory; 2GiB on the CPU, of which only what is used is taken.",
+    )
+    adapter_host_memory: int | None = _option(
+        None,
+        "Host memory for copies of adapters, from which the device gets them without reading "
+        "files. Default: 4GiB beside a GPU, 256MiB beside the CPU.",
+    )
+    prefix_cache_memory: int | None = _option(
+        None,
+        "Memory for keys and values of prompts that may come again; 0 keeps none. Default: a "
+        "twentieth of a GPU's memory; 512MiB on the CPU.",
+    )
+    tenant_weights: Mapping[str, float] = _option(
+        {}, "Shares of tenants under load, NAME=WEIGHT; 1 for all others."
+    )
+    adapter_weights: Mapping[str, float] = _option(
+        {},
+        "Shares of adapters under load, within a tenant, NAME=WEIGHT; 1 for all others.",
     )
     allow_other_base: bool = _option(
         False, "Load adapters whose base_fingerprint differs from this base's; shapes must agree."
@@ -59,6 +103,10 @@ class EngineConfig:
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         _at_least(self, max_num_seqs=1, max_model_len=1, max_num_batched_tokens=1)
+        _at_least(self, adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
+        for name, weight in {**self.tenant_weights, **self.adapter_weights}.items():
+            if not 0 < weight < math.inf:
+                raise UsageError(f"the weight of {name!r} must be above 0, got {weight}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UsageError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
@@ -75,11 +123,26 @@ class ServerConfig:
     adapter_dir: Path | None = _option(
         None, "Directory of adapter folders: each is served under its folder's name."
     )
+    preload: bool = _option(
+        False,
+        "Read the adapters of --adapter-dir before serving, as many as memory takes; else each is "
+        "read when it is first asked for.",
+    )
+    tenant_header: str | None = _option(
+        None,
+        "HTTP header that names the tenant of a request, for fair shares and separate caches. Only "
+        "behind a proxy that sets it: clients could name anybody.",
+    )
     allow_runtime_adapters: bool = _option(
         False,
-        "Let clients load and unload adapters over HTTP, only from under --adapter-dir.",
+        "Let clients load, unload, pin and merge adapters over HTTP; to load only from under "
+        "--adapter-dir.",
     )
-    max_waiting: int = _option(256, "Most requests that wait for a place; more get HTTP 503.")
+    max_waiting: int = _option(
+        256,
+        "Requests that may wait for a place; more get HTTP 503, but for those of tenants or "
+        "adapters with less than their share of the queue.",
+    )
     drain_timeout_s: float = _option(
         10.0, "Seconds that running requests may take to finish after a stop signal."
     )

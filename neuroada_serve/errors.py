@@ -8,9 +8,11 @@ NeuroAdaError
 │   ├── AdapterError            an adapter that cannot be used
 │   │   ├── AdapterFormatError  its files break the format; `.faults` lists every fault found
 │   │   ├── AdapterNotFoundError
-│   │   └── AdapterConflictError  its name is taken
+│   │   ├── AdapterConflictError  its name is taken
+│   │   └── AdapterInUseError   requests still run with it; `.num_leases` says how many
 │   └── ShapeError              tensors that disagree; the message names both shapes
 ├── Unavailable                 no request is taken now: full, stopping, or the engine is dead
+│   └── AdapterUnavailable      nor any of this adapter: its files have gone, or there is no room
 └── EngineError                 our own failure; the process should not go on serving
     └── DirtyWeightsError       base weights could not be restored after a failed merge
 """
@@ -62,12 +64,27 @@ class AdapterConflictError(AdapterError):
     """The name is taken by another adapter, or by the base model."""
 
 
+class AdapterInUseError(AdapterError):
+    """An adapter that cannot go yet: `num_leases` requests run with it."""
+
+    def __init__(self, name: str, num_leases: int) -> None:
+        super().__init__(
+            f"adapter {name!r} is in use by {num_leases} requests; it is served as before. Wait "
+            "longer, or have them aborted"
+        )
+        self.num_leases = num_leases
+
+
 class ShapeError(UsageError):
     """Tensors whose shapes or dtypes disagree."""
 
 
 class Unavailable(NeuroAdaError):
     """No request is taken now: the queue is full, the server stops, or its engine is dead."""
+
+
+class AdapterUnavailable(Unavailable):
+    """An adapter that is known, but cannot be used now; others can."""
 
 
 class EngineError(NeuroAdaError):

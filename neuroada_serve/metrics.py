@@ -11,6 +11,7 @@ class EngineMetrics:
 
     num_steps: int = 0
     num_prompt_tokens: int = 0  # computed in prefill
+    num_cached_tokens: int = 0  # of prompts, taken from the prefix cache
     num_output_tokens: int = 0
     num_finished: dict[FinishReason, int] = field(
         default_factory=lambda: dict.fromkeys(FinishReason, 0)

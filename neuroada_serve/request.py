@@ -169,7 +169,10 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
     error: str | None = None  # set with FinishReason.ERROR
+    may_retry: bool = False  # the error is one of now: its adapter could not be had
     adapter: str | None = None
+    adapter_digest: str | None = None  # which version of it
+    num_cached_tokens: int = 0  # of the prompt, that needed no computing
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0  # so far, this choice
 
@@ -195,7 +198,8 @@ class RequestOutput:
     """One finished request: its prompt, its adapter (None: the base) and its n choices.
 
     text, token_ids and finish_reason are the first choice's. prompt_logprobs, where asked for, has
-    one entry for every prompt token but the first.
+    one entry for every prompt token but the first. adapter_digest says which version of the adapter
+    answered; num_cached_tokens how much of the prompt the first choice found computed.
     """
 
     request_id: str
@@ -204,6 +208,8 @@ class RequestOutput:
     adapter: str | None
     outputs: tuple[Completion, ...]
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    adapter_digest: str | None = None
+    num_cached_tokens: int = 0
 
     @property
     def text(self) -> str:

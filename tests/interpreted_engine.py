@@ -39,9 +39,10 @@ def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(bypass_linear, "bypass_add_", add_)
     engine._runner = ModelRunner(
         engine.base,
-        engine._bank,
+        engine.adapters.bank,
         engine._runner._context,
         KVCache(5, engine.max_model_len, coarse=True),
+        engine.adapters.resident,
         enforce_eager=True,
         capture=record if DEVICE.type == "cpu" else cuda_capture(),
     )

@@ -11,10 +11,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "neuroada_serve"
 # A name stands for a module or for all modules of a package that are not listed themselves.
 FLOORS: list[list[str]] = [
     ["errors", "config", "request", "metrics"],
-    ["ops", "adapters.durable", "adapters.format", "adapters.select"],
     [
+        "ops",
+        "adapters.durable",
+        "adapters.extents",
+        "adapters.readiness",
+        "adapters.format",
+        "adapters.reader",
+        "adapters.select",
+    ],
+    [
+        "adapters.values",
         "adapters.bank",
         "adapters.store",
+        "adapters.tiers",
+        "adapters.directory",
         "model.quiet",
         "model.source",
         "model.loader",
@@ -40,7 +51,14 @@ KERNEL_LIBRARIES = {
     "ops.triton_bypass": {"triton"},
     "engine.triton_attention": {"triton"},
 }
-TORCH_FREE = ("engine.scheduler", "engine.sequence", "engine.merge_policy")
+TORCH_FREE = (
+    "adapters.extents",
+    "engine.fairness",
+    "engine.merge_policy",
+    "engine.prefix_cache",
+    "engine.scheduler",
+    "engine.sequence",
+)
 
 
 def modules() -> dict[str, ast.Module]:

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from tiny import adapter_for, save_tiny_model
 
 from neuroada_serve import SamplingParams
-from neuroada_serve.adapters.format import BaseSpec, load_adapter, save_adapter
+from neuroada_serve.adapters.format import BaseSpec, save_adapter
+from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.errors import AdapterError, AdapterFormatError, AdapterNotFoundError
@@ -76,14 +77,14 @@ def test_broken_adapter_is_refused_by_name_of_its_fault(name, base, folder):
 
 def test_engine_answers_the_same_after_all_broken_adapters(base, valid, tmp_path):
     engine = Engine(base, EngineConfig())
-    engine.add_adapter("good", engine.read_adapter(valid))
+    engine.adapters.load("good", valid)
     tokens, digest = _answer(engine, "good"), engine.base_digest()
     for name, broken in BROKEN.items():
         folder = shutil.copytree(valid, tmp_path / name / "adapter")
         path = broken.apply(folder, base.spec)
         with pytest.raises(LOADING_ERRORS):
-            engine.add_adapter("good", engine.read_adapter(path, folder.parent), replace=True)
-    assert engine.adapters == ("good",)
+            engine.adapters.load("good", path, folder.parent, replace=True)
+    assert engine.adapters.names == ("good",)
     assert _answer(engine, "good") == tokens
     assert engine.base_digest() == digest
 

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from flat import FlatBank
 from torch import nn
 
-from neuroada_serve.adapters.bank import RUN_TOKENS, AdapterBank, ResidentAdapter
+from neuroada_serve.adapters.bank import RUN_TOKENS
 from neuroada_serve.adapters.format import Adapter, AdapterConfig, ModuleBypass, make_adapter
 from neuroada_serve.model import bypass_linear
 from neuroada_serve.model.bypass_linear import AttachedBypass, attach_bypass, plain_layers
@@ -68,12 +69,10 @@ class Served:
         self.plain = Model(dtype, bias)
         self.model = Model(dtype, bias)
         self.attached: AttachedBypass = attach_bypass(self.model)
-        self.bank = AdapterBank(CPU, self.attached.sites)
+        shapes = {name_of(child): SIZES[child] for child in SIZES}
+        self.bank = FlatBank(shapes, dtype, self.attached.sites)
         self.adapters = adapters
-        self.residents: list[ResidentAdapter] = [
-            self.bank.upload(a, {n: p.bypass.to(dtype) for n, p in a.modules.items()})
-            for a in adapters
-        ]
+        self.residents = [self.bank.upload(adapter) for adapter in adapters]
 
     def run(self, tokens: list[int | None], merged: int | None = None):
         """(actual, expected) outputs of q, k, v side by side; a token names its adapter."""

@@ -10,7 +10,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from neuroada_serve import save_adapter
-from neuroada_serve.adapters.format import load_adapter
+from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.cli import app
 
 

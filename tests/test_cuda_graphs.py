@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import configuration_auto
 
-from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter, _Plane
+from neuroada_serve.adapters.bank import AdapterBank, BankBatch, Extent, Plane, ResidentAdapter
+from neuroada_serve.adapters.values import IndexTable, Layout
 from neuroada_serve.engine.cuda_graphs import DecodeGraphs, DecodeRows, buckets
 from neuroada_serve.engine.fused import compile_elementwise
 from neuroada_serve.engine.kv_cache import KVCache
@@ -49,7 +50,7 @@ def rows(*ids: int) -> DecodeRows:
 
 @pytest.fixture
 def bank():
-    return AdapterBank(CPU)
+    return AdapterBank(CPU, torch.float32, 1 << 12)
 
 
 @pytest.fixture
@@ -63,7 +64,8 @@ def graphs(recorder):
 
 
 def resident(number: int, slot: int) -> ResidentAdapter:
-    return ResidentAdapter(_Plane(number, 1, {}), slot)
+    table = IndexTable(Layout(1, (), {}), torch.empty(0, dtype=torch.int32))
+    return ResidentAdapter(Plane(number, table, Extent(0, 1)), Extent(slot, 1))
 
 
 def test_buckets_are_dense_enough_and_end_at_the_largest_batch():
@@ -87,8 +89,8 @@ def test_padding_rows_have_no_kv_slot_and_no_adapter(graphs, recorder, bank):
 
 
 def test_replay_reads_the_new_step(graphs, recorder, bank):
-    plane = _Plane(0, 1, {})
-    one, two = ResidentAdapter(plane, 1), ResidentAdapter(plane, 2)
+    one = resident(0, 1)
+    two = ResidentAdapter(one.plane, Extent(2, 1))
     graphs.run(rows(3, 4), bank.batch([one, two], None), 0)
     logits = graphs.run(rows(5, 6), bank.batch([two, two], one), 0)
     assert recorder.captures == 1

@@ -1,6 +1,7 @@
 """Adapter files: what is saved is what is loaded, byte for byte, and a crash leaves no mixture."""
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -16,10 +17,11 @@ from neuroada_serve.adapters.format import (
     AdapterConfig,
     BaseSpec,
     ModuleBypass,
-    load_adapter,
+    file_digest,
     make_adapter,
     save_adapter,
 )
+from neuroada_serve.adapters.reader import AdapterReader, load_adapter
 from neuroada_serve.errors import AdapterFormatError, AdapterNotFoundError, ShapeError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -111,7 +113,14 @@ def test_safetensors_library_reads_our_files(tmp_path):
             "format": "neuroada",
             "format_version": "1",
             "base_fingerprint": FINGERPRINT,
+            "data_sha256": hashlib.sha256(data_of(tmp_path)).hexdigest(),
         }
+
+
+def data_of(folder: Path) -> bytes:
+    """What is behind the header of a weights file."""
+    file = (folder / WEIGHTS).read_bytes()
+    return file[8 + int.from_bytes(file[:8], "little") :]
 
 
 def test_files_of_the_safetensors_library_load(tmp_path):
@@ -120,6 +129,7 @@ def test_files_of_the_safetensors_library_load(tmp_path):
     tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
     with safetensors.safe_open(tmp_path / WEIGHTS, "pt") as file:
         metadata = file.metadata()
+    del metadata["data_sha256"]  # their tensors lie in another order
     safetensors.torch.save_file(tensors, tmp_path / WEIGHTS, metadata)
     loaded = load_adapter(tmp_path, SPEC)
     for name, part in adapter.modules.items():
@@ -148,6 +158,76 @@ def test_tensors_in_the_file_are_aligned(tmp_path):
     assert size % 8 == 0
     for name in ("a.bypass", "b.bypass"):
         assert header[name]["data_offsets"][0] % 4 == 0
+
+
+# --- header ----------------------------------------------------------------------------------
+
+
+def test_header_tells_what_an_adapter_is_without_its_values(tmp_path):
+    adapter = new_adapter(SHAPES)
+    save_adapter(adapter, tmp_path)
+    size = len((tmp_path / WEIGHTS).read_bytes()) - len(data_of(tmp_path))
+    with open(tmp_path / WEIGHTS, "r+b") as file:
+        file.seek(size)
+        file.write(b"\0" * len(data_of(tmp_path)))
+    header = AdapterReader(SPEC).header(tmp_path)
+    assert (header.digest, header.nnz) == (adapter.digest, adapter.nnz)
+    assert header.config == adapter.config
+    assert header.modules == sorted(SHAPES)
+    with pytest.raises(AdapterFormatError, match="repeats a column"):  # of zeros
+        AdapterReader(SPEC).adapter(header)
+
+
+def test_digest_is_the_same_whether_the_header_says_it_or_the_data_is_read(tmp_path):
+    save_adapter(new_adapter(SHAPES), tmp_path / "one")
+    tensors = safetensors.torch.load_file(tmp_path / "one" / WEIGHTS)
+    metadata = {"format": "neuroada", "format_version": "1", "base_fingerprint": FINGERPRINT}
+    safetensors.torch.save_file(tensors, tmp_path / "one" / WEIGHTS, metadata)
+    header = AdapterReader(SPEC).header(tmp_path / "one")
+    whole, data = (tmp_path / "one" / WEIGHTS).read_bytes(), data_of(tmp_path / "one")
+    start = whole[: len(whole) - len(data)]
+    assert header.digest == file_digest(start, hashlib.sha256(data).hexdigest())
+    assert AdapterReader(SPEC).adapter(header).digest == header.digest
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    """T16: in the header it is an error or another adapter, in the data always an error."""
+    save_adapter(new_adapter(SHAPES), tmp_path)
+    good = AdapterReader(SPEC).adapter(AdapterReader(SPEC).header(tmp_path))
+    reader, file = AdapterReader(SPEC), tmp_path / WEIGHTS
+    whole = file.read_bytes()
+    first_of_data = len(whole) - len(data_of(tmp_path))
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            adapter = reader.adapter(reader.header(tmp_path))
+        except AdapterFormatError:
+            continue
+        assert at < first_of_data
+        assert adapter.digest != good.digest
+
+
+def test_known_header_does_not_vouch_for_another(tmp_path):
+    """A reader that has checked a header once looks no further at equal ones, but at all others."""
+    reader = AdapterReader(SPEC)
+    for seed in (1, 2):
+        save_adapter(new_adapter(SHAPES, seed=seed), tmp_path / "a")
+        header = reader.header(tmp_path / "a")
+        assert reader.adapter(header).digest == new_adapter(SHAPES, seed=seed).digest
+    for kind in ({"k": 3}, {"base_fingerprint": "1" * 64}):
+        save_adapter(new_adapter(SHAPES, **kind), tmp_path / "b")
+        (tmp_path / "b" / WEIGHTS).write_bytes((tmp_path / "a" / WEIGHTS).read_bytes())
+        with pytest.raises(AdapterFormatError):
+            reader.header(tmp_path / "b")
+
+
+def test_file_replaced_after_its_header_was_read_is_not_taken_for_it(tmp_path):
+    reader = AdapterReader(SPEC)
+    save_adapter(new_adapter(SHAPES, seed=1), tmp_path)
+    header = reader.header(tmp_path)
+    save_adapter(new_adapter(SHAPES, seed=2), tmp_path)
+    with pytest.raises(AdapterFormatError, match="has changed; load it again"):
+        reader.adapter(header)
 
 
 # --- digest ----------------------------------------------------------------------------------

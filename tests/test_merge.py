@@ -6,9 +6,15 @@ from tiny import adapter_for, save_tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from neuroada_serve.adapters.format import Adapter, AdapterConfig, ModuleBypass, make_adapter
+from neuroada_serve.adapters.format import (
+    Adapter,
+    AdapterConfig,
+    BaseSpec,
+    ModuleBypass,
+    make_adapter,
+)
 from neuroada_serve.adapters.select import magnitude_index
-from neuroada_serve.engine.merge_policy import AutoMerge
+from neuroada_serve.adapters.values import AdapterValues, ValuesReader, realise
 from neuroada_serve.errors import AdapterFormatError, DirtyWeightsError
 from neuroada_serve.model.bypass_linear import (
     BypassContext,
@@ -18,9 +24,12 @@ from neuroada_serve.model.bypass_linear import (
 )
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.merge import WeightMerger, weights_digest
+from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops.weights import WeightEntries
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = {"q": (7, 5), "up": (9, 5), "down": (5, 9)}  # d_out, d_in
+BASE = BaseSpec("base", "0" * 64, SIZES)
 
 
 class Model:
@@ -38,6 +47,17 @@ class Model:
             for name, module in self.module.items()
         }
         self.merger = WeightMerger(self.layers)
+        self.reader = ValuesReader(self.merger.order, BASE, dtype)
+
+    def values(self, adapter: Adapter) -> AdapterValues:
+        return self.reader.of(adapter)
+
+    def merge(self, adapter: Adapter) -> None:
+        self.merger.merge(self.values(adapter))
+
+    def realised(self, adapter: Adapter) -> torch.Tensor:
+        values = self.values(adapter)
+        return realise(self.merger.originals(values.table), values.values)
 
     def weight(self, name: str) -> torch.Tensor:
         """[d_out, d_in], a view."""
@@ -88,7 +108,7 @@ def test_merge_writes_rounded_sums_and_nothing_else(dtype, name):
     expected = {n: model.weight(n).clone() for n in SIZES}
     for module, part in adapter.modules.items():
         expected[module] = with_adapter(expected[module], part)
-    model.merger.merge(adapter)
+    model.merge(adapter)
     for module, weight in expected.items():
         assert torch.equal(model.weight(module), weight)
 
@@ -98,7 +118,7 @@ def test_merge_writes_rounded_sums_and_nothing_else(dtype, name):
 def test_unmerge_restores_exact_bits(dtype, name):
     model = Model(dtype)
     before = model.digest()
-    model.merger.merge(ADAPTERS[name])
+    model.merge(ADAPTERS[name])
     assert model.merger.is_merged
     assert model.digest() != before
     model.merger.unmerge()
@@ -111,9 +131,9 @@ def test_unmerge_restores_exact_bits(dtype, name):
 def test_swap_equals_a_fresh_merge_and_comes_back(first, second):
     model, fresh = Model(), Model()
     before = model.digest()
-    model.merger.merge(ADAPTERS[first])
-    model.merger.merge(ADAPTERS[second])
-    fresh.merger.merge(ADAPTERS[second])
+    model.merge(ADAPTERS[first])
+    model.merge(ADAPTERS[second])
+    fresh.merge(ADAPTERS[second])
     assert model.digest() == fresh.digest()
     model.merger.unmerge()
     assert model.digest() == before
@@ -121,9 +141,9 @@ def test_swap_equals_a_fresh_merge_and_comes_back(first, second):
 
 def test_merge_twice_equals_once():
     model = Model()
-    model.merger.merge(ADAPTERS["a"])
+    model.merge(ADAPTERS["a"])
     once = model.digest()
-    model.merger.merge(ADAPTERS["a"])
+    model.merge(ADAPTERS["a"])
     assert model.digest() == once
 
 
@@ -140,7 +160,7 @@ def test_negative_zeros_come_back():
         model.weight("q").fill_(-0.0)
     before = model.digest()
     adapter = new_adapter(1, scale=0.0)
-    model.merger.merge(adapter)
+    model.merge(adapter)
     model.merger.unmerge()
     assert model.digest() == before
 
@@ -151,6 +171,8 @@ def test_thousand_rotating_merges_leave_the_digest(dtype, tmp_path):
     adapters = [adapter_for(base.model, base.spec, seed, k=1 + seed % 4) for seed in range(8)]
     layers = attach_bypass(base.model).layers
     merger, before = WeightMerger(layers), weights_digest(base.model)
+    reader = ValuesReader(merger.order, base.spec, dtype)
+    adapters = [reader.of(adapter) for adapter in adapters]
     for cycle in range(1000 if dtype == torch.bfloat16 else 50):
         merger.merge(adapters[cycle * 5 % 8])
         if cycle % 4 == 0:
@@ -160,159 +182,177 @@ def test_thousand_rotating_merges_leave_the_digest(dtype, tmp_path):
     assert weights_digest(base.model) == before
 
 
-# --- realise ---------------------------------------------------------------------------------
+# --- originals, and what merging changes ------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("merged", [None, *ADAPTERS])
-def test_realised_values_do_not_depend_on_what_is_merged(dtype, name, merged):
+def test_originals_do_not_depend_on_what_is_merged(dtype, name, merged):
     model = Model(dtype)
-    expected = model.merger.realise(ADAPTERS[name])
+    expected = model.merger.originals(model.values(ADAPTERS[name]).table)
     if merged is not None:
-        model.merger.merge(ADAPTERS[merged])
-    realised = model.merger.realise(ADAPTERS[name])
-    assert realised.keys() == expected.keys()
-    for module, delta in expected.items():
-        assert torch.equal(realised[module], delta)
-
-
-def test_realise_changes_no_weight():
-    model = Model()
+        model.merge(ADAPTERS[merged])
     before = model.digest()
-    model.merger.realise(ADAPTERS["a"])
+    originals = model.merger.originals(model.values(ADAPTERS[name]).table)
+    assert torch.equal(originals, expected)
     assert model.digest() == before
+
+
+def test_originals_lie_in_the_order_of_the_table():
+    model, adapter = Model(), ADAPTERS["other index"]
+    table = model.values(adapter).table
+    originals = model.merger.originals(table)
+    for name, place in table.layout.of_module().items():
+        expected = model.weight(name).gather(1, adapter.modules[name].index.long())
+        assert torch.equal(originals[place].view(expected.shape), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_base_plus_realised_value_is_the_merged_weight(dtype):
     """Exact where |v| <= |W0| / 2, by Sterbenz' lemma; the file's own values are not."""
     model, adapter = Model(dtype), new_adapter(1, k=1, scale=0.02)
-    originals = {n: model.weight(n).gather(1, p.index.long()) for n, p in adapter.modules.items()}
-    deltas = model.merger.realise(adapter)
-    model.merger.merge(adapter)
-    rounded = 0
-    for name, part in adapter.modules.items():
-        small = part.bypass.float().abs() <= originals[name].float().abs() / 2
-        assert small.float().mean() > 0.9
-        merged = model.weight(name).gather(1, part.index.long())
-        total = originals[name].float() + deltas[name].float()
-        assert deltas[name].dtype == dtype
-        assert torch.equal(total[small], merged.float()[small])
-        rounded += int((deltas[name].float() != part.bypass.float()).sum())
-    if dtype == torch.bfloat16:
-        assert rounded  # else this test would show nothing
+    values = model.values(adapter)
+    originals = model.merger.originals(values.table)
+    deltas = model.realised(adapter)
+    model.merge(adapter)
+    merged = torch.cat(
+        [
+            model.weight(name).gather(1, adapter.modules[name].index.long()).flatten()
+            for name in values.table.layout.of_module()
+        ]
+    )
+    small = values.values.float().abs() <= originals.float().abs() / 2
+    assert small.float().mean() > 0.9
+    assert deltas.dtype == dtype
+    assert torch.equal((originals.float() + deltas.float())[small], merged.float()[small])
+    if dtype == torch.bfloat16:  # else this test would show nothing
+        assert (deltas.float() != values.values.float()).any()
 
 
 # --- errors ----------------------------------------------------------------------------------
 
 
-def overflowing(module: str) -> Adapter:
+@pytest.mark.parametrize("module", SIZES)
+def test_value_that_could_overflow_a_weight_is_refused_by_module(module):
     """Finite values that a float16 weight cannot take."""
     parts = dict(ADAPTERS["a"].modules)
     index = parts[module].index
     parts[module] = ModuleBypass(index, torch.full(index.shape, 7e4))
-    return make_adapter(ADAPTERS["a"].config, parts)
+    overflowing = make_adapter(ADAPTERS["a"].config, parts)
+    with pytest.raises(AdapterFormatError, match=f"value of {module} .* overflows torch.float16"):
+        Model(torch.float16).values(overflowing)
+    Model(torch.bfloat16).values(overflowing)
 
 
-@pytest.mark.parametrize("module", SIZES)
 @pytest.mark.parametrize("merged", [None, "a", "other index"])
-def test_overflow_is_refused_by_module_and_leaves_the_base(module, merged):
+def test_overflowing_merge_changes_nothing(merged):
     model = Model(torch.float16)
-    before = model.digest()
+    with torch.no_grad():
+        model.weight("q").fill_(65504.0)
     if merged is not None:
-        model.merger.merge(ADAPTERS[merged])
-    with pytest.raises(AdapterFormatError, match=f"value of {module} overflows torch.float16"):
-        model.merger.merge(overflowing(module))
-    assert not model.merger.is_merged
-    assert model.digest() == before
-
-
-def test_overflow_is_refused_when_realised():
-    model = Model(torch.float16)
+        model.merge(ADAPTERS[merged])
+    before, was_merged = model.digest(), model.merger.is_merged
+    parts = dict(ADAPTERS["a"].modules)
+    parts["q"] = ModuleBypass(parts["q"].index, torch.full(parts["q"].index.shape, 3e4))
     with pytest.raises(AdapterFormatError, match="overflows torch.float16"):
-        model.merger.realise(overflowing("q"))
-    Model(torch.bfloat16).merger.realise(overflowing("q"))
+        model.merge(make_adapter(ADAPTERS["a"].config, parts))
+    assert model.merger.is_merged == was_merged
+    assert model.digest() == before
 
 
 class Broken(Exception):
     pass
 
 
-def fail_writes(monkeypatch, model: Model, failing: set[int], after_writing: bool) -> list[str]:
-    """Make these calls of write_entries_, counted from 0, raise; before or after their write."""
-    calls: list[str] = []
-    real = BypassLinear.write_entries_
+def fail_writes(monkeypatch, failing: set[int], num_written: int) -> list[int]:
+    """Make these calls of `WeightEntries.write_`, counted from 0, raise, with the first num_written
+    entries written."""
+    calls: list[int] = []
+    real = WeightEntries.write_
 
-    def write_entries_(layer, positions, values):
-        calls.append(layer.name)
-        fails = len(calls) - 1 in failing
-        if not fails or after_writing:
-            real(layer, positions, values)
-        if fails:
-            raise Broken
+    def write_(entries, values):
+        calls.append(len(values))
+        if len(calls) - 1 not in failing:
+            real(entries, values)
+            return
+        partly = entries.read()
+        partly[:num_written] = values[:num_written]
+        real(entries, partly)
+        raise Broken
 
-    monkeypatch.setattr(BypassLinear, "write_entries_", write_entries_)
+    monkeypatch.setattr(WeightEntries, "write_", write_)
     return calls
 
 
-@pytest.mark.parametrize("after_writing", [False, True])
+@pytest.mark.parametrize("num_written", [0, 9, 1000])
 @pytest.mark.parametrize("merged", [None, "a", "other index", "fewer modules"])
 @pytest.mark.parametrize("name", ["same index", "larger k", "fewer modules"])
-def test_exception_at_any_write_leaves_the_base(name, merged, after_writing, monkeypatch):
-    writes = 0
-    for nth in range(7):
+def test_exception_at_any_write_leaves_the_base(name, merged, num_written, monkeypatch):
+    failed = 0
+    for nth in range(5):
         model = Model()
         before = model.digest()
         if merged is not None:
-            model.merger.merge(ADAPTERS[merged])
+            model.merge(ADAPTERS[merged])
         with monkeypatch.context() as patch:
-            calls = fail_writes(patch, model, {nth}, after_writing)
+            calls = fail_writes(patch, {nth}, num_written)
             try:
-                model.merger.merge(ADAPTERS[name])
+                model.merge(ADAPTERS[name])
             except Broken:
-                writes += 1
+                failed += 1
                 assert len(calls) > nth
                 assert not model.merger.is_merged
                 assert model.digest() == before
-        model.merger.merge(ADAPTERS[name])  # works again
+        model.merge(ADAPTERS[name])  # works again
         model.merger.unmerge()
         assert model.digest() == before
-    assert writes >= len(ADAPTERS[name].modules)
+    assert failed >= 1
 
 
 def test_failing_restore_makes_the_weights_dirty_for_good(monkeypatch):
     model = Model()
-    model.merger.merge(ADAPTERS["a"])
+    model.merge(ADAPTERS["a"])
     with monkeypatch.context() as patch:
-        fail_writes(patch, model, {1}, after_writing=False)
+        fail_writes(patch, {0}, num_written=3)
         with pytest.raises(DirtyWeightsError, match="restart the process") as raised:
             model.merger.unmerge()
     assert isinstance(raised.value.__cause__, Broken)
-    for action in (model.merger.unmerge, lambda: model.merger.merge(ADAPTERS["a"])):
+    for action in (model.merger.unmerge, lambda: model.merge(ADAPTERS["a"])):
         with pytest.raises(DirtyWeightsError):
             action()
 
 
 def test_failing_restore_after_a_failing_merge_is_dirty_too(monkeypatch):
     model = Model()
-    fail_writes(monkeypatch, model, {1, 2}, after_writing=True)
+    fail_writes(monkeypatch, {0, 1}, num_written=3)
     with pytest.raises(DirtyWeightsError):
-        model.merger.merge(ADAPTERS["a"])
+        model.merge(ADAPTERS["a"])
 
 
 def test_interrupted_merge_leaves_the_base(monkeypatch):
     model = Model()
     before = model.digest()
-    with monkeypatch.context() as patch:
-        patch.setattr(WeightMerger, "_merged_values", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            model.merger.merge(ADAPTERS["a"])
+    real, calls = WeightEntries.write_, []
+
+    def write_(entries, values):
+        real(entries, values)
+        calls.append(values)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(WeightEntries, "write_", write_)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge(ADAPTERS["a"])
     assert model.digest() == before
 
 
-def _interrupt(*args):
-    raise KeyboardInterrupt
+def test_without_a_kernel_the_same_is_written(monkeypatch):
+    model, plain = Model(), Model()
+    model.merge(ADAPTERS["larger k"])
+    monkeypatch.setattr(cpu_bypass, "supports", lambda *tensors: False)
+    plain.merge(ADAPTERS["larger k"])
+    assert model.digest() == plain.digest()
 
 
 def test_weights_digest_sees_names_dtypes_shapes_and_bits():
@@ -330,38 +370,3 @@ def test_weights_digest_sees_names_dtypes_shapes_and_bits():
     ]
     assert len(set(digests)) == 5
     assert digest("a", torch.zeros(2, 3)) == digests[0]
-
-
-# --- auto ------------------------------------------------------------------------------------
-
-
-def choices(policy: AutoMerge, *steps: str, merged: str | None = None) -> list[str | None]:
-    """What the policy has merged after each step; letters are running sequences, . the base."""
-    chosen = []
-    for step in steps:
-        merged = policy.choose([None if s == "." else s for s in step], merged)
-        chosen.append(merged)
-    return chosen
-
-
-def test_auto_merges_the_largest_group_after_four_steps():
-    assert choices(AutoMerge(), *["aaab."] * 5) == [None, None, None, "a", "a"]
-
-
-def test_auto_needs_a_clear_advantage():
-    assert choices(AutoMerge(), *["aaa.."] * 9) == [None] * 9
-    assert choices(AutoMerge(), *["aaabb"] * 9, merged="b") == ["b"] * 9
-
-
-def test_auto_needs_the_advantage_in_a_row():
-    steps = ["aaa", "aaa", "aaa", "a.", "aaa", "aaa", "aaa", "bbb", "bbb", "aaa"]
-    assert choices(AutoMerge(), *steps) == [None] * 10
-
-
-def test_auto_swaps_and_unmerges():
-    assert choices(AutoMerge(), *["bbb"] * 4, merged="a")[-1] == "b"
-    assert choices(AutoMerge(), *["...a"] * 4, merged="a")[-1] is None
-
-
-def test_auto_keeps_what_is_merged_while_idle():
-    assert choices(AutoMerge(), *[""] * 9, merged="a") == ["a"] * 9

@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from neuroada_serve.adapters.format import CONFIG_FILE, load_adapter
+from neuroada_serve.adapters.format import CONFIG_FILE
+from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, load_base

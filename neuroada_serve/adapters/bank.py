@@ -1,36 +1,40 @@
-"""The device side of the adapters: each distinct index once, every adapter's values by slot.
+"""The device side of the adapters: one memory for all of them, each distinct index in it once.
 
 The linear layers that read the same input (q, k and v, say) are one site: their rows are numbered
-through, and the op runs once for all of them. Adapters of one index and one k form a plane: a pool
-[num_slots, nnz] in which an adapter is one row. Tables are shared by all adapters of a base and k;
-that of a smaller k is the first columns of the larger k's.
+through, and the op runs once for all of them. Adapters of one index and one k form a plane: they
+differ in their values alone, which lie in one stretch of the memory per adapter. A slot is where
+such a stretch begins, in units of 128 bytes, so adapters of any sizes share the memory without
+padding, and it is never allocated anew. Index tables lie in the same memory. That of k=1 is a table
+of its own beside that of k=8, whose first column it is: read out of the wider one, every neuron
+would cost a cache line (bench/LOG.md).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, groupby
 
 import torch
 from torch import Tensor
 
-from neuroada_serve.adapters.format import Adapter
+from neuroada_serve.adapters.extents import Extents
+from neuroada_serve.adapters.values import IndexTable, Stretch, realise
 from neuroada_serve.ops.bypass import NO_SLOT, BypassTable, TokenSlots
 
-_FIRST_SLOTS = 4
+SLOT_BYTES = 128  # a GPU reads lines of this size
+_MOST_ORIGINALS = 8  # planes whose base weights are kept at hand
 # So many consecutive tokens of one adapter are multiplied by a weight that holds its values; fewer
 # go through `bypass_add_`. By `bench/choices.py` on the CPU; that of CUDA is a guess, and
 # `bench/gpu.py` times both ways.
 RUN_TOKENS = {"cpu": 192, "cuda": 256}
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows first..stop - 1 of a site in one plane."""
+class Extent:
+    """A stretch of the bank's memory: `size` slots from `start` on. Compaction moves it."""
 
-    first: int
-    stop: int
-    table: int  # id of their index table
-    offset: int  # where their values start in a slot
+    def __init__(self, start: int, size: int) -> None:
+        self.start = start
+        self.size = size
 
 
 @dataclass(eq=False)
@@ -47,6 +51,43 @@ class SiteBypass:
     positions: Tensor | None = field(default=None, repr=False)
 
 
+class Plane:
+    """The adapters on one index table.
+
+    originals: [nnz] the base's weights at the index, on the device; None if they are not at hand.
+    """
+
+    def __init__(self, number: int, table: IndexTable, index: Extent) -> None:
+        self.number = number
+        self.table = table
+        self.index = index  # columns, [nnz] int32
+        self.num_slots = 0  # taken
+        self.num_coming = 0  # adapters that will take one
+        self.originals: Tensor | None = None
+        self.views: dict[str, list[SiteBypass]] = {}  # by site, of views_version of the bank
+        self.views_version = -1
+
+    @property
+    def k(self) -> int:
+        return self.table.layout.k
+
+    @property
+    def nnz(self) -> int:
+        return self.table.layout.nnz
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentAdapter:
+    """Where an adapter's values are on the device."""
+
+    plane: Plane
+    extent: Extent
+
+    @property
+    def slot(self) -> int:
+        return self.extent.start
+
+
 @dataclass(frozen=True)
 class Run:
     """Tokens start..stop - 1 of one adapter.
@@ -56,52 +97,7 @@ class Run:
 
     start: int
     stop: int
-    adds: tuple[tuple["_Plane", int, int], ...]
-
-
-class _Plane:
-    """The adapters that share one index table per module and one k."""
-
-    def __init__(self, number: int, k: int, sites: Mapping[str, Sequence[_Rows]]) -> None:
-        self.number = number
-        self.k = k
-        self.sites = dict(sites)
-        self.nnz = sum((r.stop - r.first) * k for rows in sites.values() for r in rows)
-        self.values: Tensor | None = None  # (num_slots, nnz)
-        self.free: list[int] = []
-        self.used: set[int] = set()
-        self.views: dict[str, list[SiteBypass]] = {}  # by site, of views_version of the bank
-        self.views_version = -1
-
-    def put(self, values: Tensor) -> int:
-        """Copy one adapter's values, [nnz], into a slot of their own."""
-        if not self.free:
-            capacity = 0 if self.values is None else self.values.shape[0]
-            grown = values.new_zeros(max(_FIRST_SLOTS, 2 * capacity), self.nnz)
-            if self.values is not None:
-                grown[:capacity] = self.values
-            self.values = grown
-            self.free = list(range(grown.shape[0] - 1, capacity - 1, -1))
-        slot = self.free.pop()
-        assert self.values is not None
-        self.values[slot] = values
-        self.used.add(slot)
-        return slot
-
-    def bypass(self, rows: _Rows) -> Tensor:
-        """[num_slots, rows, k], a view."""
-        assert self.values is not None
-        num_rows = rows.stop - rows.first
-        part = self.values[:, rows.offset : rows.offset + num_rows * self.k]
-        return part.view(-1, num_rows, self.k)
-
-
-@dataclass(frozen=True, eq=False)
-class ResidentAdapter:
-    """Where an adapter's values are on the device."""
-
-    plane: _Plane
-    slot: int
+    adds: tuple[tuple[Plane, int, int], ...]
 
 
 class BankBatch:
@@ -113,7 +109,7 @@ class BankBatch:
     def __init__(
         self,
         bank: "AdapterBank",
-        plan: Sequence[tuple[_Plane, TokenSlots]],
+        plan: Sequence[tuple[Plane, TokenSlots]],
         runs: Sequence[Run] = (),
     ) -> None:
         self._bank = bank
@@ -164,95 +160,158 @@ class BankBatch:
 
 
 class AdapterBank:
-    """All resident adapters of one model. Used by the engine's thread only.
+    """All adapters that are on the device.
+
+    The engine's thread reads it in every step. Others may reserve, write and free values beside it,
+    one at a time (`AdapterTiers` has the lock); what is in use by a step is theirs to leave alone.
+    New planes and `compact` are the engine thread's.
 
     Args:
-        device: where the values are kept.
-        sites: site -> its modules in the order of their rows, with their d_out. A module that is
-            in none is a site of its own.
+        device: where the memory is.
+        dtype: of the values: the weights' own.
+        size_bytes: of the memory. On the CPU, pages that were never written cost nothing.
     """
 
-    def __init__(
-        self, device: torch.device, sites: Mapping[str, Mapping[str, int]] | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, size_bytes: int) -> None:
         self._device = device
-        self._sites = dict(sites or {})
-        self._site_of = {m: site for site, modules in self._sites.items() for m in modules}
-        self._tables: dict[int, Tensor] = {}  # table id -> [rows, largest k] int32
-        self._narrower: dict[tuple[int, int], Tensor] = {}  # (table id, k) -> its first k columns
-        self._tables_of: dict[tuple[str, int], list[int]] = {}  # (site, first row) -> table ids
-        self._planes: dict[tuple[object, ...], _Plane] = {}
-        self._next_table = count()
-        self._next_plane = count()
-        self.version = 0  # counts the times that device memory was replaced or freed
+        num_slots = max(1, size_bytes // SLOT_BYTES)
+        self._memory = torch.empty(num_slots * SLOT_BYTES, dtype=torch.uint8, device=device)
+        self._values = self._memory.view(dtype)
+        self._columns = self._memory.view(torch.int32)
+        self._slot_values = SLOT_BYTES // self._values.element_size()
+        self._extents = Extents(num_slots)
+        self._held: dict[int, Extent] = {}  # by start
+        self._planes: OrderedDict[IndexTable, Plane] = OrderedDict()  # least recently asked first
+        self._numbers = count()
+        self.version = 0  # counts the times that what views show has moved
+
+    # --- room --------------------------------------------------------------------------------
+
+    @property
+    def size_bytes(self) -> int:
+        return self._extents.size * SLOT_BYTES
+
+    @property
+    def used_bytes(self) -> int:
+        """Of index tables and values, rounded up to slots."""
+        return self._extents.num_taken * SLOT_BYTES
+
+    @property
+    def free_bytes(self) -> int:
+        return self._extents.num_free * SLOT_BYTES
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of all index tables; shared by the adapters."""
-        tables = (*self._tables.values(), *self._narrower.values())
-        return sum(t.numel() * t.element_size() for t in tables)
+        """Of the index tables, rounded up to slots."""
+        return SLOT_BYTES * sum(plane.index.size for plane in self._planes.values())
 
     @property
     def num_resident(self) -> int:
-        return sum(len(plane.used) for plane in self._planes.values())
+        return sum(plane.num_slots for plane in self._planes.values())
 
-    def upload(self, adapter: Adapter, deltas: Mapping[str, Tensor]) -> ResidentAdapter:
-        """Bring an adapter onto the device.
+    def values_bytes(self, nnz: int) -> int:
+        """What so many values take."""
+        return -(-nnz // self._slot_values) * SLOT_BYTES
+
+    def columns_bytes(self, nnz: int) -> int:
+        """What an index of so many columns takes."""
+        return -(-4 * nnz // SLOT_BYTES) * SLOT_BYTES
+
+    def drop_empty_plane(self, besides: IndexTable | None = None) -> bool:
+        """Give the memory of one index table back that no resident adapter uses; False: none is."""
+        for table, plane in self._planes.items():
+            if not plane.num_slots and not plane.num_coming and table is not besides:
+                del self._planes[table]
+                self._give_back(plane.index)
+                return True
+        return False
+
+    def compact(self) -> None:
+        """Close all holes. Moves values and tables: for the engine's thread, between two steps,
+        while nobody writes values."""
+        moves = self._extents.close_holes()
+        for start, new in moves.items():
+            extent = self._held.pop(start)
+            if start != new:
+                size = extent.size * SLOT_BYTES
+                source = self._memory[start * SLOT_BYTES :][:size]
+                if new + extent.size > start:  # they overlap
+                    source = source.clone()
+                self._memory[new * SLOT_BYTES :][:size].copy_(source)
+                extent.start = new
+            self._held[new] = extent
+        self.version += 1
+
+    # --- adapters ----------------------------------------------------------------------------
+
+    def plane(self, table: IndexTable) -> Plane | None:
+        """The plane of adapters on this table, if there is one."""
+        plane = self._planes.get(table)
+        if plane is not None:
+            self._planes.move_to_end(table)
+        return plane
+
+    def add_plane(self, table: IndexTable) -> Plane | None:
+        """A plane for adapters on this table; None where there is no room for its index."""
+        index = self._take(-(-table.size_bytes // SLOT_BYTES))
+        if index is None:
+            return None
+        plane = self._planes[table] = Plane(next(self._numbers), table, index)
+        self._columns_of(plane).copy_(table.index)
+        return plane
+
+    def keep_originals(self, plane: Plane, originals: Tensor) -> None:
+        """Have the base's weights [nnz] of this plane at hand, and forget those of others."""
+        plane.originals = originals
+        at_hand = [p for p in self._planes.values() if p.originals is not None and p is not plane]
+        for other in at_hand[: max(0, len(at_hand) + 1 - _MOST_ORIGINALS)]:
+            other.originals = None
+
+    def reserve(self, num_bytes: int) -> Extent | None:
+        """Room for later; None where there is none in one piece."""
+        return self._take(-(-num_bytes // SLOT_BYTES))
+
+    def settle(self, extent: Extent, plane: Plane) -> ResidentAdapter:
+        """Give reserved room to an adapter of a plane; what it does not need is free again."""
+        size = -(-plane.nnz // self._slot_values)
+        self._extents.shrink(extent.start, size)
+        extent.size = size
+        plane.num_slots += 1
+        return ResidentAdapter(plane, extent)
+
+    def cancel(self, extent: Extent) -> None:
+        """Give reserved room back."""
+        self._give_back(extent)
+
+    def write(self, resident: ResidentAdapter, originals: Tensor, values: Tensor) -> None:
+        """Fill reserved room with what an adapter changes.
 
         Args:
-            adapter: gives the index tables.
-            deltas: module -> [d_out, k], the values to serve (`WeightMerger.realise`).
+            originals: [nnz] the base's weights at the index, on the device.
+            values: [nnz] the adapter's own, see `realise`.
         """
-        k = adapter.config.k
-        sites: dict[str, list[_Rows]] = {}
-        parts, offset = [], 0
-        for site, first, modules in self._stretches(adapter.modules):
-            index = torch.cat([adapter.modules[m].index for m in modules])
-            table = self._intern((site, first), index)
-            sites.setdefault(site, []).append(_Rows(first, first + len(index), table, offset))
-            offset += index.numel()
-            parts += [deltas[m].flatten() for m in modules]
-        key = (k, *((site, *rows) for site, rows in sites.items()))
-        if key not in self._planes:
-            self._planes[key] = _Plane(next(self._next_plane), k, sites)
-        plane = self._planes[key]
-        if not plane.free:
-            self.version += 1  # the pool grows, and moves
-        return ResidentAdapter(plane, plane.put(torch.cat(parts).to(self._device)))
+        target = self._values[resident.slot * self._slot_values :][: resident.plane.nnz]
+        target.copy_(realise(originals, values.to(self._device, non_blocking=True)))
 
-    def evict(self, resident: ResidentAdapter) -> None:
-        """Free the slot; the plane and its tables go with their last adapter."""
-        plane = resident.plane
-        plane.used.remove(resident.slot)
-        plane.free.append(resident.slot)
-        if not plane.used:
-            self.version += 1
-            self._planes = {key: p for key, p in self._planes.items() if p is not plane}
-            used = {
-                (rows.table, p.k)
-                for p in self._planes.values()
-                for site in p.sites.values()
-                for rows in site
-            }
-            wanted = {table_id for table_id, _ in used}
-            self._tables = {t: index for t, index in self._tables.items() if t in wanted}
-            self._narrower = {key: index for key, index in self._narrower.items() if key in used}
-            for place, ids in self._tables_of.items():
-                self._tables_of[place] = [t for t in ids if t in wanted]
+    def values(self, resident: ResidentAdapter) -> Tensor:
+        """[nnz] what an adapter changes, a view."""
+        return self._values[resident.slot * self._slot_values :][: resident.plane.nnz]
 
-    def views(self, plane: _Plane) -> Mapping[str, list[SiteBypass]]:
+    def free(self, resident: ResidentAdapter) -> None:
+        """Give an adapter's room back; its plane stays, for the next one."""
+        resident.plane.num_slots -= 1
+        self._give_back(resident.extent)
+
+    def views(self, plane: Plane) -> Mapping[str, list[SiteBypass]]:
         """What a plane has, by site, one part per stretch of adjacent rows."""
         if plane.views_version != self.version:
-            plane.views = {
-                name: [
-                    SiteBypass(
-                        slice(rows.first, rows.stop),
-                        BypassTable(self._index(rows.table, plane.k), plane.bypass(rows)),
-                    )
-                    for rows in stretches
-                ]
-                for name, stretches in plane.sites.items()
-            }
+            plane.views, k = {}, plane.k
+            for stretch in plane.table.layout.stretches:
+                entries = slice(stretch.offset, stretch.offset + stretch.rows * k)
+                index = self._columns_of(plane)[entries].view(stretch.rows, k)
+                table = BypassTable(index, self._bypass(plane, stretch))
+                part = SiteBypass(slice(stretch.first, stretch.stop), table)
+                plane.views.setdefault(stretch.site, []).append(part)
             plane.views_version = self.version
         return plane.views
 
@@ -289,44 +348,26 @@ class AdapterBank:
                 plan.append((plane, token_slots))
         return BankBatch(self, plan, long)
 
-    def _stretches(self, modules: Iterable[str]) -> list[tuple[str, int, list[str]]]:
-        """(site, first row, modules) of every group of modules with adjacent rows, in order."""
-        wanted, found = set(modules), []
-        for site in sorted({self._site_of.get(module, module) for module in wanted}):
-            row = 0
-            members = self._sites.get(site, {site: 0})
-            for is_wanted, group in groupby(members, lambda module: module in wanted):
-                names = list(group)
-                if is_wanted:
-                    found.append((site, row, names))
-                row += sum(members[name] for name in names)
-        return found
+    def _bypass(self, plane: Plane, stretch: Stretch) -> Tensor:
+        """[num_slots, rows, k]: the stretch's values of an adapter in any slot of the memory."""
+        num_slots = (len(self._values) - plane.nnz) // self._slot_values + 1
+        strides = (self._slot_values, plane.k, 1)
+        return self._values.as_strided((num_slots, stretch.rows, plane.k), strides, stretch.offset)
 
-    def _index(self, table_id: int, k: int) -> Tensor:
-        """[rows, k] int32, contiguous: one entry out of many columns costs as much as the line."""
-        table = self._tables[table_id]
-        if table.shape[1] == k:
-            return table
-        if (table_id, k) not in self._narrower:
-            self._narrower[table_id, k] = table[:, :k].contiguous()
-        return self._narrower[table_id, k]
+    def _take(self, num_slots: int) -> Extent | None:
+        start = self._extents.take(num_slots)
+        if start is None:
+            return None
+        extent = self._held[start] = Extent(start, num_slots)
+        return extent
 
-    def _intern(self, place: tuple[str, int], index: Tensor) -> int:
-        """The id of the table that begins with these columns; the longer of two such is kept."""
-        index = index.to(self._device)
-        ids = self._tables_of.setdefault(place, [])
-        for table_id in ids:
-            table = self._tables[table_id]
-            shared = min(table.shape[1], index.shape[1])
-            if len(table) == len(index) and torch.equal(table[:, :shared], index[:, :shared]):
-                if index.shape[1] > table.shape[1]:
-                    self.version += 1
-                    self._tables[table_id] = index.contiguous()
-                return table_id
-        table_id = next(self._next_table)
-        self._tables[table_id] = index.contiguous()
-        ids.append(table_id)
-        return table_id
+    def _give_back(self, extent: Extent) -> None:
+        del self._held[extent.start]
+        self._extents.free(extent.start)
+
+    def _columns_of(self, plane: Plane) -> Tensor:
+        """[nnz] int32, a view."""
+        return self._columns[plane.index.start * SLOT_BYTES // 4 :][: plane.nnz]
 
 
 def _runs(

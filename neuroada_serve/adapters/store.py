@@ -3,36 +3,81 @@
 A request holds a lease on the version it was admitted with. Replacing or removing a name leaves
 leased versions alone; a version goes when it has lost its name and its last lease.
 
-    READY --replaced or removed, leases left--> DRAINING --last lease released--> GONE
-    READY --replaced or removed, no leases--> GONE
+    LOADING --its files are right--> READY --replaced or removed--> DRAINING --no lease left--> GONE
+    DRAINING --removal gave up waiting--> READY
+
+Safe in any thread. Changes of one name wait for each other, those of different names never do;
+finding and leasing a version waits for nobody.
 """
 
-from collections.abc import Callable
+import hashlib
+import itertools
+import math
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 
-from neuroada_serve.adapters.bank import ResidentAdapter
 from neuroada_serve.adapters.format import Adapter
-from neuroada_serve.errors import AdapterConflictError, AdapterNotFoundError
+from neuroada_serve.adapters.reader import AdapterHeader
+from neuroada_serve.errors import (
+    AdapterConflictError,
+    AdapterError,
+    AdapterInUseError,
+    AdapterNotFoundError,
+)
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+MAX_MIXED = 8  # adapters in one mix
+MAX_WEIGHT = 100.0  # of an adapter in a mix, either sign
+_MOST_IDLE_MIXES = 256
 
 
 class VersionState(Enum):
+    LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
     GONE = "gone"
 
 
-class AdapterVersion:
-    """One adapter under one name. `adapter` and `resident` never change."""
+@dataclass(frozen=True)
+class Mix:
+    """A weighted sum of versions."""
 
-    def __init__(self, name: str, adapter: Adapter, resident: ResidentAdapter) -> None:
+    parts: tuple[tuple["AdapterVersion", float], ...]
+
+
+class AdapterVersion:
+    """One adapter under one name; what it is never changes.
+
+    digest: of its weights file; of a mix, over those of its parts and their weights.
+    source: where its values come from: files, memory, or other versions.
+    nnz: values; of a mix, at most.
+    """
+
+    def __init__(
+        self, name: str, digest: str, nnz: int, source: AdapterHeader | Adapter | Mix
+    ) -> None:
         self.name = name
-        self.adapter = adapter
-        self.resident = resident
-        self.state = VersionState.READY
+        self.digest = digest
+        self.nnz = nnz
+        self.source = source
+        self.since = int(time.time())
+        # Guarded by the store.
+        self.state = VersionState.LOADING
         self.num_leases = 0
+        self.is_pinned = False
+
+    @property
+    def is_mix(self) -> bool:
+        return isinstance(self.source, Mix)
 
     def __repr__(self) -> str:
-        return f"AdapterVersion({self.name!r}, {self.adapter.digest[:12]}, {self.state.value})"
+        return f"AdapterVersion({self.name!r}, {self.digest[:12]}, {self.state.value})"
 
 
 class Lease:
@@ -42,22 +87,58 @@ class Lease:
         self._store: AdapterStore | None = store
         self.version = version
 
+    def share(self) -> "Lease":
+        """One more lease on the same version, whatever its name points to by now."""
+        assert self._store is not None, "the lease has been released"
+        return self._store._share(self.version)
+
     def release(self) -> None:
-        if self._store is not None:
-            store, self._store = self._store, None
+        store, self._store = self._store, None
+        if store is not None:
             store._release(self.version)
 
 
 class AdapterStore:
-    """All names and versions of one engine. Used by the engine's thread only."""
+    """All names and versions of one engine.
 
-    def __init__(self, on_gone: Callable[[AdapterVersion], None]) -> None:
-        self._versions: dict[str, AdapterVersion] = {}
+    Args:
+        base_name: of the base model; no adapter may have it.
+        on_gone: called once per version that has gone, without locks held.
+        on_change: called when a name has got another version, or is about to lose its own.
+    """
+
+    def __init__(
+        self,
+        base_name: str,
+        on_gone: Callable[[AdapterVersion], None],
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._base_name = base_name
         self._on_gone = on_gone
+        self._on_change = on_change
+        self._changed = threading.Condition()  # guards everything below; held for moments only
+        self._versions: dict[str, AdapterVersion] = {}  # READY, and DRAINING ones that may return
+        self._loading: dict[str, AdapterVersion] = {}
+        self._mixes: OrderedDict[Mix, AdapterVersion] = OrderedDict()
+        self._in_change: dict[str, tuple[threading.Lock, list[None]]] = {}
+
+    # --- what there is -----------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._versions)
+        """Names that requests can use now."""
+        with self._changed:
+            return tuple(n for n, v in self._versions.items() if v.state is VersionState.READY)
+
+    @property
+    def versions(self) -> tuple[AdapterVersion, ...]:
+        """All versions with a name: those in use, and those that are loading."""
+        with self._changed:
+            return (*self._versions.values(), *self._loading.values())
+
+    def __contains__(self, name: str) -> bool:
+        with self._changed:
+            return self._find(name) is not None
 
     def get(self, name: str) -> AdapterVersion:
         """The version that the name points to now.
@@ -65,56 +146,274 @@ class AdapterStore:
         Raises:
             AdapterNotFoundError
         """
-        if (version := self._versions.get(name)) is None:
-            known = ", ".join(sorted(self._versions)) or "none is loaded"
-            raise AdapterNotFoundError(f"no adapter named {name!r}; adapters here: {known}")
-        return version
-
-    def publish(self, version: AdapterVersion, replace: bool = False) -> None:
-        """Point the version's name to it.
-
-        Raises:
-            AdapterConflictError: the name is taken, and replace is False.
-        """
-        old = self._versions.get(version.name)
-        if old is not None and not replace:
-            raise AdapterConflictError(f"an adapter named {version.name!r} is already loaded")
-        self._versions[version.name] = version
-        if old is not None:
-            self._retire(old)
-
-    def remove(self, name: str) -> None:
-        """Take the name away; requests that run with the version finish with it.
-
-        Raises:
-            AdapterNotFoundError
-        """
-        version = self.get(name)
-        del self._versions[name]
-        self._retire(version)
+        with self._changed:
+            return self._get(name)
 
     def acquire(self, name: str) -> Lease:
-        """A lease on the version that the name points to now.
+        """A lease on the version that a name points to now, or on a mix such as
+        "sql:0.7+json:0.3".
+
+        Raises:
+            AdapterNotFoundError: no adapter has this name.
+            AdapterError: the mix is not written as one.
+        """
+        with self._changed:
+            return self._lease_locked(self._get_or_mix(name))
+
+    def find(self, name: str) -> AdapterVersion | None:
+        """The version that the name points to now, if any."""
+        with self._changed:
+            return self._find(name)
+
+    def lease_of(self, version: AdapterVersion) -> Lease | None:
+        """A lease on this very version; None where it may no longer be used."""
+        with self._changed:
+            return self._lease_locked(version) if version.state is VersionState.READY else None
+
+    # --- change ------------------------------------------------------------------------------
+
+    def add(
+        self,
+        version: AdapterVersion,
+        prepare: Callable[[AdapterVersion], None] = lambda version: None,
+        replace: bool = False,
+    ) -> AdapterVersion:
+        """Point the version's name to it, once `prepare` has run.
+
+        Args:
+            version: LOADING.
+            prepare: reads and checks what must be right before a request may get the version. When
+                it raises, nothing has changed.
+            replace: take the name from another adapter; its running requests keep it.
+
+        Returns:
+            The version that has the name now: another one where that has the same digest.
+
+        Raises:
+            AdapterConflictError: the name is taken, and replace is False, or it is the base's.
+            AdapterError: the name is not allowed.
+        """
+        name = version.name
+        if not ADAPTER_NAME.fullmatch(name):
+            raise AdapterError(
+                f"adapter name {name[:80]!r} is not allowed; use letters, digits, '.', '_' and "
+                "'-', a letter or digit first, at most 63"
+            )
+        if name == self._base_name:
+            raise AdapterConflictError(f"{name!r} is the base model's name")
+        with self._changing(name):
+            with self._changed:
+                old = self._versions.get(name)
+                if old is not None and old.digest == version.digest:
+                    return old
+                if old is not None and not replace:
+                    raise AdapterConflictError(f"an adapter named {name!r} is already loaded")
+                self._loading[name] = version
+            try:
+                prepare(version)
+            except BaseException:
+                with self._changed:
+                    del self._loading[name]
+                    version.state = VersionState.GONE
+                self._on_gone(version)  # what was prepared
+                raise
+            with self._changed:
+                del self._loading[name]
+                version.state = VersionState.READY
+                version.is_pinned = old is not None and old.is_pinned
+                self._versions[name] = version
+                gone = [] if old is None else self._retire(old)
+        self._tell_gone(gone)
+        self._on_change()
+        return version
+
+    def remove(
+        self,
+        name: str,
+        timeout_s: float = 0.0,
+        abort: Callable[[AdapterVersion], None] | None = None,
+        wait: bool = True,
+    ) -> AdapterVersion:
+        """Take a name away. New requests no longer get it; running ones finish with it.
+
+        Args:
+            timeout_s: how long to wait for running requests, after which the name is given back.
+            abort: called when they have not finished in time, to end them; they get the same time
+                again.
+            wait: False leaves the version to its last request, at once.
+
+        Raises:
+            AdapterNotFoundError
+            AdapterInUseError: requests still ran with it at the end; it is served as before.
+        """
+        with self._changing(name):
+            with self._changed:
+                version = self._get(name)
+                version.state = VersionState.DRAINING
+            self._on_change()
+            if wait and not self._wait_unleased(version, timeout_s):
+                if abort is not None:
+                    abort(version)
+                if abort is None or not self._wait_unleased(version, max(timeout_s, 1.0)):
+                    with self._changed:
+                        version.state = VersionState.READY
+                        num_leases = version.num_leases
+                    raise AdapterInUseError(name, num_leases)
+            with self._changed:
+                del self._versions[name]
+                gone = self._retire(version)
+        self._tell_gone(gone)
+        return version
+
+    def pin(self, name: str, pinned: bool = True) -> AdapterVersion:
+        """Keep the adapter of this name, and what replaces it, on the device; or no longer.
 
         Raises:
             AdapterNotFoundError
         """
-        version = self.get(name)
-        version.num_leases += 1
+        with self._changed:
+            version = self._get(name)
+            version.is_pinned = pinned
+            return version
+
+    # --- inside ------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """One change of a name at a time."""
+        with self._changed:
+            lock, users = self._in_change.setdefault(name, (threading.Lock(), []))
+            users.append(None)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._changed:
+                users.pop()
+                if not users:
+                    del self._in_change[name]
+
+    def _find(self, name: str) -> AdapterVersion | None:
+        version = self._versions.get(name)
+        return version if version is not None and version.state is VersionState.READY else None
+
+    def _get(self, name: str) -> AdapterVersion:
+        if (version := self._find(name)) is None:
+            known = sorted(n for n, v in self._versions.items() if v.state is VersionState.READY)
+            raise AdapterNotFoundError(f"no adapter named {name[:80]!r}; {_listed(known)}")
+        return version
+
+    def _get_or_mix(self, name: str) -> AdapterVersion:
+        weights = parse_mix(name)
+        if weights is None:
+            return self._get(name)
+        mix = Mix(tuple((self._get(part), weight) for part, weight in weights.items()))
+        version = self._mixes.get(mix)
+        if version is None:
+            said = "+".join(f"{part.digest}:{weight!r}" for part, weight in mix.parts)
+            digest = hashlib.sha256(f"mix {said}".encode()).hexdigest()
+            nnz = sum(part.nnz for part, _ in mix.parts)
+            version = self._mixes[mix] = AdapterVersion(name, digest, nnz, mix)
+            version.state = VersionState.READY
+        self._mixes.move_to_end(mix)
+        return version
+
+    def _share(self, version: AdapterVersion) -> Lease:
+        with self._changed:
+            return self._lease_locked(version)
+
+    def _lease_locked(self, version: AdapterVersion) -> Lease:
+        for part in _with_parts(version):
+            assert part.state is not VersionState.GONE
+            part.num_leases += 1
         return Lease(self, version)
 
     def _release(self, version: AdapterVersion) -> None:
-        assert version.num_leases > 0
-        version.num_leases -= 1
-        if version.state is VersionState.DRAINING and version.num_leases == 0:
-            self._end(version)
+        with self._changed:
+            gone = []
+            for part in _with_parts(version):
+                assert part.num_leases > 0
+                part.num_leases -= 1
+                if part.num_leases:
+                    continue
+                self._changed.notify_all()
+                named = self._versions.get(part.name) is part
+                if part.state is VersionState.DRAINING and not named:
+                    gone.append(part)
+                    part.state = VersionState.GONE
+            gone += self._drop_mixes()
+        self._tell_gone(gone)
 
-    def _retire(self, version: AdapterVersion) -> None:
-        if version.num_leases:
-            version.state = VersionState.DRAINING
-        else:
-            self._end(version)
+    def _retire(self, version: AdapterVersion) -> list[AdapterVersion]:
+        """A version has lost its name; those that have gone by it."""
+        version.state = VersionState.DRAINING if version.num_leases else VersionState.GONE
+        gone = [] if version.num_leases else [version]
+        return gone + self._drop_mixes()
 
-    def _end(self, version: AdapterVersion) -> None:
-        version.state = VersionState.GONE
-        self._on_gone(version)
+    def _drop_mixes(self) -> list[AdapterVersion]:
+        """Mixes that nobody uses and nobody can ask for again, or that are too many to keep."""
+        spare = len(self._mixes) - _MOST_IDLE_MIXES
+        dropped: list[AdapterVersion] = []
+        for mix, version in list(self._mixes.items()) if self._mixes else ():
+            if version.num_leases:
+                continue
+            is_stale = any(self._versions.get(part.name) is not part for part, _ in mix.parts)
+            if is_stale or len(dropped) < spare:
+                del self._mixes[mix]
+                version.state = VersionState.GONE
+                dropped.append(version)
+        return dropped
+
+    def _wait_unleased(self, version: AdapterVersion, timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not version.num_leases, timeout_s)
+
+    def _tell_gone(self, gone: list[AdapterVersion]) -> None:
+        for version in gone:
+            self._on_gone(version)
+
+
+def parse_mix(name: str) -> Mapping[str, float] | None:
+    """The weights of "sql:0.7+json:0.3", by adapter; 1 where none is given. None: a plain name.
+
+    Raises:
+        AdapterError: it is neither a name nor a mix.
+    """
+    if "+" not in name and ":" not in name:
+        return None
+    weights: dict[str, float] = {}
+    for term in name.split("+"):
+        adapter, colon, number = term.partition(":")
+        try:
+            weight = float(number) if colon else 1.0
+        except ValueError:
+            weight = math.nan
+        if not ADAPTER_NAME.fullmatch(adapter) or not 0 < abs(weight) <= MAX_WEIGHT:
+            raise AdapterError(
+                f"{name[:80]!r} is no mix of adapters; write NAME:WEIGHT+NAME:WEIGHT, such as "
+                f"sql:0.7+json:0.3, weights within -{MAX_WEIGHT:g} and {MAX_WEIGHT:g} and not 0"
+            )
+        if adapter in weights:
+            raise AdapterError(f"{name[:80]!r} names {adapter!r} twice; add its weights up")
+        weights[adapter] = weight
+    if len(weights) > MAX_MIXED:
+        raise AdapterError(f"{len(weights)} adapters in one mix, at most {MAX_MIXED} are allowed")
+    return weights
+
+
+def mix_name(weights: Mapping[str, float]) -> str:
+    """How requests name a mix of adapters: `parse_mix` backwards."""
+    return "+".join(f"{name}:{weight:g}" for name, weight in weights.items())
+
+
+def _with_parts(version: AdapterVersion) -> Iterator[AdapterVersion]:
+    """A version, and those that it is mixed from: a lease is on all of them."""
+    parts = version.source.parts if isinstance(version.source, Mix) else ()
+    return itertools.chain((version,), (part for part, _ in parts))
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "adapters here: none is loaded"
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"adapters here: {', '.join(names[:20])}{more}"

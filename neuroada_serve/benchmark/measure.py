@@ -119,7 +119,7 @@ class OurEngine:
         for k in dict.fromkeys(config.k):
             for number in range(num_adapters):
                 adapter = random_adapter(base.spec, indices[k], config.seed + number)
-                self.engine.add_adapter(_name(k, number), adapter)
+                self.engine.adapters.add_resident(_name(k, number), adapter)
 
     def run(self, work: Work) -> Timeline:
         with self.merged_for(work):
@@ -130,9 +130,9 @@ class OurEngine:
     def switch_times_ms(self, k: int, rounds: int) -> dict[str, list[float]]:
         """Times of merging an adapter, swapping it for another, and unmerging that."""
         actions: dict[str, Callable[[], None]] = {
-            "merge": lambda: self.engine.merge(_name(k, 0)),
-            "swap": lambda: self.engine.merge(_name(k, 1)),
-            "unmerge": self.engine.unmerge,
+            "merge": lambda: self.engine.adapters.merge(_name(k, 0)),
+            "swap": lambda: self.engine.adapters.merge(_name(k, 1)),
+            "unmerge": self.engine.adapters.unmerge,
         }
         times_ms: dict[str, list[float]] = {action: [] for action in actions}
         for _ in range(rounds):
@@ -150,11 +150,11 @@ class OurEngine:
         if not work.merged:
             yield
             return
-        self.engine.merge(_name(work.k, 0))
+        self.engine.adapters.merge(_name(work.k, 0))
         try:
             yield
         finally:
-            self.engine.unmerge()
+            self.engine.adapters.unmerge()
 
     def adapter_names(self, work: Work) -> list[str | None]:
         """Per request, the name its adapter has in our engine."""

@@ -1,12 +1,13 @@
 """Attention for packed steps, plugged into unmodified transformers models.
 
-A step's tokens lie in one row [1, T]: first one token of each decoding sequence, slots 0..n-1,
-then chunks of prompts. transformers' public AttentionInterface calls `attend` in every layer with
+A step's tokens lie in one row [1, T]: first one token of each decoding sequence, by slot, then
+chunks of prompts. transformers' public AttentionInterface calls `attend` in every layer with
 the step as a keyword; no mask function is registered for its name, so the models build no mask.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,18 +39,39 @@ class PackedStep:
     cache: KVCache
     slots: Tensor  # [T] int64, KV slot of each token; int32 in a CUDA graph, -1 for padding
     positions: Tensor  # [T] int64 or int32
-    num_decodes: int
+    decode_slots: Sequence[int]  # rising
     decode_length: int  # longest context among the decodes, the new token included
     prefills: Sequence[PrefillSpan]
     is_static: bool = False  # recorded in a CUDA graph: lengths are known on the device only
     _masks: dict[Any, Tensor] = field(default_factory=dict)  # made once per step, not per layer
 
+    @property
+    def num_decodes(self) -> int:
+        return len(self.decode_slots)
+
+    @cached_property
+    def decode_range(self) -> tuple[int, int]:
+        """The first slot of the decodes, and the one behind the last."""
+        return self.decode_slots[0], self.decode_slots[-1] + 1
+
+    @cached_property
+    def decode_rows(self) -> Tensor | None:
+        """[num_decodes] int64: which rows of the range the decodes are; None if all of them."""
+        first, stop = self.decode_range
+        if stop - first == self.num_decodes:
+            return None
+        return self.slots[: self.num_decodes] - first
+
     def decode_mask(self, window: int | None) -> Tensor:
-        """[num_decodes, 1, 1, decode_length] bool, True where a decode may look."""
+        """[slots of the range, 1, 1, decode_length] bool, True where a decode may look. A slot that
+        does not decode sees its first token, so that no sum is empty."""
         if window not in self._masks:
+            first, stop = self.decode_range
             columns = torch.arange(self.decode_length, device=self.positions.device)
-            own = self.positions[: self.num_decodes, None]
-            self._masks[window] = _visible(columns, own, window)[:, None, None]
+            own = self.positions[: self.num_decodes]
+            if self.decode_rows is not None:
+                own = own.new_zeros(stop - first).index_copy_(0, self.decode_rows, own)
+            self._masks[window] = _visible(columns, own[:, None], window)[:, None, None]
         return self._masks[window]
 
     def prefill_mask(self, span: PrefillSpan, window: int | None) -> Tensor:
@@ -115,11 +137,14 @@ def attend(
                 f"{type(module).__name__} has no decode kernel that a graph can replay"
             )
         # Grouped queries become the query length, so K and V are read once per group.
-        keys, values = cache.view(layer, 0, n, step.decode_length)
+        keys, values = cache.view(layer, *step.decode_range, step.decode_length)
         grouped = query[0, :, :n].transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
+        rows = step.decode_rows
+        if rows is not None:  # slots between them do not decode: computed too, for one view
+            grouped = grouped.new_zeros(len(keys), *grouped.shape[1:]).index_copy_(0, rows, grouped)
         mask = step.decode_mask(sliding_window)
         out = _attention(grouped, keys, values, mask, scaling, softcap)
-        parts.append(out.reshape(n, heads, -1))
+        parts.append((out if rows is None else out[rows]).reshape(n, heads, -1))
 
     for span in step.prefills:
         length = span.num_past + span.stop - span.start

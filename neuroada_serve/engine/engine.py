@@ -1,36 +1,39 @@
 """The engine: requests of many adapters in, tokens out, one step at a time.
 
-step() = schedule, run, postprocess. Everything here belongs to one thread, except `read_adapter`,
-which only reads files and may run anywhere.
+step() = schedule, run, postprocess. Everything here belongs to one thread; what other threads may
+do is in `AdapterPlane`.
 """
 
 import logging
-import os
-import re
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from pathlib import Path
+from dataclasses import replace
 
-from neuroada_serve.adapters.bank import AdapterBank
-from neuroada_serve.adapters.format import Adapter, check_adapter, load_adapter
-from neuroada_serve.adapters.store import AdapterStore, AdapterVersion, Lease
+import torch
+
 from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.adapter_plane import AdapterPlane
 from neuroada_serve.engine.detokenizer import Detokenizer
-from neuroada_serve.engine.kv_cache import KVCache
-from neuroada_serve.engine.merge_policy import AutoMerge
+from neuroada_serve.engine.fairness import OUTPUT_COST, FairQueue
+from neuroada_serve.engine.kv_cache import KVBlocks, KVCache
+from neuroada_serve.engine.merge_policy import Load
+from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS, PrefixCache, prefix_root
 from neuroada_serve.engine.runner import ModelRunner, PromptLogits
 from neuroada_serve.engine.sampler import Sampled, new_generator, sample, score
-from neuroada_serve.engine.scheduler import Scheduler
+from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
-from neuroada_serve.errors import AdapterConflictError, AdapterError, RequestError
+from neuroada_serve.errors import RequestError
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import BaseModel
-from neuroada_serve.model.merge import WeightMerger, weights_digest
+from neuroada_serve.model.merge import weights_digest
 from neuroada_serve.request import FinishReason, Output, SamplingParams, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_WAIT_S = 0.02  # for an adapter, when nothing else can run
+_GPU_SHARE = 0.05  # of its memory, for the prefix cache
+_PREFIX_BYTES_CPU = 512 << 20
 
 
 class Engine:
@@ -38,7 +41,11 @@ class Engine:
 
     Args:
         base: freshly loaded; the engine changes its layers and owns it from here on.
-        config: limits and merge mode. The adapter named by `merge` is merged when it is added.
+        config: limits, memory and merge mode. An adapter named by `merge` is merged once it is
+            there.
+
+    adapters: what may be done to adapters, most of it in any thread.
+    on_wake: called, in any thread, when there may be something to do for `step`.
     """
 
     def __init__(self, base: BaseModel, config: EngineConfig) -> None:
@@ -46,119 +53,38 @@ class Engine:
         self.config = config
         self.max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
         self.metrics = EngineMetrics()
+        self.on_wake: Callable[[], None] = lambda: None
         attached = attach_bypass(base.model)
-        self._bank = AdapterBank(base.device, attached.sites)
-        self._store = AdapterStore(on_gone=lambda version: self._bank.evict(version.resident))
-        self._merger = WeightMerger(attached.layers)
-        self._merged: Lease | None = None
-        self._auto_merge = AutoMerge() if config.merge == "auto" else None
-        # An adapter may be named never or auto; the setting does not mean it then.
-        self._keep_merged = None if config.merge in ("never", "auto") else config.merge
+        self.adapters = AdapterPlane(base, attached, config, self.metrics, lambda: self.on_wake())
         on_cuda = base.device.type == "cuda"
-        cache = KVCache(config.max_num_seqs, self.max_model_len, coarse=on_cuda)
+        self._cache = KVCache(config.max_num_seqs, self.max_model_len, coarse=on_cuda)
         self._runner = ModelRunner(
-            base, self._bank, attached.context, cache, enforce_eager=config.enforce_eager
+            base,
+            self.adapters.bank,
+            attached.context,
+            self._cache,
+            self.adapters.resident,
+            enforce_eager=config.enforce_eager,
         )
-        self._scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens)
+        self._scheduler = Scheduler(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            FairQueue(config.tenant_weights, config.adapter_weights),
+            self.adapters,
+            self._reuse_prefix,
+        )
+        self._prefixes: PrefixCache | None = None  # once the size of a token's KV is known
+        self._blocks: KVBlocks | None = None
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
-
-    # --- adapters ----------------------------------------------------------------------------
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names that requests can use now."""
-        return self._store.names
 
     @property
     def merged(self) -> str | None:
         """Name of the adapter that is merged into the weights."""
-        return None if self._merged is None else self._merged.version.name
-
-    def read_adapter(self, path: str | os.PathLike[str], root: Path | None = None) -> Adapter:
-        """Read and check an adapter directory against this base. Safe in any thread.
-
-        Raises:
-            AdapterNotFoundError, AdapterFormatError: see `adapters.format.load_adapter`.
-        """
-        return load_adapter(
-            path, self.base.spec, root=root, allow_other_base=self.config.allow_other_base
-        )
-
-    def check_adapter(self, adapter: Adapter) -> None:
-        """Check an adapter that was not read by `read_adapter`. Safe in any thread.
-
-        Raises:
-            AdapterFormatError: it belongs to another base or does not fit this one.
-        """
-        check_adapter(adapter, self.base.spec, allow_other_base=self.config.allow_other_base)
-
-    def add_adapter(self, name: str, adapter: Adapter, replace: bool = False) -> None:
-        """Serve a checked adapter under a name. With replace, running requests keep the old one.
-
-        Raises:
-            AdapterConflictError: the name is taken and replace is False, or it is the base's.
-            AdapterError: the name is not allowed.
-            AdapterFormatError: a merged weight would overflow.
-        """
-        if not ADAPTER_NAME.fullmatch(name):
-            raise AdapterError(
-                f"adapter name {name[:80]!r} is not allowed; use letters, digits, '.', '_' and "
-                "'-', a letter or digit first, at most 63"
-            )
-        if name == self.base.spec.name:
-            raise AdapterConflictError(f"{name!r} is the base model's name")
-        if name in self._store.names and not replace:
-            raise AdapterConflictError(f"an adapter named {name!r} is already loaded")
-        was_merged = self.merged == name
-        resident = self._bank.upload(adapter, self._merger.realise(adapter))
-        self._store.publish(AdapterVersion(name, adapter, resident), replace)
-        if was_merged or self._keep_merged == name:
-            self.merge(name)
-
-    def remove_adapter(self, name: str) -> None:
-        """Stop serving a name; requests that run with it finish.
-
-        Raises:
-            AdapterNotFoundError
-        """
-        self._store.get(name)
-        if self.merged == name:
-            self.unmerge()
-        self._store.remove(name)
-
-    def merge(self, name: str) -> None:
-        """Write an adapter into the weights; a merged one is swapped out.
-
-        Its requests then run at the base's speed, all others take it out again per token.
-
-        Raises:
-            AdapterNotFoundError
-        """
-        lease = self._store.acquire(name)
-        try:
-            self._merger.merge(lease.version.adapter)
-        except BaseException:
-            lease.release()
-            self._release_merged()  # the weights are the base's again
-            raise
-        self._release_merged()
-        self._merged = lease
-        self.metrics.num_merges += 1
-
-    def unmerge(self) -> None:
-        """Give the base weights back, bit for bit."""
-        self._merger.unmerge()
-        self._release_merged()
-        self.metrics.num_unmerges += 1
+        return self.adapters.merged
 
     def base_digest(self) -> str:
         """sha256 of all weights as they are now; the base's own while nothing is merged."""
         return weights_digest(self.base.model)
-
-    def _release_merged(self) -> None:
-        if self._merged is not None:
-            self._merged.release()
-            self._merged = None
 
     # --- requests ----------------------------------------------------------------------------
 
@@ -174,6 +100,11 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
 
+    def may_queue(self, tenant: str, adapter: str | None, max_waiting: int) -> bool:
+        """Whether one more request may wait where `max_waiting` are enough, by shares."""
+        num_free = self.config.max_num_seqs - self.num_running
+        return self._scheduler.waiting.admits(tenant, adapter, max_waiting + num_free)
+
     def add_request(
         self,
         request_id: str,
@@ -181,38 +112,68 @@ class Engine:
         params: SamplingParams,
         adapter: str | None = None,
     ) -> None:
-        """Queue a request: params.n sequences on one adapter, None for the base.
+        """Queue one prompt; see `add_requests`."""
+        self.add_requests([request_id], [prompt_token_ids], params, adapter)
+
+    def add_requests(
+        self,
+        request_ids: Seq[str],
+        prompts: Seq[Seq[int]],
+        params: SamplingParams,
+        adapter: str | None = None,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> None:
+        """Queue prompts, all or none: params.n sequences each, all on one version of an adapter.
+
+        Args:
+            adapter: a name, or a mix such as "sql:0.7+json:0.3"; None for the base.
+            tenant: whose share of the engine they count against.
+            cache_salt: only requests of the same tenant and salt share cached prefixes.
 
         Raises:
-            RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
+            RequestError: a prompt is empty, too long, or holds ids outside the vocabulary.
             AdapterNotFoundError: no adapter of this name.
+            AdapterError: the mix is not written as one.
         """
-        self._validate(prompt_token_ids, params)
-        if self._scheduler.find(request_id):
-            raise RequestError(f"request id {request_id!r} is in use", "request_id")
-        room = self.max_model_len - len(prompt_token_ids)
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        for request_id, prompt in zip(request_ids, prompts, strict=True):
+            self._validate(prompt, params)
+            if self._scheduler.find(request_id):
+                raise RequestError(f"request id {request_id!r} is in use", "request_id")
+        lease = None if adapter is None else self.adapters.store.acquire(adapter)
+        try:
+            for request_id, prompt in zip(request_ids, prompts, strict=True):
+                for index in range(params.n):
+                    sequence = self._new_sequence(request_id, index, prompt, params)
+                    sequence.tenant, sequence.cache_salt = tenant, cache_salt
+                    sequence.lease = None if lease is None else lease.share()
+                    self._scheduler.add(sequence)
+        finally:
+            if lease is not None:
+                lease.release()
+
+    def _new_sequence(
+        self, request_id: str, index: int, prompt: Seq[int], params: SamplingParams
+    ) -> Sequence:
+        room = self.max_model_len - len(prompt)
         eos = () if params.ignore_eos else tuple(self.base.eos_token_ids)
-        for index in range(params.n):
-            self._scheduler.add(
-                Sequence(
-                    request_id=request_id,
-                    index=index,
-                    prompt_token_ids=list(prompt_token_ids),
-                    params=params,
-                    max_tokens=max_tokens,
-                    end_token_ids=(*eos, *params.stop_token_ids),
-                    lease=None if adapter is None else self._store.acquire(adapter),
-                    detokenizer=Detokenizer(
-                        self.base.tokenizer,
-                        prompt_token_ids,
-                        params.stop_strings,
-                        params.include_stop_str_in_output,
-                        params.skip_special_tokens,
-                    ),
-                    random=new_generator(params, index),
-                )
-            )
+        return Sequence(
+            request_id=request_id,
+            index=index,
+            prompt_token_ids=list(prompt),
+            params=params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            end_token_ids=(*eos, *params.stop_token_ids),
+            lease=None,
+            detokenizer=Detokenizer(
+                self.base.tokenizer,
+                prompt,
+                params.stop_strings,
+                params.include_stop_str_in_output,
+                params.skip_special_tokens,
+            ),
+            random=new_generator(params, index),
+        )
 
     def abort(self, request_id: str) -> None:
         """End all choices of a request; the next step hands out their final outputs."""
@@ -245,18 +206,26 @@ class Engine:
         """Advance every scheduled sequence; at most one new token each.
 
         A failing forward ends the sequences of this step with FinishReason.ERROR; the engine and
-        all other sequences go on.
+        all other sequences go on. Where nothing can run before an adapter has come, it waits for
+        that, for a moment.
         """
         outputs, self._ended = self._ended, []
-        if self._auto_merge is not None:
-            self._merge_as_chosen(self._auto_merge)
+        for version in self.adapters.poll(self._loads):
+            outputs += [
+                self._end(sequence, FinishReason.ABORT)
+                for sequence in [*self._scheduler.running.values(), *self._scheduler.waiting]
+                if sequence.version is version
+            ]
         schedule = self._scheduler.schedule()
+        outputs += self._fail_hopeless(schedule)
         if schedule.is_empty:
+            if self._scheduler.has_unfinished and not outputs:
+                self.adapters.tiers.wait(_WAIT_S)
             return outputs
 
         try:
-            merged = None if self._merged is None else self._merged.version
-            step = self._runner.run(schedule, merged)
+            self._restore_prefixes(schedule)
+            step = self._runner.run(schedule, self.adapters.merged_version)
             for prompt in step.prompts:
                 self._score_prompt(prompt)
             chosen = sample(step.logits, step.sequences)
@@ -273,14 +242,105 @@ class Engine:
             if token is None:
                 outputs.append(self._fail(sequence, "the model gave non-finite logits"))
             else:
+                if not sequence.output_token_ids:
+                    self._keep_prefix(sequence)
                 outputs.append(self._append(sequence, token))
         if not self._scheduler.running:
             self._runner.cache.release()
         return outputs
 
+    def _fail_hopeless(self, schedule: Schedule) -> list[Output]:
+        """End the sequences whose adapter cannot be had, or has no room whatever leaves."""
+        outputs = []
+        for sequence in schedule.failed:
+            assert sequence.version is not None
+            error = str(self.adapters.tiers.error(sequence.version))
+            outputs.append(self._end_with_error(sequence, error, may_retry=True))
+        if schedule.starved and schedule.is_empty:
+            for sequence in schedule.starved:
+                version = sequence.version
+                assert version is not None
+                if not self.adapters.tiers.could_fit(version):
+                    error = (
+                        f"adapter {version.name!r} has no room on the device beside those that are "
+                        "pinned or merged; raise --adapter-memory"
+                    )
+                    outputs.append(self._end_with_error(sequence, error, may_retry=True))
+        return outputs
+
+    def _loads(self) -> Iterable[Load]:
+        """Tokens that are still to come, at most."""
+        for sequence in [*self._scheduler.running.values(), *self._scheduler.waiting]:
+            left = sequence.max_tokens - len(sequence.output_token_ids)
+            yield Load(sequence.version, left)
+
+    # --- prefixes ----------------------------------------------------------------------------
+
+    def _reuse_prefix(self, sequence: Sequence) -> int:
+        """How many tokens of a prompt are in the prefix cache; they are copied before the step."""
+        if self._prefixes is None or sequence.params.prompt_logprobs is not None:
+            return 0
+        sequence.prefix_root = self._root(sequence)
+        sequence.prefix_blocks = self._prefixes.find(
+            sequence.prefix_root, sequence.prompt_token_ids
+        )
+        sequence.num_cached = len(sequence.prefix_blocks) * BLOCK_TOKENS
+        self.metrics.num_cached_tokens += sequence.num_cached
+        return sequence.num_cached
+
+    def _restore_prefixes(self, schedule: Schedule) -> None:
+        """Copy what was found for the sequences that are about to be computed."""
+        for chunk in schedule.prefills:
+            sequence = chunk.sequence
+            if not sequence.prefix_blocks:
+                continue
+            assert self._blocks is not None
+            assert sequence.slot is not None
+            self._cache.reserve(sequence.slot + 1, sequence.num_computed)
+            self._blocks.restore(sequence.slot, sequence.prefix_blocks)
+            self._release_prefix(sequence)
+
+    def _release_prefix(self, sequence: Sequence) -> None:
+        if sequence.prefix_blocks and self._prefixes is not None:
+            blocks, sequence.prefix_blocks = sequence.prefix_blocks, []
+            ids = sequence.prompt_token_ids
+            self._prefixes.release(sequence.prefix_root, ids, len(blocks))
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """Keep what a sequence has computed, for others that begin alike."""
+        if self._prefixes is None:
+            self._make_prefix_cache()
+        if self._prefixes is None or self._blocks is None or sequence.slot is None:
+            return
+        root = sequence.prefix_root or self._root(sequence)
+        ids = [*sequence.prompt_token_ids, *sequence.output_token_ids][: sequence.num_computed]
+        self._blocks.keep(sequence.slot, self._prefixes.keep(root, ids))
+
+    def _root(self, sequence: Sequence) -> bytes:
+        version = sequence.version
+        salt = f"{len(sequence.tenant)} {sequence.tenant} {sequence.cache_salt}"
+        digest = None if version is None else version.digest
+        return prefix_root(self.base.spec.fingerprint, digest, salt)
+
+    def _make_prefix_cache(self) -> None:
+        size_bytes = self.config.prefix_cache_memory
+        if size_bytes is None:
+            size_bytes = _PREFIX_BYTES_CPU
+            if self.base.device.type == "cuda":
+                properties = torch.cuda.get_device_properties(self.base.device)
+                size_bytes = int(properties.total_memory * _GPU_SHARE)
+        block_bytes = self._cache.bytes_per_token * BLOCK_TOKENS
+        num_blocks = size_bytes // block_bytes if block_bytes else 0
+        if num_blocks:
+            self._prefixes = PrefixCache(num_blocks)
+            self._blocks = KVBlocks(self._cache, num_blocks, BLOCK_TOKENS)
+
+    # --- after a step ------------------------------------------------------------------------
+
     def _append(self, sequence: Sequence, token: Sampled) -> Output:
         """Add a token to its sequence, and end the sequence if that token says so."""
         self.metrics.num_output_tokens += 1
+        self._scheduler.waiting.charge(sequence, OUTPUT_COST)
         params, token_id = sequence.params, token.token_id
         sequence.output_token_ids.append(token_id)
         num_tokens = len(sequence.output_token_ids)
@@ -300,6 +360,7 @@ class Engine:
         elif num_tokens >= sequence.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
+            self._keep_prefix(sequence)
             return self._end(sequence, reason, (token_id,), logprobs, stop_reason)
         return self._output(sequence, (token_id,), logprobs)
 
@@ -310,19 +371,24 @@ class Engine:
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         stop_reason: str | int | None = None,
-        error: str | None = None,
     ) -> Output:
         """Free everything the sequence holds; its final output."""
-        output = self._output(sequence, token_ids, logprobs, reason, stop_reason, error)
+        output = self._output(sequence, token_ids, logprobs, reason, stop_reason)
+        self._release_prefix(sequence)
         self._scheduler.remove(sequence)
         if sequence.lease is not None:
             sequence.lease.release()
         self.metrics.num_finished[reason] += 1
         return output
 
+    def _end_with_error(self, sequence: Sequence, error: str, may_retry: bool = False) -> Output:
+        output = self._end(sequence, FinishReason.ERROR)
+        return replace(output, error=error, may_retry=may_retry)
+
     def _fail(self, sequence: Sequence, error: str) -> Output:
+        """End a sequence whose entries in the KV cache may be non-finite."""
         self._runner.scrub_cache = True
-        return self._end(sequence, FinishReason.ERROR, error=error)
+        return self._end_with_error(sequence, error)
 
     def _output(
         self,
@@ -331,9 +397,9 @@ class Engine:
         logprobs: tuple[TokenLogprob, ...] = (),
         reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
-        error: str | None = None,
     ) -> Output:
         first = len(sequence.output_token_ids) == len(token_ids)
+        version = sequence.version
         return Output(
             request_id=sequence.request_id,
             index=sequence.index,
@@ -343,8 +409,9 @@ class Engine:
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
             finish_reason=reason,
             stop_reason=stop_reason,
-            error=error,
             adapter=sequence.adapter,
+            adapter_digest=None if version is None else version.digest,
+            num_cached_tokens=sequence.num_cached,
             num_prompt_tokens=len(sequence.prompt_token_ids),
             num_output_tokens=len(sequence.output_token_ids),
         )
@@ -364,13 +431,3 @@ class Engine:
         num_top = sequence.params.prompt_logprobs or 0
         scores = score(prompt.logits, token_ids, num_top) if token_ids else []
         sequence.prompt_logprobs += [self._token_logprob(token) for token in scores]
-
-    def _merge_as_chosen(self, policy: AutoMerge) -> None:
-        sequences = [*self._scheduler.running, *self._scheduler.waiting]
-        wanted = policy.choose((s.adapter for s in sequences), self.merged)
-        if wanted == self.merged:
-            return
-        if wanted is None:
-            self.unmerge()
-        elif wanted in self._store.names:
-            self.merge(wanted)

@@ -1,6 +1,6 @@
 """Keys and values of the running sequences, by slot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ _COARSE_SLOTS, _COARSE_TOKENS = 16, 1024
 class KVCache:
     """Per layer K and V [slots, kv_heads, tokens, head_dim]; slots and tokens grow by need.
 
-    All slots share one length, so that the decoding slots 0..n-1 are one strided view. Entries
-    never written are zero: masked attention multiplies them by zero, and 0 * NaN would be NaN.
+    All slots share one length, so that neighbouring slots are one strided view. Entries never
+    written are zero: masked attention multiplies them by zero, and 0 * NaN would be NaN.
 
     Args:
         max_slots, max_tokens: never more than these.
@@ -72,6 +72,7 @@ class KVCache:
         """Store k and v [tokens, kv_heads, head_dim] of one layer at (slot, position) per token."""
         if layer not in self._layers:
             self._layers[layer] = (self._new(k), self._new(v))
+            self._known[layer] = k[:0]
         keys, values = self._layers[layer]
         if runs_on(k):
             write_kv_(keys, values, k, v, slots, positions)
@@ -88,13 +89,17 @@ class KVCache:
         """K and V of all slots, as they lie in memory."""
         return self._layers[layer]
 
-    def move(self, src: int, dst: int, num_tokens: int) -> None:
-        """Copy the first num_tokens entries of slot src to slot dst, in every layer."""
-        for pair in self._layers.values():
-            for tensor in pair:
-                tensor[dst, :, :num_tokens] = tensor[src, :, :num_tokens]
+    def layers(self) -> Iterable[tuple[int, tuple[Tensor, Tensor]]]:
+        """The same of every layer, with its number."""
+        return self._layers.items()
 
-    def scrub(self, used: Sequence[int]) -> None:
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers; 0 before the first `write`."""
+        pairs = [pair for pair in self._layers.values()]
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for pair in pairs for t in pair)
+
+    def scrub(self, used: Mapping[int, int]) -> None:
         """Zero everything beyond the first used[slot] entries of each slot.
 
         Needed once non-finite entries may have been written: masking does not stop them.
@@ -102,7 +107,7 @@ class KVCache:
         for pair in self._layers.values():
             for tensor in pair:
                 for slot in range(tensor.shape[0]):
-                    tensor[slot, :, used[slot] if slot < len(used) else 0 :] = 0
+                    tensor[slot, :, used.get(slot, 0) :] = 0
 
     def _new(self, like: Tensor) -> Tensor:
         _, heads, dim = like.shape
@@ -115,3 +120,46 @@ class KVCache:
             return pair
         padding = (0, 0, 0, more_tokens, 0, 0, 0, more_slots)
         return F.pad(pair[0], padding), F.pad(pair[1], padding)
+
+
+class KVBlocks:
+    """Copies of parts of a KV cache: per layer K and V [num_blocks, kv_heads, tokens, head_dim].
+
+    Args:
+        cache: what is copied from and to; it has its layers by the first `keep`.
+        num_blocks, block_tokens: how many, and of how many tokens.
+    """
+
+    def __init__(self, cache: KVCache, num_blocks: int, block_tokens: int) -> None:
+        self._cache = cache
+        self._num_blocks = num_blocks
+        self._tokens = block_tokens
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, slot: int, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (place in the slot, number) out of a slot of the cache."""
+        if not blocks:
+            return
+        places, numbers = zip(*blocks, strict=True)
+        first, stop = places[0], places[-1] + 1
+        assert places == tuple(range(first, stop))
+        for layer, pair in self._cache.layers():
+            if layer not in self._layers:
+                self._layers[layer] = (self._new(pair[0]), self._new(pair[1]))
+            to = torch.tensor(numbers, device=pair[0].device)
+            for kept, source in zip(self._layers[layer], pair, strict=True):
+                part = source[slot, :, first * self._tokens : stop * self._tokens]
+                kept[to] = part.view(len(part), -1, self._tokens, part.shape[-1]).transpose(0, 1)
+
+    def restore(self, slot: int, numbers: Sequence[int]) -> None:
+        """Copy blocks to the beginning of a slot, which has room for them."""
+        for layer, pair in self._cache.layers():
+            source = torch.tensor(numbers, device=pair[0].device)
+            for kept, target in zip(self._layers[layer], pair, strict=True):
+                part = target[slot, :, : len(numbers) * self._tokens]
+                blocks = part.view(len(part), -1, self._tokens, part.shape[-1])
+                blocks.copy_(kept[source].transpose(0, 1))
+
+    def _new(self, like: Tensor) -> Tensor:
+        _, heads, _, dim = like.shape
+        return like.new_empty(self._num_blocks, heads, self._tokens, dim)

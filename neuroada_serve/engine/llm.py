@@ -3,10 +3,13 @@
 import os
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from functools import partial
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from neuroada_serve.adapters.format import Adapter
+from neuroada_serve.adapters.store import mix_name
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.errors import UsageError
@@ -17,6 +20,9 @@ from neuroada_serve.ops import cpu_forward
 from neuroada_serve.request import Completion, FinishReason, Output, RequestOutput, SamplingParams
 
 Prompt = str | Seq[int]
+Progress = Callable[[str, int, int], None]
+_MOST_NAMED = 5  # folders that are told of
+AdapterChoice = str | Mapping[str, float] | None
 
 
 class LLM:
@@ -28,7 +34,10 @@ class LLM:
     Args:
         model: a local folder, a `.gguf` file, `demo`, or a hub id.
         adapters: name -> adapter directory, or an Adapter in memory.
+        adapter_dir: serve every adapter folder in it under its folder's name. They are known by
+            their headers, and read when they are first asked for, or now with `preload`.
         notify: told in a sentence about work that takes a while (a download, a conversion).
+        on_progress: told (what, done, total) while adapters are looked at or read.
         config: the fields of EngineConfig: dtype, device, max_num_seqs, max_model_len, merge, ...
 
     Raises:
@@ -40,7 +49,10 @@ class LLM:
         model: str,
         adapters: Mapping[str, str | os.PathLike[str] | Adapter] | None = None,
         *,
+        adapter_dir: str | os.PathLike[str] | None = None,
+        preload: bool = False,
         notify: Notify = lambda message: None,
+        on_progress: Progress = lambda what, done, total: None,
         **config: Any,
     ) -> None:
         engine_config = EngineConfig(**config)
@@ -57,7 +69,19 @@ class LLM:
         self.engine = Engine(base, engine_config)
         for name, adapter in (adapters or {}).items():
             self.load_adapter(name, adapter)
-        if engine_config.merge not in ("never", "auto", *self.engine.adapters):
+        if adapter_dir is not None:
+            failed = dict(
+                self.engine.adapters.open_directory(
+                    Path(adapter_dir), partial(on_progress, "Looking at adapters")
+                ).failed
+            )
+            if preload:
+                failed |= self.engine.adapters.preload(partial(on_progress, "Reading adapters"))
+            for name in sorted(failed)[:_MOST_NAMED]:
+                notify(f"{name} is not served: {failed[name]}")
+            if len(failed) > _MOST_NAMED:
+                notify(f"{len(failed) - _MOST_NAMED} more folders are not served.")
+        if engine_config.merge not in ("never", "auto", *self.adapters):
             raise UsageError(
                 f"merge must be never, auto or the name of an adapter, got {engine_config.merge!r}"
             )
@@ -68,7 +92,7 @@ class LLM:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the loaded adapters."""
-        return self.engine.adapters
+        return self.engine.adapters.names
 
     @property
     def merged(self) -> str | None:
@@ -83,23 +107,25 @@ class LLM:
         Raises:
             AdapterError: its subclasses say what is wrong; nothing has changed then.
         """
+        adapters = self.engine.adapters
         if isinstance(adapter, Adapter):
-            self.engine.check_adapter(adapter)
+            adapters.check(adapter)
+            adapters.add_resident(name, adapter, replace)
         else:
-            adapter = self.engine.read_adapter(adapter)
-        self.engine.add_adapter(name, adapter, replace)
+            adapters.load(name, adapter, replace=replace)
+            adapters.bring_in(name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; unmerged first if it is merged."""
-        self.engine.remove_adapter(name)
+        self.engine.adapters.remove(name)
 
-    def merge(self, name: str) -> None:
-        """Write an adapter into the weights, swapping out a merged one."""
-        self.engine.merge(name)
+    def merge(self, adapter: str | Mapping[str, float]) -> None:
+        """Write an adapter, or a mix, into the weights, swapping out a merged one."""
+        self.engine.adapters.merge(_adapter_name(adapter))
 
     def unmerge(self) -> None:
         """Give the base weights back, bit for bit."""
-        self.engine.unmerge()
+        self.engine.adapters.unmerge()
 
     def base_digest(self) -> str:
         """sha256 of the weights as they are now; the base's own while nothing is merged."""
@@ -111,7 +137,7 @@ class LLM:
         self,
         prompts: Prompt | Seq[Prompt],
         params: SamplingParams | Seq[SamplingParams] | None = None,
-        adapters: str | None | Seq[str | None] = None,
+        adapters: AdapterChoice | Seq[AdapterChoice] = None,
         *,
         on_output: Callable[[Output], None] | None = None,
     ) -> list[RequestOutput]:
@@ -120,7 +146,8 @@ class LLM:
         Args:
             prompts: texts or lists of token ids; a single one is a batch of one.
             params: for all prompts, or one per prompt; default SamplingParams().
-            adapters: for all prompts, or one per prompt; None is the base.
+            adapters: for all prompts, or one per prompt; None is the base, {"sql": 0.7,
+                "json": 0.3} or "sql:0.7+json:0.3" the weighted sum of two.
             on_output: sees every output as it comes.
 
         Returns:
@@ -138,7 +165,7 @@ class LLM:
         self,
         conversations: Seq[Message] | Seq[Seq[Message]],
         params: SamplingParams | Seq[SamplingParams] | None = None,
-        adapters: str | None | Seq[str | None] = None,
+        adapters: AdapterChoice | Seq[AdapterChoice] = None,
         *,
         on_output: Callable[[Output], None] | None = None,
     ) -> list[RequestOutput]:
@@ -157,12 +184,13 @@ class LLM:
         prompts: Seq[Seq[int]],
         texts: Seq[str | None],
         params: SamplingParams | Seq[SamplingParams] | None,
-        adapters: str | None | Seq[str | None],
+        adapters: AdapterChoice | Seq[AdapterChoice],
         on_output: Callable[[Output], None] | None,
     ) -> list[RequestOutput]:
         num = len(prompts)
         each_params = _one_each(params or SamplingParams(), num, SamplingParams, "params")
-        each_adapter = _one_each(adapters, num, str | None, "adapters")
+        chosen = _one_each(adapters, num, str | Mapping | None, "adapters")
+        each_adapter = [None if one is None else _adapter_name(one) for one in chosen]
         request_ids = [f"llm-{self._num_requests + i}" for i in range(num)]
         self._num_requests += num
         collected: dict[str, list[Output]] = {request_id: [] for request_id in request_ids}
@@ -194,11 +222,17 @@ class LLM:
                 else tuple(
                     p for o in collected[request_id] if o.index == 0 for p in o.prompt_logprobs
                 ),
+                collected[request_id][-1].adapter_digest,
+                next(o.num_cached_tokens for o in collected[request_id] if o.index == 0),
             )
             for request_id, text, prompt, sampling, adapter in zip(
                 request_ids, texts, prompts, each_params, each_adapter, strict=True
             )
         ]
+
+
+def _adapter_name(adapter: str | Mapping[str, float]) -> str:
+    return adapter if isinstance(adapter, str) else mix_name(adapter)
 
 
 def _prompt_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

@@ -1,42 +1,88 @@
-"""Which adapter is worth keeping merged. Pure Python."""
+"""Which adapter is worth having in the weights. Pure Python.
 
-from collections import Counter
+A token costs what its adapter adds: its entries, once. With A merged, tokens of A cost nothing, and
+every other token also takes A out again. So merging pays when one adapter has most of the tokens
+that are still to come, by enough to repay the writing of its entries.
+"""
+
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
-_ADVANTAGE = 2  # sequences by which another group must be larger
-_PATIENCE = 4  # steps in a row
+# ns per entry. A lane's entry on the CPU is the slope of bench/scaling.py (scaling.json), its
+# correction and the writing are by bench/merge.py (merge.json). Those of CUDA are reckoned from
+# bytes moved, not measured.
+LANE_NS = {"cpu": 0.12, "cuda": 0.001}
+WRITE_NS = {"cpu": 2.0, "cuda": 0.02}
+# Taking out the merged adapter beside one's own, as a share of an entry of it.
+CORRECTION = 0.5
+# Tokens of a request that are counted on: it may end before its limit.
+HORIZON = 64
+# A switch must save so many times what it costs. It may have to be undone.
+_HYSTERESIS = 4.0
+_SMOOTHING = 0.3
 
 
-class AutoMerge:
-    """Keeps the largest group of sequences free of bypass work.
+class Version(Protocol):
+    """An adapter that can be merged."""
 
-    With nothing merged the base's sequences are the free ones; with A merged those of A are, and
-    all others, the base's among them, pay one correction each. So the group to free is simply the
-    largest one. A switch costs a part of a step, so it takes a clear advantage that lasts.
+    @property
+    def nnz(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Load:
+    """Tokens that are still to come with an adapter, or with the base: None."""
+
+    version: Version | None
+    num_tokens: int
+
+
+class MergePolicy:
+    """Chooses for one device.
+
+    Args:
+        device: "cpu" or "cuda".
     """
 
-    def __init__(self) -> None:
-        self._candidate: str | None = None
-        self._steps = 0
+    def __init__(self, device: str = "cpu") -> None:
+        self._lane_ns = LANE_NS[device]
+        self._write_ns = WRITE_NS[device]
 
-    def choose(self, running: Iterable[str | None], merged: str | None) -> str | None:
-        """The adapter to have merged during the next step, None for none.
+    def observe_switch(self, num_entries: int, duration_s: float) -> None:
+        """A merge or unmerge wrote so many entries in so long: later ones are expected to."""
+        measured_ns = 1e9 * duration_s / max(1, num_entries)
+        self._write_ns += _SMOOTHING * (measured_ns - self._write_ns)
+
+    def choose(self, loads: Iterable[Load], merged: Version | None) -> Version | None:
+        """What to have in the weights from now on.
 
         Args:
-            running: the adapter of every running or waiting sequence, None for the base.
-            merged: the adapter that is merged now.
+            loads: of all running and waiting sequences.
+            merged: what is there now.
         """
-        counts = Counter(running)
-        if not counts:
+        tokens: dict[Version | None, int] = {}
+        for load in loads:
+            tokens[load.version] = tokens.get(load.version, 0) + min(load.num_tokens, HORIZON)
+        if not tokens:
             return merged
-        best = max(counts, key=lambda name: (counts[name], name == merged))
-        if best == merged or counts[best] < counts[merged] + _ADVANTAGE:
-            self._candidate, self._steps = None, 0
-            return merged
-        if self._steps == 0 or self._candidate != best:
-            self._candidate, self._steps = best, 0
-        self._steps += 1
-        if self._steps < _PATIENCE:
-            return merged
-        self._candidate, self._steps = None, 0
-        return best
+        candidates = [None, *(version for version in tokens if version is not None)]
+        now = self._cost_ns(tokens, merged)
+        best = min(candidates, key=lambda candidate: self._cost_ns(tokens, candidate))
+        gain = now - self._cost_ns(tokens, best)
+        return best if gain > _HYSTERESIS * self._switch_ns(merged, best) else merged
+
+    def _cost_ns(self, tokens: dict[Version | None, int], merged: Version | None) -> float:
+        """Of adding what adapters add to these tokens."""
+        out = 0 if merged is None else merged.nnz
+        entries = 0.0
+        for version, count in tokens.items():
+            if version is None:
+                entries += count * out
+            elif version is not merged:
+                entries += count * (version.nnz + CORRECTION * out)
+        return entries * self._lane_ns
+
+    def _switch_ns(self, before: Version | None, after: Version | None) -> float:
+        """At most: adapters of one index swap with half of it."""
+        return self._write_ns * sum(v.nnz for v in (before, after) if v is not None)

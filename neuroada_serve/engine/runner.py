@@ -1,6 +1,6 @@
 """One forward: a schedule in, the logits of every sequence that gets a token out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -50,6 +50,7 @@ class ModelRunner:
     """Runs schedules on one model; owns its KV cache.
 
     Args:
+        resident_of: where the bank has a version that is on the device.
         enforce_eager: run transformers' own forward: on CUDA, neither record graphs nor compile
             elementwise parts; on the CPU, no kernel for whole steps.
         capture: how decode steps are recorded; default: as CUDA graphs on CUDA, else not at all.
@@ -61,6 +62,7 @@ class ModelRunner:
         bank: AdapterBank,
         context: BypassContext,
         cache: KVCache,
+        resident_of: Callable[[AdapterVersion], ResidentAdapter],
         *,
         enforce_eager: bool = False,
         capture: Capture | None = None,
@@ -69,6 +71,7 @@ class ModelRunner:
         self._base = base
         self._bank = bank
         self._context = context
+        self._resident_of = resident_of
         self.cache = cache
         self.scrub_cache = False  # set when a sequence failed: its entries may be non-finite
         base.model.set_attn_implementation(ATTENTION)
@@ -90,11 +93,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, schedule: Schedule, merged: AdapterVersion | None) -> StepLogits:
-        """Compute one step and advance num_computed of its sequences."""
-        for move in schedule.moves:
-            self.cache.move(move.src, move.dst, move.num_tokens)
+        """Compute one step and advance num_computed of its sequences.
+
+        Args:
+            merged: what is in the weights. It, and every adapter of the step, is on the device.
+        """
         if self.scrub_cache:
-            self.cache.scrub([s.num_computed for s in schedule.running])
+            used = {s.slot: s.num_computed for s in schedule.running if s.slot is not None}
+            self.cache.scrub(used)
             self.scrub_cache = False
         if self.graphs is not None and not schedule.prefills:
             replayed = self._replay(self.graphs, schedule.decodes, merged)
@@ -118,8 +124,7 @@ class ModelRunner:
             ids += sequence.next_tokens(num_tokens)
             slots += [sequence.slot] * num_tokens
             positions += range(past, past + num_tokens)
-            resident = None if sequence.lease is None else sequence.lease.version.resident
-            residents += [resident] * num_tokens
+            residents += [self._resident(sequence.version)] * num_tokens
             if i >= len(schedule.decodes):
                 spans.append(PrefillSpan(start, len(ids), sequence.slot, past))
             if past + num_tokens >= len(sequence.prompt_token_ids):
@@ -135,11 +140,11 @@ class ModelRunner:
             cache=self.cache,
             slots=self._tensor(slots),
             positions=self._tensor(positions),
-            num_decodes=num_decodes,
+            decode_slots=slots[:num_decodes],
             decode_length=max(positions[:num_decodes], default=-1) + 1,
             prefills=spans,
         )
-        in_weights = None if merged is None else merged.resident
+        in_weights = self._resident(merged)
 
         # 2. One forward; the output head sees only the tokens that are sampled from or scored.
         kept = self._tensor(last_tokens + [token for _, _, tokens in scored for token in tokens])
@@ -170,8 +175,8 @@ class ModelRunner:
         self, graphs: DecodeGraphs, decodes: Seq[Sequence], merged: AdapterVersion | None
     ) -> StepLogits | None:
         """A step of decodes only, from a graph; None where it must run without."""
-        in_weights = None if merged is None else merged.resident
-        residents = [None if s.lease is None else s.lease.version.resident for s in decodes]
+        in_weights = self._resident(merged)
+        residents = [self._resident(s.version) for s in decodes]
         # Padding rows are of the merged adapter: nothing to add, whatever is merged.
         residents += [in_weights] * (graphs.bucket(len(decodes)) - len(decodes))
         slots = [s.slot for s in decodes if s.slot is not None]
@@ -195,7 +200,7 @@ class ModelRunner:
             cache=self.cache,
             slots=slots,
             positions=positions,
-            num_decodes=len(ids),
+            decode_slots=range(len(ids)),  # only their number is known
             decode_length=0,
             prefills=(),
             is_static=True,
@@ -209,6 +214,9 @@ class ModelRunner:
             )
         logits: Tensor = output.logits[0]
         return logits
+
+    def _resident(self, version: AdapterVersion | None) -> ResidentAdapter | None:
+        return None if version is None else self._resident_of(version)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._base.device)

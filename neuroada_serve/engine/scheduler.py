@@ -1,14 +1,66 @@
 """Which sequences take part in the next step, with how many tokens. Pure Python, no torch.
 
-Running sequences occupy KV slots 0..n-1 without holes, the decoding ones first, so that decode
-attention reads one contiguous view of the cache. Whoever leaves is replaced by the last of its
-kind; the moves are handed out with the next schedule.
+A sequence runs in a KV slot and needs its adapter on the device. Who gets a free slot is a matter
+of fair shares (`fairness.py`). An adapter that is on its way holds up nobody but its own requests.
+When more adapters are wanted than the device has room for, they take turns: sequences of the one
+that has had most are parked, each in its slot, and the one that has had least comes in. Adapters
+are so small that a turn of a few steps repays the upload many times over.
 """
 
-from collections import deque
+import heapq
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+from neuroada_serve.adapters.readiness import Readiness
+from neuroada_serve.engine.fairness import AFFINITY, PROMPT_COST, FairQueue
 from neuroada_serve.engine.sequence import Sequence
+
+# Steps that an adapter keeps its place for, at least, while others wait for room (bench/LOG.md).
+TURN_STEPS = 8
+# An adapter that is not there lets so many others go first before its request takes a slot to wait
+# in; and so many of those that wait are looked at, and brought in, ahead of their time.
+_MOST_OVERTAKEN = 8
+_LOOK_AHEAD = 8
+
+
+class Adapters(Protocol):
+    """Where adapters are, as the scheduler sees it."""
+
+    def is_ready(self, version: Any) -> bool:
+        """On the device."""
+        ...
+
+    def readiness(self, version: Any) -> Readiness:
+        """The same, and what is not there is asked for."""
+        ...
+
+    def can_leave(self, version: Any) -> bool:
+        """Whether it may go once no sequence holds it: it is neither pinned nor merged."""
+        ...
+
+    def hold(self, version: Any) -> None:
+        """Keep one that is ready until it is let go as often."""
+        ...
+
+    def let_go(self, version: Any) -> None: ...
+
+
+class _OnDevice:
+    """All adapters are on the device, always."""
+
+    def is_ready(self, version: Any) -> bool:
+        return True
+
+    def readiness(self, version: Any) -> Readiness:
+        return Readiness.READY
+
+    def can_leave(self, version: Any) -> bool:
+        return False
+
+    def hold(self, version: Any) -> None: ...
+
+    def let_go(self, version: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -20,22 +72,19 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Move:
-    """Copy the first num_tokens entries of KV slot src to slot dst."""
-
-    src: int
-    dst: int
-    num_tokens: int
-
-
-@dataclass(frozen=True)
 class Schedule:
-    """One step: first the moves, then decodes (slots 0..len-1, one token each), then prefills."""
+    """One step: a token of every sequence in decodes, by slot, and chunks of prompts.
 
-    moves: tuple[Move, ...]
-    running: tuple[Sequence, ...]  # by slot; scheduled or not
+    running: scheduled or not.
+    failed: sequences whose adapter cannot be had.
+    starved: sequences with a slot whose adapter has no room.
+    """
+
+    running: tuple[Sequence, ...]
     decodes: tuple[Sequence, ...]
     prefills: tuple[Chunk, ...]
+    failed: tuple[Sequence, ...] = ()
+    starved: tuple[Sequence, ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -43,65 +92,197 @@ class Schedule:
 
 
 class Scheduler:
-    """First come, first served; decodes always run, prefill fills the rest of the token budget."""
+    """Fair shares, first come first served within one; decodes always run, prefill fills the rest
+    of the token budget.
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    Args:
+        queue: whose shares are which; default: all alike.
+        adapters: where they are; default: on the device.
+        reuse: called once when a sequence gets its slot: how many of its first tokens need no
+            computing, fewer than its prompt has.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        queue: FairQueue[Sequence] | None = None,
+        adapters: Adapters | None = None,
+        reuse: Callable[[Sequence], int] = lambda sequence: 0,
+    ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # running[i].slot == i
-        self._moves: list[Move] = []
+        self.waiting: FairQueue[Sequence] = FairQueue() if queue is None else queue
+        self.running: dict[int, Sequence] = {}  # by slot, in the order of admission
+        self.num_parked = 0  # times that an adapter had to leave for another
+        self._adapters: Adapters = _OnDevice() if adapters is None else adapters
+        self._reuse = reuse
+        self._free_slots = list(range(max_num_seqs))  # a heap: low slots are used first
+        self._step = 0
+        self._turns: dict[Hashable, int] = {}  # version in use -> step in which its turn began
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
 
     def schedule(self) -> Schedule:
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting.popleft()
-            sequence.slot = len(self.running)
-            self.running.append(sequence)
+        self._step += 1
+        states = self._wake_parked()
+        states |= self._admit()
+        starved = [s for s, state in states.items() if state is Readiness.NO_ROOM]
+        self._take_turns(starved)
 
+        active = [s for s in self.running.values() if s.has_adapter]
         # 1. Decode: every sequence whose prompt is computed.
-        decodes = tuple(s for s in self.running if s.is_decoding)
+        decoding = {slot: s for slot, s in self.running.items() if s.has_adapter and s.is_decoding}
+        decodes = [decoding[slot] for slot in sorted(decoding)]
         budget = self.max_num_batched_tokens - len(decodes)
 
-        # 2. Prefill, in slot order. Only the last one scheduled can be left unfinished, so those
-        # that start to decode next are always the first of the prefilling ones.
+        # 2. Prefill, in the order of admission.
         prefills = []
-        for sequence in self.running[len(decodes) :]:
+        for sequence in active:
+            if sequence.is_decoding:
+                continue
             num_tokens = min(budget, len(sequence.prompt_token_ids) - sequence.num_computed)
             if num_tokens <= 0:
                 break
             prefills.append(Chunk(sequence, num_tokens))
             budget -= num_tokens
-
-        moves, self._moves = tuple(self._moves), []
-        return Schedule(moves, tuple(self.running), decodes, tuple(prefills))
+        return Schedule(
+            running=tuple(self.running.values()),
+            decodes=tuple(decodes),
+            prefills=tuple(prefills),
+            failed=tuple(s for s, state in states.items() if state is Readiness.FAILED),
+            starved=tuple(starved),
+        )
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a waiting or running sequence out; its slot is filled by another."""
+        """Take a waiting or running sequence out."""
         if sequence.slot is None:
-            self.waiting.remove(sequence)
-            return
-        hole = sequence.slot
-        num_decoding = sum(s.is_decoding for s in self.running)
-        # A decoding sequence's place goes to the last decoding one, whose place goes to the last.
-        fillers = [num_decoding - 1] if hole < num_decoding else []
-        for last in [*fillers, len(self.running) - 1]:
-            if last != hole:
-                filler = self.running[last]
-                if filler.num_computed:
-                    self._moves.append(Move(last, hole, filler.num_computed))
-                self.running[hole] = filler
-                filler.slot = hole
-            hole = last
-        self.running.pop()
-        sequence.slot = None
+            self.waiting.take(sequence)
+        else:
+            del self.running[sequence.slot]
+            self._let_go(sequence)
+            heapq.heappush(self._free_slots, sequence.slot)
+            sequence.slot = None
+        self.waiting.leave(sequence)
 
     def find(self, request_id: str) -> list[Sequence]:
         """All waiting and running sequences of a request."""
-        return [s for s in [*self.running, *self.waiting] if s.request_id == request_id]
+        return [s for s in [*self.running.values(), *self.waiting] if s.request_id == request_id]
+
+    # --- slots -------------------------------------------------------------------------------
+
+    def _admit(self) -> dict[Sequence, Readiness]:
+        """Give free slots away; what stands in the way of those that could not use one."""
+        states: dict[Sequence, Readiness] = {}
+        while self._free_slots and (chosen := self._next(states)) is not None:
+            self.waiting.take(chosen)
+            chosen.slot = heapq.heappop(self._free_slots)
+            self.running[chosen.slot] = chosen
+            chosen.num_computed = self._reuse(chosen)
+            num_new = len(chosen.prompt_token_ids) - chosen.num_computed
+            self.waiting.charge(chosen, PROMPT_COST * num_new)
+        return {s: state for s, state in states.items() if s.slot is not None or state is _FAILED}
+
+    def _next(self, states: dict[Sequence, Readiness]) -> Sequence | None:
+        """The first in the queue that can use a slot, its adapter held. Or that takes one to wait
+        in, since there is no room for its adapter, or it was passed over often enough."""
+        heads = self.waiting.heads()
+        if not heads:
+            return None
+        tenant, lowest = self.waiting.rank(heads[0])
+        passed_over: list[Sequence] = []
+        # Among claims that are level, those whose adapter is there go first.
+        level = [h for h in heads if self.waiting.rank(h) <= (tenant, lowest + AFFINITY)]
+        level.sort(key=lambda head: not self._is_ready(head))
+        for place, head in enumerate([*level, *heads[len(level) :]]):
+            if states.get(head) is _FAILED:
+                continue
+            if self._try_hold(head):
+                for other in passed_over:
+                    other.num_overtaken += 1
+                return head
+            if place >= _LOOK_AHEAD or head.version is None:
+                continue
+            states[head] = self._adapters.readiness(head.version)
+            if states[head] is Readiness.READY:  # it came this moment
+                self._hold(head)
+                return head
+            passed_over.append(head)
+            is_due = head.num_overtaken >= _MOST_OVERTAKEN and states[head] is not _FAILED
+            if states[head] is Readiness.NO_ROOM or is_due:
+                return head
+        return None
+
+    # --- adapters ----------------------------------------------------------------------------
+
+    def _wake_parked(self) -> dict[Sequence, Readiness]:
+        """Give parked sequences their adapter back; what stands in the way of the others."""
+        states: dict[Sequence, Readiness] = {}
+        parked = [s for s in self.running.values() if not s.has_adapter]
+        for sequence in sorted(parked, key=self.waiting.rank):
+            assert sequence.version is not None, "the base is always there"
+            state = self._adapters.readiness(sequence.version)
+            if state is Readiness.READY:
+                self._hold(sequence)
+            else:
+                states[sequence] = state
+        return states
+
+    def _take_turns(self, starved: list[Sequence]) -> None:
+        """Let the starved sequence that has had least go on in place of adapters that have had
+        more, once their turn is over."""
+        if not starved:
+            return
+        first = min(starved, key=self.waiting.rank)
+        rank = self.waiting.rank(first)
+        in_use: dict[Hashable, list[Sequence]] = {}
+        for sequence in self.running.values():
+            version = sequence.version
+            if sequence.has_adapter and version is not None and self._adapters.can_leave(version):
+                in_use.setdefault(version, []).append(sequence)
+        least_first = sorted(
+            in_use, key=lambda version: min(map(self.waiting.rank, in_use[version]))
+        )
+        assert first.version is not None
+        while least_first and self._adapters.readiness(first.version) is Readiness.NO_ROOM:
+            victim = least_first.pop()
+            if min(map(self.waiting.rank, in_use[victim])) <= rank:
+                break
+            if self._step - self._turns[victim] < TURN_STEPS:
+                continue
+            for sequence in in_use[victim]:
+                self._let_go(sequence)
+            self.num_parked += 1
+
+    def _is_ready(self, sequence: Sequence) -> bool:
+        return sequence.version is None or self._adapters.is_ready(sequence.version)
+
+    def _try_hold(self, sequence: Sequence) -> bool:
+        if not self._is_ready(sequence):
+            return False
+        self._hold(sequence)
+        return True
+
+    def _hold(self, sequence: Sequence) -> None:
+        sequence.has_adapter = True
+        if sequence.version is not None:
+            self._adapters.hold(sequence.version)
+            self._turns.setdefault(sequence.version, self._step)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if not sequence.has_adapter:
+            return
+        sequence.has_adapter = False
+        version = sequence.version
+        if version is not None:
+            self._adapters.let_go(version)
+            if not any(s.has_adapter and s.version is version for s in self.running.values()):
+                self._turns.pop(version, None)
+
+
+_FAILED = Readiness.FAILED

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from neuroada_serve.request import SamplingParams, TokenLogprob
 
 if TYPE_CHECKING:
-    from neuroada_serve.adapters.store import Lease
+    from neuroada_serve.adapters.store import AdapterVersion, Lease
 
 
 class TokenCounts:
@@ -33,6 +33,8 @@ class TokenCounts:
 class Sequence:
     """Tokens so far, how many of them are in the KV cache, and where.
 
+    tenant: whose share of the engine it counts against; empty where tenants are not told apart.
+    cache_salt: only requests with the same one may share what it leaves in the prefix cache.
     lease: the adapter version that it was admitted with; None runs on the base.
     max_tokens: most new tokens, already bounded by the model length.
     end_token_ids: tokens that end the answer.
@@ -49,8 +51,15 @@ class Sequence:
     random: Any = None  # the sampler's generator; None where nothing is drawn
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    tenant: str = ""
+    cache_salt: str = ""
     num_computed: int = 0
     slot: int | None = None  # KV cache slot while running
+    has_adapter: bool = False  # running, its adapter held on the device; of the base: running
+    prefix_root: bytes = b""
+    prefix_blocks: list[int] = field(default_factory=list)  # to be copied into the slot
+    num_cached: int = 0  # tokens of the prompt that came from the prefix cache
+    num_overtaken: int = 0  # later claims that were given a slot since its adapter was not there
     _counts: TokenCounts | None = None  # of the first _num_counted answered tokens
     _num_counted: int = 0
 
@@ -66,6 +75,10 @@ class Sequence:
     @property
     def adapter(self) -> str | None:
         return None if self.lease is None else self.lease.version.name
+
+    @property
+    def version(self) -> "AdapterVersion | None":
+        return None if self.lease is None else self.lease.version
 
     def count_tokens(self) -> TokenCounts:
         """Counts of all tokens so far. Kept: a call adds the tokens that are new since the last."""

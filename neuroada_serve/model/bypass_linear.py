@@ -20,7 +20,7 @@ from neuroada_serve.ops.matrix import (
     frozen_matrix,
     packs_faster,
 )
-from neuroada_serve.ops.weights import add_entries_, read_entries, write_entries_
+from neuroada_serve.ops.weights import add_entries_, write_entries_
 
 # Layers of one parent that read the same input in every model that has them.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -74,6 +74,11 @@ class BypassSite:
         self._input: Tensor | None = None
         self._output: Tensor | None = None
         self._unread: set[str] = set()
+
+    @property
+    def d_outs(self) -> dict[str, int]:
+        """Its modules in the order of their rows, with their number."""
+        return {name: rows.stop - rows.start for name, rows in self.rows.items()}
 
     def output(self, name: str, x: Tensor) -> Tensor:
         """One member's y [..., d_out] for x [..., d_in]; all are computed when the first asks."""
@@ -143,8 +148,8 @@ class BypassSite:
 class BypassLinear(nn.Module):
     """y = W x + b, and each token's bypass on top; its share of a BypassSite.
 
-    Its weight changes only through `write_entries_` (merge and unmerge). Where the site's matrix is
-    packed, `weight` is a copy made when asked for, and stands in `state_dict` like any other.
+    Its weight changes only by merging, see `model/merge.py`. Where the site's matrix is packed,
+    `weight` is a copy made when asked for, and stands in `state_dict` like any other.
     """
 
     bias: Tensor | None
@@ -174,16 +179,6 @@ class BypassLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.site.output(self.name, x)
-
-    def positions(self, index: Tensor) -> Tensor:
-        """Places of index [d_out, k] in the site's matrix, as [d_out * k] int64."""
-        return self.site.matrix.positions(index.to(self.device), self._rows.start)
-
-    def read_entries(self, positions: Tensor) -> Tensor:
-        return read_entries(self.site.matrix.entries, positions)
-
-    def write_entries_(self, positions: Tensor, values: Tensor) -> None:
-        write_entries_(self.site.matrix.entries, positions, values)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -234,7 +229,7 @@ def attach_bypass(model: Any) -> AttachedBypass:
     sites: dict[str, dict[str, int]] = {}
     for names in _groups(modules):
         site = BypassSite({name: modules[name] for name in names}, context, pack=True)
-        sites[site.name] = {name: rows.stop - rows.start for name, rows in site.rows.items()}
+        sites[site.name] = site.d_outs
         for name in names:
             layers[name] = BypassLinear(modules.pop(name), name, site)
             parent, _, child = name.rpartition(".")

@@ -5,7 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from neuroada_serve.adapters.format import load_adapter
+from neuroada_serve.adapters.reader import load_adapter
+from neuroada_serve.adapters.values import ValuesReader
 from neuroada_serve.errors import UsageError
 from neuroada_serve.model.bypass_linear import plain_layers
 from neuroada_serve.model.loader import load_base
@@ -34,7 +35,8 @@ def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "a
         raise UsageError(f"{out} exists and is not an empty folder; name a new one")
     base = load_base(source, dtype, "cpu")
     loaded = load_adapter(adapter, base.spec)
-    WeightMerger(plain_layers(base.model)).merge(loaded)
+    merger = WeightMerger(plain_layers(base.model))
+    merger.merge(ValuesReader(merger.order, base.spec, base.dtype).of(loaded))
     record = {
         "base": base.spec.name,
         "base_fingerprint": base.spec.fingerprint,

@@ -1,8 +1,8 @@
 """Hot merge: write one adapter into the weights, swap it for another, take it out bit for bit.
 
-Merging touches nnz values. The originals at `index` are saved first and unmerging writes them
-back; subtracting would leave some of the touched weights off by a rounding. Two adapters
-on one index swap with a single write, since the saved originals serve both.
+Merging touches nnz values. The originals at the index are kept and unmerging writes them back;
+subtracting would leave some of the touched weights off by a rounding. Two adapters on one index
+swap with a single write, since the kept originals serve both.
 """
 
 import hashlib
@@ -12,73 +12,87 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neuroada_serve.adapters.format import Adapter
+from neuroada_serve.adapters.values import AdapterValues, FlatOrder, IndexTable, merged_weights
 from neuroada_serve.errors import AdapterFormatError, DirtyWeightsError
 from neuroada_serve.model.bypass_linear import BypassLinear
+from neuroada_serve.ops.weights import WeightEntries
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """What a merged module needs to go back."""
+class _Merged:
+    """What is in the weights, and what must go back."""
 
-    index: Tensor  # [d_out, k] int32
-    positions: Tensor  # [d_out * k] int64
-    originals: Tensor  # [d_out * k], weight's dtype
+    table: IndexTable
+    entries: WeightEntries
+    originals: Tensor  # [nnz] W0
+    weights: Tensor  # [nnz] round(W0 + v)
 
 
 class WeightMerger:
-    """Owns every change to the adaptable weights of one model."""
+    """Owns every change to the adaptable weights of one model. For one thread, between steps."""
 
     def __init__(self, layers: Mapping[str, BypassLinear]) -> None:
         self._layers = layers
-        self._saved: dict[str, _Saved] = {}
+        self._merged: _Merged | None = None
+        self._last: tuple[IndexTable, WeightEntries] | None = None
         self._dirty = False
 
     @property
+    def order(self) -> FlatOrder:
+        """The order of adapters' entries that suits these layers."""
+        sites = {layer.site.name: layer.site.d_outs for layer in self._layers.values()}
+        return FlatOrder(sites, {})
+
+    @property
     def is_merged(self) -> bool:
-        return bool(self._saved)
+        return self._merged is not None
 
-    def realise(self, adapter: Adapter) -> dict[str, Tensor]:
-        """The change that merging would make, per module: [d_out, k] in the weight's dtype.
-
-        delta = float(round(W0 + v)) - float(W0): serving this instead of v makes a merged and an
-        unmerged adapter one model. Exact in the weight's dtype wherever |v| <= |W0| / 2 (Sterbenz).
-        W0 is the base's, whatever is merged just now.
+    def originals(self, table: IndexTable) -> Tensor:
+        """[nnz] the base's weights at an index, whatever is merged just now.
 
         Raises:
-            AdapterFormatError: a merged weight overflows the dtype.
+            DirtyWeightsError: the weights are not usable, or no longer so.
         """
-        deltas = {}
-        for name, part in adapter.modules.items():
-            layer = self._layers[name]
-            index = part.index.to(layer.device)
-            originals = self._originals(name, index)
-            merged = self._merged_values(name, originals, part.bypass)
-            deltas[name] = (merged.float() - originals.float()).to(merged.dtype).view(index.shape)
-        return deltas
+        self._refuse_if_dirty()
+        merged = self._merged
+        if merged is None:
+            return self._entries(table).read()
+        if merged.table is table:
+            return merged.originals
+        entries = self._entries(table)
+        try:
+            merged.entries.write_(merged.originals)
+            originals = entries.read()
+            merged.entries.write_(merged.weights)
+        except BaseException:
+            self.unmerge()
+            raise
+        return originals
 
-    def merge(self, adapter: Adapter) -> None:
+    def merge(self, adapter: AdapterValues, originals: Tensor | None = None) -> None:
         """Make the weights those of `adapter`; a merged one is swapped out. All or nothing.
 
+        Args:
+            originals: what `originals` says of the adapter's table, where that is at hand.
+
         Raises:
-            AdapterFormatError: a merged weight overflows the dtype; the weights are the base's.
+            AdapterFormatError: a merged weight overflows the dtype; nothing has changed.
             DirtyWeightsError: the weights could not be restored after an error.
         """
         self._refuse_if_dirty()
+        table, before = adapter.table, self._merged
+        if originals is None:
+            originals = self.originals(table)
+        values = adapter.values.to(originals.device, non_blocking=True)
+        weights = merged_weights(originals, values)
+        if not bool(weights.isfinite().all()):
+            raise AdapterFormatError("to merge", [f"a merged weight overflows {weights.dtype}"])
+        merged = _Merged(table, self._entries(table), originals, weights)
         try:
-            for name in self._saved.keys() - adapter.modules.keys():
-                self._restore(name)
-            for name, part in adapter.modules.items():
-                layer = self._layers[name]
-                index = part.index.to(layer.device)
-                saved = self._saved.get(name)
-                if saved is None or not torch.equal(saved.index, index):
-                    self._restore(name)
-                    positions = layer.positions(index)
-                    saved = _Saved(index, positions, layer.read_entries(positions))
-                    self._saved[name] = saved  # before the write, so that any error can undo it
-                values = self._merged_values(name, saved.originals, part.bypass)
-                layer.write_entries_(saved.positions, values)
+            if before is not None and before.table is not table:
+                before.entries.write_(before.originals)
+            self._merged = merged  # before the write, so that any error can undo it
+            merged.entries.write_(weights)
         except BaseException:
             self.unmerge()
             raise
@@ -90,38 +104,33 @@ class WeightMerger:
             DirtyWeightsError: that failed; the weights are no longer usable.
         """
         self._refuse_if_dirty()
+        if self._merged is None:
+            return
         try:
-            for name in list(self._saved):
-                self._restore(name)
+            self._merged.entries.write_(self._merged.originals)
         except BaseException as error:
             self._dirty = True
             raise DirtyWeightsError(
                 "base weights could not be restored; restart the process"
             ) from error
+        self._merged = None
 
-    def _restore(self, name: str) -> None:
-        if (saved := self._saved.get(name)) is not None:
-            self._layers[name].write_entries_(saved.positions, saved.originals)
-            del self._saved[name]
-
-    def _originals(self, name: str, index: Tensor) -> Tensor:
-        """[d_out * k] base weights at index, also where an adapter is merged."""
-        layer = self._layers[name]
-        current = layer.read_entries(layer.positions(index))
-        if (saved := self._saved.get(name)) is None:
-            return current
-        same_column = index.unsqueeze(2) == saved.index.unsqueeze(1)  # (d_out, k, k_merged)
-        touched, which = same_column.any(2), same_column.int().argmax(2)
-        originals = saved.originals.view(saved.index.shape).gather(1, which)
-        return torch.where(touched, originals, current.view(index.shape)).flatten()
-
-    def _merged_values(self, name: str, originals: Tensor, bypass: Tensor) -> Tensor:
-        """[d_out * k] round(W0 + v) in the weight's dtype."""
-        values = bypass.to(originals.device).flatten().float()
-        merged = (originals.float() + values).to(originals.dtype)
-        if not bool(merged.isfinite().all()):
-            raise AdapterFormatError("to merge", [f"a value of {name} overflows {merged.dtype}"])
-        return merged
+    def _entries(self, table: IndexTable) -> WeightEntries:
+        """Where a table's entries lie. The last one is kept, as swaps ask for it again and again,
+        and no more, as it takes 8 bytes an entry."""
+        if self._merged is not None and self._merged.table is table:
+            return self._merged.entries
+        if self._last is not None and self._last[0] is table:
+            return self._last[1]
+        parts = []
+        for stretch in table.layout.stretches:
+            k = table.layout.k
+            columns = table.index[stretch.offset :][: stretch.rows * k].view(-1, k)
+            matrix = self._layers[stretch.modules[0]].site.matrix
+            index = columns.to(matrix.entries.device)
+            parts.append((matrix.entries, matrix.positions(index, stretch.first)))
+        self._last = table, WeightEntries(parts)
+        return self._last[1]
 
     def _refuse_if_dirty(self) -> None:
         if self._dirty:

@@ -73,7 +73,7 @@ class BypassTable:
     """What a group of adapters has for some neurons: the inputs they keep, the values by slot.
 
     index: [d_out, k] int32, columns within [0, d_in), distinct within a row.
-    bypass: [num_slots, d_out, k] float; slots may lie apart.
+    bypass: [num_slots, d_out, k] float; slots may lie apart, or begin within each other.
 
     Raises:
         ShapeError: names the shapes that disagree.
@@ -106,11 +106,11 @@ def bypass_add_reference(
 ) -> Tensor:
     """What `bypass_add_` computes, out of place, in float32 and differentiable. For tests."""
     index, bypass = table.index, table.bypass
-    values = torch.cat([bypass.float(), torch.zeros_like(bypass[:1], dtype=torch.float32)])
-    slots = torch.tensor(token_slots.slots, device=x.device)  # NO_SLOT, -1, picks the row of zeros
-    token_values = values[slots]  # (num_tokens, d_out, k)
+    slots = torch.tensor(token_slots.slots, device=x.device)
+    token_values = bypass[slots.clamp_min(0)].float()  # (num_tokens, d_out, k)
+    token_values = token_values.masked_fill((slots == NO_SLOT)[:, None, None], 0)
     if token_slots.merged_slot is not None:
-        token_values = token_values - values[token_slots.merged_slot]
+        token_values = token_values - bypass[token_slots.merged_slot].float()
     gathered = x.float()[:, index.long()]  # (num_tokens, d_out, k)
     return (y.float() + (token_values * gathered).sum(-1)).to(y.dtype)
 
@@ -162,7 +162,7 @@ def _add_lane_by_lane(
     m = token_slots.merged_slot
     rows, on_base = slots.clamp_min(0), (slots == NO_SLOT).unsqueeze(1)
     for j in range(index.shape[1]):
-        lane_values = bypass[:, :, j].index_select(0, rows).float()  # (lanes, d_out)
+        lane_values = bypass[rows, :, j].float()  # (lanes, d_out)
         if m is not None:
             lane_values = lane_values.masked_fill(on_base, 0) - bypass[m, :, j].float()
         total = torch.addcmul(total, x_t.index_select(0, index[:, j]), lane_values.t())

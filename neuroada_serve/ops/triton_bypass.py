@@ -187,6 +187,32 @@ def restore_entries_(weight: Tensor, index: Tensor, saved: Tensor) -> None:
     _launch_entries(weight, index, saved, saved, restore=True)
 
 
+def put_entries_(weights: Tensor, places: Tensor, values: Tensor) -> None:
+    """Write single entries, wherever in memory they are: one launch for a whole model's weights.
+
+    Semantics, with memory as one vector that begins where `weights` does:
+        memory[places[e]] = values[e]
+
+    The caller vouches for the places, and that they are distinct.
+
+    Args:
+        weights: any tensor of the dtype; its address is the origin.
+        places: [nnz] int64, in elements of that dtype; may lie outside `weights`.
+        values: [nnz], dtype of weights, contiguous.
+
+    Raises:
+        ShapeError: the lengths or dtypes disagree.
+    """
+    if places.shape != values.shape or values.dtype != weights.dtype:
+        raise ShapeError(
+            f"values {tuple(values.shape)} {values.dtype} must be {tuple(places.shape)} "
+            f"{weights.dtype}, as the places and the weights"
+        )
+    if len(places):
+        grid = (-(-len(places) // _ENTRIES),)
+        _put_kernel[grid](weights, places, values, len(places), BLOCK=_ENTRIES, num_warps=4)
+
+
 def _launch_entries(
     weight: Tensor, index: Tensor, values: Tensor, saved: Tensor, restore: bool
 ) -> None:
@@ -366,6 +392,14 @@ def _entries_kernel(
         tl.store(saved + entry, original, mask=ok)
         value = original.to(tl.float32) + value.to(tl.float32)
     tl.store(at, value.to(weight.dtype.element_ty), mask=touched)
+
+
+@_jit
+def _put_kernel(weights, places, values, nnz, BLOCK: tl.constexpr) -> None:
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = entry < nnz
+    at = weights + tl.load(places + entry, mask=ok, other=0)
+    tl.store(at, tl.load(values + entry, mask=ok, other=0.0), mask=ok)
 
 
 # --- shapes ----------------------------------------------------------------------------------

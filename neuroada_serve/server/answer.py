@@ -42,6 +42,8 @@ class Answer(ABC):
         self._num_prompt_tokens = num_prompt_tokens
         self._choices = [_Choice() for _ in range(num_choices)]
         self._endings: dict[int, dict[str, Any]] = {}
+        self._adapter_digest: str | None = None
+        self._num_cached_tokens = [0] * num_choices
 
     def add(self, index: int, output: Output) -> None:
         """Keep what an output adds to choice `index`, for `whole`."""
@@ -50,6 +52,8 @@ class Answer(ABC):
         choice.logprobs += _tokens(output)
         choice.num_token_chars += sum(len(token.token) for token in _tokens(output))
         choice.num_output_tokens = output.num_output_tokens
+        self._adapter_digest = output.adapter_digest
+        self._num_cached_tokens[index] = output.num_cached_tokens
         self._endings[index] = _ending(output)
 
     def whole(self) -> dict[str, Any]:
@@ -115,16 +119,22 @@ class Answer(ABC):
             "object": kind,
             "created": self._created,
             "model": self._model,
+            # Which version of the adapter answers; null on the base.
+            "system_fingerprint": self._adapter_digest,
             "choices": choices,
             **more,
         }
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         num_output_tokens = sum(choice.num_output_tokens for choice in self._choices)
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": self._num_prompt_tokens + num_output_tokens,
+            # Of each prompt once, as in prompt_tokens: of its first choice.
+            "prompt_tokens_details": {
+                "cached_tokens": sum(self._num_cached_tokens[:: self._request.n or 1])
+            },
         }
 
 

@@ -10,7 +10,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from neuroada_serve.errors import AdapterNotFoundError, RequestError, Unavailable, UsageError
+from neuroada_serve.errors import (
+    AdapterConflictError,
+    AdapterInUseError,
+    AdapterNotFoundError,
+    RequestError,
+    Unavailable,
+    UsageError,
+)
 from neuroada_serve.server.protocol import describe_faults
 
 logger = logging.getLogger(__name__)
@@ -20,6 +27,7 @@ _TYPES = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    409: "ConflictError",
     413: "RequestTooLargeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
@@ -51,6 +59,8 @@ class Failure(Exception):
                 return cls(400, str(error), error.param)
             case AdapterNotFoundError():
                 return cls(404, str(error))
+            case AdapterConflictError() | AdapterInUseError():
+                return cls(409, str(error))
             case UsageError():
                 return cls(400, str(error))
         return cls(500, "the server failed; its log has the cause")

@@ -107,6 +107,7 @@ class GenerationRequest(_Strict):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    cache_salt: Annotated[Text, Field(max_length=256)] | None = None
 
     # No-ops
     user: str | None = None
@@ -326,9 +327,21 @@ class LoadAdapterRequest(_Strict):
 
 
 class UnloadAdapterRequest(_Strict):
-    """POST /v1/unload_lora_adapter."""
+    """POST /v1/unload_lora_adapter; lora_name is vLLM's.
+
+    timeout_s: most seconds to wait for the adapter's requests; then 409, and it is served on.
+    abort: end them then, and unload it.
+    """
 
     lora_name: Text
+    timeout_s: Annotated[float, Field(ge=0, le=600)] = 10.0
+    abort: bool = False
+
+
+class MergeRequest(_Strict):
+    """POST /v1/adapters/merge: never, auto, or the name of an adapter to keep merged."""
+
+    mode: Text
 
 
 def describe_faults(faults: Sequence[Any]) -> tuple[str, str | None]:

@@ -49,6 +49,19 @@ async def collect(stream: Stream, answer: Answer) -> dict[str, Any]:
     return answer.whole()
 
 
+async def begun(stream: Stream) -> Stream:
+    """The stream, once its first output is there.
+
+    Raises:
+        Failure, Unavailable, EngineError: that says that nothing will come.
+    """
+    first = await stream.first()
+    if isinstance(first, NeuroAdaError):
+        raise first
+    _check(first)
+    return stream
+
+
 class EventStream(StreamingResponse):
     """A reply in chunks; a failure under way becomes an error event before [DONE]."""
 
@@ -93,6 +106,8 @@ def _to_json(body: dict[str, Any]) -> bytes:
 
 def _check(output: Output) -> None:
     """A choice that the engine gave up has no place among the finished ones."""
+    if output.may_retry:
+        raise Unavailable(output.error)
     if output.finish_reason is FinishReason.ERROR:
         raise Failure(500, output.error or "the engine could not finish this request")
     if output.finish_reason is FinishReason.ABORT:  # the client is there: it was not its wish

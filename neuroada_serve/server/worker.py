@@ -1,10 +1,10 @@
 """The one thread that owns the engine, and its bridge to the event loop.
 
-    event loop --- commands (add, abort, load, unload) ---> engine thread: commands, step, commands,
-    event loop <-- replies, then one batch of outputs a step ---     step, ... ; asleep when idle
+    event loop --- commands (add, abort) ---> engine thread: commands, step, commands, step, ...;
+    event loop <-- replies, then one batch of outputs a step ---                asleep when idle
 
 Methods of `Worker` belong to the event loop that entered it; the engine is touched by its thread
-alone, `read_adapter` excepted.
+alone, but for `adapters`, which any thread may load, replace and unload.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from neuroada_serve.adapters.format import Adapter
 from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.adapter_plane import AdapterInfo, Rescan
 from neuroada_serve.errors import EngineError, NeuroAdaError, Unavailable
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import Output, SamplingParams
@@ -30,8 +30,30 @@ T = TypeVar("T")
 JOIN_TIMEOUT_S = 10.0  # a step that takes longer than this is left behind at exit
 
 
+class Adapters(Protocol):
+    """What the server asks of the engine's adapters, in any thread: `AdapterPlane` in earnest."""
+
+    @property
+    def merged(self) -> str | None: ...
+    @property
+    def merge_mode(self) -> str: ...
+
+    def describe(self) -> list[AdapterInfo]: ...
+    def describe_one(self, name: str) -> AdapterInfo: ...
+    def memory(self) -> Mapping[str, Mapping[str, int]]: ...
+    def check_model(self, name: str) -> None: ...
+    def prefetch(self, name: str | None) -> None: ...
+    def load(self, name: str, path: Path, root: Path, replace: bool = False) -> Any: ...
+    def unload(self, name: str, timeout_s: float = 0.0, abort: bool = False) -> None: ...
+    def pin(self, name: str, pinned: bool = True) -> None: ...
+    def set_merge_mode(self, mode: str) -> None: ...
+    def rescan(self) -> Rescan: ...
+
+
 class Engine(Protocol):
     """What the worker drives; `neuroada_serve.engine.engine.Engine` in earnest."""
+
+    on_wake: Callable[[], None]
 
     @property
     def base(self) -> BaseModel: ...
@@ -40,26 +62,22 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int: ...
     @property
-    def adapters(self) -> tuple[str, ...]: ...
+    def adapters(self) -> Adapters: ...
     @property
     def has_unfinished(self) -> bool: ...
-    @property
-    def num_running(self) -> int: ...
-    @property
-    def num_waiting(self) -> int: ...
 
-    def read_adapter(self, path: str | Path, root: Path | None = None) -> Adapter: ...
-    def add_request(
+    def may_queue(self, tenant: str, adapter: str | None, max_waiting: int) -> bool: ...
+    def add_requests(
         self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
+        request_ids: Sequence[str],
+        prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        adapter: str | None,
+        adapter: str | None = None,
+        tenant: str = "",
+        cache_salt: str = "",
     ) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Output]: ...
-    def add_adapter(self, name: str, adapter: Adapter, replace: bool = False) -> None: ...
-    def remove_adapter(self, name: str) -> None: ...
 
 
 class Stream:
@@ -74,11 +92,18 @@ class Stream:
         self._first_choice = {request_id: i * n for i, request_id in enumerate(request_ids)}
         self._unfinished = {request_id: n for request_id in request_ids}
         self._arrived: asyncio.Queue[Output | NeuroAdaError] = asyncio.Queue()
+        self._first: Output | NeuroAdaError | None = None
         self._num_unread_finals = n * len(request_ids)
+
+    async def first(self) -> Output | NeuroAdaError:
+        """What iteration will begin with, once it is there."""
+        if self._first is None:
+            self._first = await self._arrived.get()
+        return self._first
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
         while self._num_unread_finals:
-            item = await self._arrived.get()
+            item, self._first = await self.first(), None
             if isinstance(item, NeuroAdaError):
                 raise item
             self._num_unread_finals -= item.finished
@@ -109,15 +134,14 @@ class _Command:
 
     run: Callable[[], Any]
     reply: asyncio.Future[Any] | None = None
-    num_choices: int = 0  # places in the queue that it asks for
 
 
 class Worker:
     """Runs an engine in a thread while entered: `async with Worker(engine) as worker`.
 
     Args:
-        max_waiting: a request that finds this many choices waiting for a place in the batch is
-            refused.
+        max_waiting: once this many choices wait for a place in the batch, requests of those who
+            have their share of the queue are refused; at twice as many, all are.
         on_death: called once on the event loop, after the in-flight requests have failed.
     """
 
@@ -137,14 +161,13 @@ class Worker:
         # Shared; guarded by the condition, which is notified when the thread may have work.
         self._changed = threading.Condition()
         self._inbox: list[_Command] = []
-        self._num_unfinished = 0  # choices in the engine, or on their way from the inbox into it
-        self._adapters: dict[str, int] = {}
+        self._woken = False
         self._closing = False
         self._dead = False
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._adapters = dict.fromkeys(self._engine.adapters, int(time.time()))
+        self._engine.on_wake = self._wake
         self._thread.start()
         return self
 
@@ -174,9 +197,8 @@ class Worker:
         return self._engine.max_model_len
 
     @property
-    def adapters(self) -> Mapping[str, int]:
-        """Adapters that can be requested now: name -> unix time since when."""
-        return self._adapters
+    def adapters(self) -> Adapters:
+        return self._engine.adapters
 
     @property
     def dead(self) -> bool:
@@ -197,71 +219,33 @@ class Worker:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         adapter: str | None,
+        tenant: str = "",
+        cache_salt: str = "",
     ) -> Stream:
         """Hand prompts to the engine, all or none; returns once it has accepted them.
 
         Raises:
-            Unavailable: not `ready`, or `max_waiting` choices wait already.
+            Unavailable: not `ready`, or the queue is full.
             RequestError, AdapterNotFoundError: from the engine.
         """
-        num_choices = len(prompts) * params.n
-        with self._changed:
-            num_unfinished = self._num_unfinished + sum(c.num_choices for c in self._inbox)
-        num_waiting = num_unfinished - self._engine.config.max_num_seqs
-        if num_waiting >= self._max_waiting:
-            raise Unavailable(f"{num_waiting} requests wait already; try again later")
-
+        self._require_ready()
+        self._engine.adapters.prefetch(adapter)  # while the engine finishes its step
         request_ids = [f"{request_id}-{i}" for i in range(len(prompts))]
         stream = Stream(self, request_ids, params.n)
 
         def add() -> None:
-            for engine_id, prompt in zip(request_ids, prompts, strict=True):
-                self._engine.add_request(engine_id, prompt, params, adapter)
+            if not self._engine.may_queue(tenant, adapter, self._max_waiting):
+                raise Unavailable(f"{self._max_waiting} requests or more wait; try again later")
+            self._engine.add_requests(request_ids, prompts, params, adapter, tenant, cache_salt)
 
         # Registered first: an output may come before the reply is looked at.
         self._streams.update(dict.fromkeys(request_ids, stream))
         try:
-            await self._call(add, num_choices)
+            await self._call(add)
         except BaseException:  # cancellation too
             stream.close()
             raise
         return stream
-
-    def read_adapter(self, path: Path, root: Path) -> Adapter:
-        """Read and check adapter files under `root`. Slow; for a thread other than the engine's.
-
-        Raises:
-            AdapterNotFoundError, AdapterFormatError.
-        """
-        return self._engine.read_adapter(path, root)
-
-    async def add_adapter(self, name: str, adapter: Adapter, replace: bool) -> None:
-        """Make an adapter available under a name.
-
-        Raises:
-            AdapterConflictError: the name is the base's, or is taken and not to be replaced.
-            Unavailable: not `ready`.
-        """
-
-        def add() -> None:
-            self._engine.add_adapter(name, adapter, replace)
-            self._publish_adapters(now_new=name)
-
-        await self._call(add)
-
-    async def remove_adapter(self, name: str) -> None:
-        """Take a name away; running requests of it finish.
-
-        Raises:
-            AdapterNotFoundError: no adapter has this name.
-            Unavailable: not `ready`.
-        """
-
-        def remove() -> None:
-            self._engine.remove_adapter(name)
-            self._publish_adapters()
-
-        await self._call(remove)
 
     async def drain(self, timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
         """Take no more requests; let the running ones finish for `timeout_s`, then abort them.
@@ -276,15 +260,18 @@ class Worker:
         for request_id in list(self._streams):
             self._send_abort(request_id)
 
-    async def _call(self, run: Callable[[], T], num_choices: int = 0) -> T:
-        """Result of `run` on the engine's thread, between two steps."""
+    def _require_ready(self) -> None:
         if not self.ready:
             reason = "its engine failed" if self._dead else "it is shutting down"
             raise Unavailable(f"the server takes no requests: {reason}")
+
+    async def _call(self, run: Callable[[], T]) -> T:
+        """Result of `run` on the engine's thread, between two steps."""
+        self._require_ready()
         reply: asyncio.Future[T] = self._loop.create_future()
         self._replies.add(reply)
         reply.add_done_callback(self._replies.discard)
-        self._put(_Command(run, reply, num_choices))
+        self._put(_Command(run, reply))
         return await reply
 
     def _forget(self, request_ids: Sequence[str]) -> None:
@@ -298,6 +285,12 @@ class Worker:
     def _put(self, command: _Command) -> None:
         with self._changed:
             self._inbox.append(command)
+            self._changed.notify()
+
+    def _wake(self) -> None:
+        """Have the engine's thread look what there is to do; in any thread."""
+        with self._changed:
+            self._woken = True
             self._changed.notify()
 
     # --- what the engine's thread hands over, on the event loop ---------------------------------
@@ -336,11 +329,9 @@ class Worker:
         try:
             while (commands := self._take()) is not None:
                 self._execute(commands)
-                if self._engine.has_unfinished:
-                    outputs = self._engine.step()
-                    self._count_unfinished()
-                    if outputs:
-                        self._post(self._deliver, outputs)
+                outputs = self._engine.step()
+                if outputs:
+                    self._post(self._deliver, outputs)
         except BaseException:
             logger.critical("the engine failed; the server stops", exc_info=True)
             self._dead = True
@@ -349,12 +340,12 @@ class Worker:
     def _take(self) -> list[_Command] | None:
         """Commands to run before the next step, asleep while there is nothing to do; None: stop."""
         with self._changed:
-            while not (self._inbox or self._closing or self._engine.has_unfinished):
+            while not (self._inbox or self._woken or self._closing or self._engine.has_unfinished):
                 self._changed.wait()
             if self._closing:
                 return None
             commands, self._inbox = self._inbox, []
-            self._num_unfinished += sum(c.num_choices for c in commands)
+            self._woken = False
             return commands
 
     def _execute(self, commands: Sequence[_Command]) -> None:
@@ -371,18 +362,8 @@ class Worker:
             else:
                 if command.reply is not None:
                     replies.append((command.reply, result, None))
-        self._count_unfinished()
         if replies:
             self._post(self._answer, replies)
-
-    def _count_unfinished(self) -> None:
-        with self._changed:
-            self._num_unfinished = self._engine.num_running + self._engine.num_waiting
-
-    def _publish_adapters(self, now_new: str | None = None) -> None:
-        now = int(time.time())
-        since = {name: at for name, at in self._adapters.items() if name != now_new}
-        self._adapters = {name: since.get(name, now) for name in self._engine.adapters}
 
     def _post(self, deliver: Callable[..., None], *args: Any) -> None:
         try:
