@@ -36,7 +36,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         UsageError: it is not written as one.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = None if found is None else _UNITS.get(found[2].upper())
     if found is None or unit is None:
         raise UsageError(f"{text!r} is no size; write a number of bytes, or such as 512MiB or 4GB")
@@ -151,6 +151,8 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port must be within 0..65535, got {self.port}")
         _at_least(self, max_waiting=1, drain_timeout_s=0)
+        if self.preload and self.adapter_dir is None:
+            raise UsageError("--preload needs --adapter-dir, whose adapters it reads")
 
 
 @dataclass(frozen=True)

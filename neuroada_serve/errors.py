@@ -69,8 +69,8 @@ class AdapterInUseError(AdapterError):
 
     def __init__(self, name: str, num_leases: int) -> None:
         super().__init__(
-            f"adapter {name!r} is in use by {num_leases} requests; it is served as before. Wait "
-            "longer, or have them aborted"
+            f"adapter {name!r} is in use by {num_leases} request{'s' * (num_leases != 1)}; it is "
+            "served as before. Wait longer, or have them aborted"
         )
         self.num_leases = num_leases
 

@@ -53,6 +53,7 @@ KERNEL_LIBRARIES = {
 }
 TORCH_FREE = (
     "adapters.extents",
+    "adapters.readiness",
     "engine.fairness",
     "engine.merge_policy",
     "engine.prefix_cache",

@@ -1,6 +1,9 @@
 """The command line on tiny models: what it prints, and exit code 2 on mistakes."""
 
 import json
+import os
+import shutil
+import signal
 
 import pytest
 import torch
@@ -10,8 +13,10 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from neuroada_serve import save_adapter
+from neuroada_serve.adapters.format import CONFIG_FILE
 from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.cli import app
+from neuroada_serve.config import ServerConfig
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +120,16 @@ def test_eval_table_and_base(model, tmp_path):
         (["serve", "MODEL", "--adapter-dir", "/no/such"], "/no/such"),
         (["serve", "MODEL", "--merge", "nobody"], "nobody"),
         (["serve", "MODEL", "--port", "99999"], "port"),
-        (["serve", "MODEL", "--allow-runtime-adapters"], "--adapter-dir"),
+        (["serve", "MODEL", "--tenant-weight", "big"], "--tenant-weight takes NAME=WEIGHT"),
+        (["serve", "MODEL", "--tenant-weight", "big=lots"], "NAME=WEIGHT"),
+        (["serve", "MODEL", "--tenant-weight", "=2"], "NAME=WEIGHT"),
+        (["serve", "MODEL", "--tenant-weight", "big=0"], "the weight of 'big' must be above 0"),
+        (["serve", "MODEL", "--adapter-weight", "fr:2"], "--adapter-weight takes NAME=WEIGHT"),
+        (["serve", "MODEL", "--adapter-weight", "fr=nan"], "the weight of 'fr' must be above 0"),
+        (["serve", "MODEL", "--adapter-memory", "lots"], "'lots' is no size"),
+        (["serve", "MODEL", "--adapter-memory", "0"], "adapter_memory must be at least 1"),
+        (["serve", "MODEL", "--adapter-host-memory", "-1"], "'-1' is no size"),
+        (["serve", "MODEL", "--prefix-cache-memory", "4XB"], "'4XB' is no size"),
         (["serve", "MODEL", "--max-num-seqs", "0"], "max_num_seqs"),
         (["serve", "MODEL", "--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "at least"),
     ],
@@ -126,6 +140,55 @@ def test_mistake_ends_with_one_sentence_and_code_2(model, args, word):
     assert word in result.stderr
     assert "Traceback" not in result.output
     assert result.stderr.count("Error: ") == 1
+
+
+def test_serve_flags_reach_engine_and_server(model, adapter, monkeypatch):
+    served = []
+    monkeypatch.setattr("neuroada_serve.server.serve.serve", lambda *args: served.append(args) or 0)
+    flags = ["--adapter-dir", adapter.parent, "--preload", "--tenant-header", "x-tenant"]
+    flags += ["--tenant-weight", "big=2", "--tenant-weight", "a=b=0.5", "--adapter-weight", "fr=3"]
+    flags += ["--adapter-memory", "4MiB", "--adapter-host-memory", "0"]
+    flags += ["--prefix-cache-memory", "1.5MB", "--allow-runtime-adapters"]
+    assert run("serve", model.path, *flags).exit_code == 0
+    (engine, config, *_), settings = served[0], served[0][0].config
+    assert config == ServerConfig(
+        adapter_dir=adapter.parent,
+        preload=True,
+        tenant_header="x-tenant",
+        allow_runtime_adapters=True,
+    )
+    assert settings.tenant_weights == {"big": 2, "a=b": 0.5}
+    assert settings.adapter_weights == {"fr": 3}
+    assert (settings.adapter_memory, settings.adapter_host_memory) == (4 << 20, 0)
+    assert settings.prefix_cache_memory == 1_500_000
+    assert engine.adapters.describe_one("fr").tier == "device"  # preloaded
+
+
+@pytest.mark.timeout(60)
+def test_sighup_serves_what_has_come_into_the_adapter_dir(model, adapter, tmp_path, monkeypatch):
+    shutil.copytree(adapter, tmp_path / "fr")
+    (tmp_path / "half").mkdir()
+    said: list[str] = []
+
+    def notify(message: str) -> None:
+        said.append(message)
+        if message.startswith("Serving"):
+            shutil.copytree(adapter, tmp_path / "de")
+            shutil.copy(adapter / CONFIG_FILE, tmp_path / "half")
+            os.kill(os.getpid(), signal.SIGHUP)
+        elif message.startswith("Adapters looked at"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("neuroada_serve.cli._notify", notify)
+    result = run("serve", model.path, "--adapter-dir", tmp_path, "--port", 0)
+    assert result.exit_code == 0, result.output
+    *_, start, rescan, stop = said
+    assert start.endswith("adapters: fr")
+    assert rescan == (
+        "Adapters looked at again: added de; "
+        "not served: adapter 'half' has no adapter_model.safetensors"
+    )
+    assert stop.startswith("Stopped.")
 
 
 def test_wrong_flag_is_a_usage_error():

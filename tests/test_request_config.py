@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig, help_of
+from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig, help_of, parse_bytes
 from neuroada_serve.errors import RequestError, UsageError
 from neuroada_serve.request import (
     MAX_CHOICES,
@@ -189,6 +189,15 @@ def test_unknown_setting_is_refused(config):
             {"max_num_seqs": 64, "max_num_batched_tokens": 63},
             r"max_num_batched_tokens \(63\) must be at least max_num_seqs \(64\)",
         ),
+        (EngineConfig, {"adapter_memory": 0}, "adapter_memory must be at least 1, got 0"),
+        (EngineConfig, {"adapter_host_memory": -1}, "adapter_host_memory must be at least 0"),
+        (EngineConfig, {"prefix_cache_memory": -1}, "prefix_cache_memory must be at least 0"),
+        (
+            EngineConfig,
+            {"tenant_weights": {"a": 1, "b": 0}},
+            "weight of 'b' must be above 0, got 0",
+        ),
+        (EngineConfig, {"adapter_weights": {"a": -0.5}}, "weight of 'a' must be above 0, got -0.5"),
         (ServerConfig, {"port": 65536}, r"port must be within 0..65535, got 65536"),
         (ServerConfig, {"port": -1}, "port must be within"),
         (ServerConfig, {"max_waiting": 0}, "max_waiting must be at least 1"),
@@ -230,10 +239,57 @@ def test_number_that_is_none_is_refused_by_name(config, values):
         config(**values)
 
 
+@pytest.mark.parametrize("weights", ["tenant_weights", "adapter_weights"])
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_weight_that_is_none_is_refused_by_whose_it_is(weights, weight):
+    with pytest.raises(UsageError, match="weight of 'fr' must be above 0"):
+        EngineConfig(**{weights: {"fr": weight}})
+
+
 def test_limits_of_settings_are_allowed():
     EngineConfig(max_num_seqs=512, max_num_batched_tokens=512, max_model_len=None)
+    EngineConfig(adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
+    EngineConfig(tenant_weights={"a": 1e-9, "": 1e9}, adapter_weights={"fr": 2})
     ServerConfig(port=0, drain_timeout_s=0, adapter_dir=Path("x"))
+    ServerConfig(allow_runtime_adapters=True, adapter_dir=None)  # to pin, merge and unload
     TrainConfig(eval_fraction=0, warmup_ratio=0, max_length=2, epochs=0.01)
+
+
+def test_memory_and_weights_are_the_devices_and_alike_by_default():
+    config = EngineConfig()
+    assert config.adapter_memory is config.adapter_host_memory is config.prefix_cache_memory is None
+    assert config.tenant_weights == config.adapter_weights == {}
+    assert ServerConfig().tenant_header is None  # clients could name anybody
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("0", 0),
+        ("1000000", 10**6),
+        ("7B", 7),
+        ("512MiB", 512 << 20),
+        ("4GB", 4 * 10**9),
+        ("4gb", 4 * 10**9),
+        ("1.5 KiB", 1536),
+        (" 2TiB ", 2 << 40),
+        ("3kB", 3000),
+        ("0.5B", 0),
+        ("123456789012345", 123456789012345),
+    ],
+)
+def test_size_is_read_in_its_unit(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "MiB", "-1", "+1", "1e9", "4XB", "4 G B", "1,5GB", ".5GB", "1.GB", "0x10", "nan"]
+    + ["inf", "4GB4", "4\nGB x", "9" * 400],
+)
+def test_what_is_no_size_is_refused_with_examples(text):
+    with pytest.raises(UsageError, match=r"is no size; write .* 512MiB or 4GB"):
+        parse_bytes(text)
 
 
 @pytest.mark.parametrize(("k", "expected"), [(1, 0.02), (4, 0.01), (16, 0.005)])

@@ -1,21 +1,25 @@
-"""The HTTP endpoint over a fake engine: shapes, refusals, disconnects, death and drain."""
+"""The HTTP endpoint over a fake engine: shapes, refusals, adapters, disconnects, death and drain.
+
+In no reply of any test here may there be a secret: see `Client`.
+"""
 
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from fake_engine import BASE, FakeEngine
+from fake_engine import BASE, SINCE, FakeEngine, digest_of
 
 from neuroada_serve.adapters.format import CONFIG_FILE
 from neuroada_serve.config import ServerConfig
@@ -36,17 +40,32 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+async def keep_secrets(response: httpx.Response) -> None:
+    """Paths, and texts of exceptions that are not ours, have "secret" in them here."""
+    await response.aread()
+    assert "secret" not in response.text
+
+
 class Client(httpx.AsyncClient):
     """A client, and what is behind it."""
 
-    engine: FakeEngine
-    worker: Worker
+    def __init__(self, engine: FakeEngine, worker: Worker, **options: Any) -> None:
+        super().__init__(**options, event_hooks={"response": [keep_secrets]})
+        self.engine = engine
+        self.worker = worker
 
     async def complete(self, prompt: Any = "hi", **more: Any) -> httpx.Response:
         return await self.post("/v1/completions", json={"prompt": prompt, **more})
 
     async def chat(self, messages: Any = HELLO, **more: Any) -> httpx.Response:
         return await self.post("/v1/chat/completions", json={"messages": messages, **more})
+
+    async def load(self, name: str, path: str, **more: Any) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": path, **more}
+        return await self.post("/v1/load_lora_adapter", json=body)
+
+    async def unload(self, name: str, **more: Any) -> httpx.Response:
+        return await self.post("/v1/unload_lora_adapter", json={"lora_name": name, **more})
 
 
 @asynccontextmanager
@@ -56,8 +75,7 @@ async def serving(engine: FakeEngine | None = None, **config: Any) -> AsyncItera
     async with Worker(engine, settings.max_waiting) as worker:
         app = create_app(worker, settings)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with Client(transport=transport, base_url="http://test") as client:
-            client.engine, client.worker = engine, worker
+        async with Client(engine, worker, transport=transport, base_url="http://test") as client:
             yield client
 
 
@@ -74,6 +92,18 @@ async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
         await asyncio.sleep(0.005)
 
 
+@asynccontextmanager
+async def busy(client: Client, num: int = 1, **request: Any) -> AsyncIterator[None]:
+    """So many more requests wait or run, until the end."""
+    before = len(client.engine.present)
+    tasks = [asyncio.create_task(client.complete(**ENDLESS, **request)) for _ in range(num)]
+    await until(lambda: len(client.engine.present) == before + num)
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def events(response: httpx.Response) -> list[Any]:
     """The data of server-sent events; [DONE] is checked and left out."""
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -88,7 +118,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["code"] == status
-    assert "secret" not in response.text
+    assert ("retry-after" in response.headers) == (status == 503)
     return error
 
 
@@ -102,6 +132,7 @@ async def test_completion_has_openais_shape(client: Client) -> None:
     assert body == {
         "object": "text_completion",
         "model": "sql",
+        "system_fingerprint": digest_of("sql"),
         "choices": [
             {
                 "index": 0,
@@ -111,7 +142,12 @@ async def test_completion_has_openais_shape(client: Client) -> None:
                 "stop_reason": None,
             }
         ],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 3,
+            "total_tokens": 5,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -120,6 +156,7 @@ async def test_chat_has_openais_shape(client: Client) -> None:
     assert body["id"].startswith("chatcmpl-")
     assert body["object"] == "chat.completion"
     assert body["model"] == "pirate"
+    assert body["system_fingerprint"] == digest_of("pirate")
     (choice,) = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": "pir"}
     assert choice["finish_reason"] == "length"
@@ -129,6 +166,7 @@ async def test_base_serves_its_own_name_and_no_name(client: Client) -> None:
     for more in ({}, {"model": None}, {"model": BASE}):
         body = (await client.complete(**more)).json()
         assert body["model"] == BASE
+        assert body["system_fingerprint"] is None
         assert body["choices"][0]["text"] == "base"
 
 
@@ -136,7 +174,19 @@ async def test_every_prompt_and_choice_is_answered_in_order(client: Client) -> N
     body = (await client.complete(["a", "bc"], model="sql", n=2, echo=True)).json()
     assert [c["index"] for c in body["choices"]] == [0, 1, 2, 3]
     assert [c["text"] for c in body["choices"]] == ["asql", "asql", "bcsql", "bcsql"]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+    assert body["usage"]["prompt_tokens"] == 3
+    assert body["usage"]["completion_tokens"] == 12
+
+
+async def test_cached_tokens_count_once_a_prompt(client: Client) -> None:
+    fields = {"prompt": ["ab", "cde"], "model": "sql", "n": 2}
+    await client.complete(**fields)
+    usage = (await client.complete(**fields)).json()["usage"]
+    assert usage["prompt_tokens"] == 5
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 1 + 2}
+    options = {"include_usage": True}
+    chunks = events(await client.complete(**fields, stream=True, stream_options=options))
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 1 + 2}
 
 
 @pytest.mark.parametrize("prompt", ["ab", ["ab"], [97, 98], [[97, 98]]])
@@ -229,13 +279,49 @@ async def test_completion_takes_16_tokens_by_default(client: Client) -> None:
     assert client.engine.requests[0].params.max_tokens == 16
 
 
-async def test_models_are_listed_without_paths(client: Client) -> None:
-    reply = await client.get("/v1/models")
-    assert "secret" not in reply.text
-    assert [card["id"] for card in reply.json()["data"]] == [BASE, "sql", "pirate"]
-    assert [card["parent"] for card in reply.json()["data"]] == [None, BASE, BASE]
-    for card in reply.json()["data"]:
+@pytest.mark.parametrize("route", ["complete", "chat"])
+@pytest.mark.parametrize(("header", "tenant"), [("x-tenant", "acme"), (None, "")])
+async def test_tenant_is_heard_only_where_its_header_is_set(
+    route: str, header: str | None, tenant: str
+) -> None:
+    async with serving(tenant_header=header) as client:
+        client.headers["X-Tenant"] = "acme"
+        await getattr(client, route)(model="sql", cache_salt="pepper")
+        (request,) = client.engine.requests
+        assert (request.tenant, request.cache_salt) == (tenant, "pepper")
+
+
+async def test_without_salt_and_tenant_they_are_empty() -> None:
+    async with serving(tenant_header="x-tenant") as client:
+        await client.complete(cache_salt=None)
+        (request,) = client.engine.requests
+        assert (request.tenant, request.cache_salt) == ("", "")
+
+
+async def test_models_are_listed(client: Client) -> None:
+    cards = (await client.get("/v1/models")).json()["data"]
+    assert [card["id"] for card in cards] == [BASE, "pirate", "sql"]
+    assert [card["parent"] for card in cards] == [None, BASE, BASE]
+    assert [card["created"] for card in cards[1:]] == [SINCE, SINCE]
+    for card in cards:
         assert (await client.get(f"/v1/models/{card['id']}")).json() == card
+
+
+async def test_mix_of_adapters_is_a_model(client: Client) -> None:
+    mix = "sql:0.7+pirate:0.3"
+    body = (await client.complete(model=mix)).json()
+    assert body["choices"][0]["text"] == mix[:16]
+    assert body["model"] == client.engine.requests[0].adapter == mix
+    assert body["system_fingerprint"] == digest_of(mix)
+    chunks = events(await client.chat(model="sql+pirate:-1", stream=True))
+    assert chunks[-1]["model"] == client.engine.requests[1].adapter == "sql+pirate:-1"
+
+
+async def test_adapter_is_asked_for_before_the_engine_takes_the_request(client: Client) -> None:
+    await client.complete(model="sql")
+    (call,) = [call for call in client.engine.adapters.calls if call.what == "prefetch"]
+    assert call.name == "sql"
+    assert call.thread != "engine"
 
 
 async def test_version_and_health_answer(client: Client) -> None:
@@ -252,6 +338,7 @@ async def test_chat_streams_role_then_text_then_reason(client: Client) -> None:
     assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
     assert len({c["id"] for c in chunks}) == 1
     assert {c["model"] for c in chunks} == {"sql"}
+    assert {c["system_fingerprint"] for c in chunks} == {digest_of("sql")}
     choices = [c["choices"][0] for c in chunks]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
     assert [c["delta"]["content"] for c in choices[1:]] == ["s", "q", "l"]
@@ -306,6 +393,26 @@ async def test_unknown_model_is_404_and_never_the_base(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
+    "mix",
+    ["sql+nobody", "sql:", "sql:x", "sql:0", "sql:nan", "sql:inf+pirate", "sql:1e9", "sql+", "+"]
+    + ["sql+sql", ":1", " sql+pirate", "sql:0.5:0.5", "+".join(f"a{i}" for i in range(9))],
+)
+async def test_what_is_no_mix_is_404(client: Client, mix: str) -> None:
+    for reply in (await client.complete(model=mix), await client.chat(model=mix, stream=True)):
+        error = error_of(reply, 404)
+        assert error["param"] == "model"
+        assert mix in error["message"]
+    assert client.engine.requests == []
+
+
+async def test_mix_of_eight_long_names_is_no_longer_than_a_model_may_be() -> None:
+    names = [f"{i}{'x' * 62}" for i in range(8)]
+    mix = "+".join(f"{name}:-0.0625" for name in names)
+    async with serving(FakeEngine(names)) as client:
+        assert (await client.complete(model=mix)).status_code == 200
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"temprature": 1}, "temprature"),
@@ -329,6 +436,9 @@ async def test_unknown_model_is_404_and_never_the_base(client: Client) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"cache_salt": 1}, "cache_salt"),
+        ({"model": "x" * 1025}, "model"),
     ],
 )
 async def test_completion_refuses_by_field(
@@ -427,51 +537,107 @@ async def test_openapi_promises_no_422(client: Client) -> None:
 # --- the engine's troubles -------------------------------------------------------------------
 
 
-async def test_failed_choice_is_500_or_an_error_event(client: Client) -> None:
-    error = error_of(await client.complete(["good", "poison"]), 500)
-    assert error["message"] == "non-finite logits"
-    *_, last = events(await client.complete("poison", stream=True))
-    assert last["error"]["code"] == 500
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "status", "message"),
+    [("poison", 500, "non-finite logits"), ("absent", 503, "adapter 'sql' cannot be used now")],
+)
+async def test_request_that_fails_at_once_has_an_errors_status(
+    client: Client, prompt: str, status: int, message: str, stream: bool
+) -> None:
+    reply = await client.complete(prompt, model="sql", n=2, stream=stream)
+    assert error_of(reply, status)["message"] == message
+    await until(lambda: client.engine.num_leases == 0)
+    assert client.worker.idle
     assert (await client.complete()).status_code == 200
 
 
-async def test_engine_death_ends_every_request_and_closes_shop(client: Client) -> None:
-    died = asyncio.Event()
-    client.worker.on_death = died.set
-    waiting = [
-        asyncio.create_task(client.complete(**ENDLESS)),
-        asyncio.create_task(client.chat(**ENDLESS, stream=True)),
-    ]
-    await until(lambda: client.engine.num_running == 2)
-    client.engine.dies = True
-    whole, stream = await asyncio.gather(*waiting)
-    error_of(whole, 500)
-    assert events(stream)[-1]["error"]["code"] == 500
-    assert "secret" not in stream.text
-    assert died.is_set()
-    assert (await client.get("/health")).status_code == 503
-    late = await client.complete()
-    assert error_of(late, 503)["type"] == "ServiceUnavailableError"
-    assert late.headers["retry-after"]
+@pytest.mark.parametrize("stream", [False, True])
+async def test_failed_prompt_fails_its_siblings(client: Client, stream: bool) -> None:
+    error_of(await client.complete(["poison", "good"], **ENDLESS, stream=stream), 500)
+    await until(lambda: client.engine.present == [])
+    assert client.engine.requests[1].num_sent < len(client.engine.requests[1].answer)
+
+
+async def test_failure_after_the_first_token_is_an_error_event(client: Client) -> None:
+    *chunks, last = events(await client.complete("poison later", model="sql", stream=True))
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["s", "q"]
+    assert last["error"]["code"] == 500
+
+
+async def test_engine_death_ends_every_request_and_closes_shop() -> None:
+    async with serving(FakeEngine(max_num_seqs=2)) as client:
+        died = asyncio.Event()
+        client.worker.on_death = died.set
+        tasks = [
+            asyncio.create_task(client.complete(**ENDLESS)),
+            asyncio.create_task(client.chat(**ENDLESS, stream=True)),
+        ]
+        await until(lambda: client.engine.num_running == 2)
+        tasks.append(asyncio.create_task(client.chat(**ENDLESS, stream=True)))
+        await until(lambda: client.engine.num_waiting == 1)
+        client.engine.dies = True
+        whole, stream, not_begun = await asyncio.gather(*tasks)
+        error_of(whole, 500)
+        assert events(stream)[-1]["error"]["code"] == 500
+        error_of(not_begun, 500)
+        assert died.is_set()
+        assert (await client.get("/health")).status_code == 503
+        assert error_of(await client.complete(), 503)["type"] == "ServiceUnavailableError"
 
 
 async def test_full_queue_is_503_and_free_places_are_used() -> None:
-    async with serving(FakeEngine(max_num_seqs=2), max_waiting=1) as client:
-        tasks = [asyncio.create_task(client.complete(**ENDLESS)) for _ in range(3)]
-        await until(lambda: client.engine.num_waiting == 1)
-        refused = await client.complete()
-        assert error_of(refused, 503)["type"] == "ServiceUnavailableError"
-        assert refused.headers["retry-after"] == "1"
-        tasks[0].cancel()
-        await until(lambda: client.worker.idle or client.engine.num_waiting == 0)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async with serving(FakeEngine(max_num_seqs=2), max_waiting=1) as client, busy(client, 2):
+        async with busy(client, 1):
+            for stream in (False, True):
+                refused = await client.complete(stream=stream)
+                assert error_of(refused, 503)["type"] == "ServiceUnavailableError"
+        await until(lambda: client.engine.num_waiting == 0)
+        async with busy(client, 1):
+            assert client.engine.num_waiting == 1
+
+
+async def test_full_queue_takes_adapters_below_their_share() -> None:
+    engine = FakeEngine(("sql", "pirate", "json"), max_num_seqs=1)
+    async with serving(engine, max_waiting=2) as client, AsyncExitStack() as stack:
+        await stack.enter_async_context(busy(client, 3, model="sql"))
+        error_of(await client.complete(model="sql"), 503)
+        for model in ("pirate", "json"):
+            await stack.enter_async_context(busy(client, model=model))
+        for model in ("pirate", None):  # twice as many as may wait
+            error_of(await client.complete(model=model), 503)
+
+
+async def test_full_queue_takes_tenants_below_their_share() -> None:
+    engine = FakeEngine(max_num_seqs=1)
+    async with serving(engine, max_waiting=2, tenant_header="x-tenant") as client:
+        client.headers["x-tenant"] = "loud"
+        async with busy(client, 3, model="sql"):
+            error_of(await client.complete(model="pirate"), 503)
+            client.headers["x-tenant"] = "quiet"
+            async with busy(client, model="sql"):
+                assert [request.tenant for request in engine.requests[3:]] == ["quiet"]
+
+
+async def test_idle_engine_does_what_an_adapter_change_needs() -> None:
+    async with serving(allow_runtime_adapters=True) as client:
+        await client.complete()
+        await client.post("/v1/adapters/merge", json={"mode": "sql"})
+        await until(lambda: client.engine.adapters.merged == "sql")
+        await client.post("/v1/adapters/merge", json={"mode": "never"})
+        await until(lambda: client.engine.adapters.merged is None)
+
+
+async def test_engine_does_at_once_what_was_asked_for_before_it_was_served() -> None:
+    engine = FakeEngine()
+    engine.adapters.set_merge_mode("sql")
+    async with serving(engine):
+        await until(lambda: engine.adapters.merged == "sql")
 
 
 async def test_idle_engine_thread_sleeps(client: Client) -> None:
     await client.complete()
-    await until(lambda: not client.engine.num_running)
+    await until(lambda: not client.engine.has_unfinished)
     num_polls = client.engine.num_polls
     await asyncio.sleep(0.1)
     assert client.engine.num_polls <= num_polls + 1
@@ -480,13 +646,13 @@ async def test_idle_engine_thread_sleeps(client: Client) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("place", ["running", "waiting"])
 async def test_disconnect_aborts(place: str, stream: bool) -> None:
-    async with serving(FakeEngine(max_num_seqs=1)) as client:
+    async with serving(FakeEngine(max_num_seqs=1)) as client, AsyncExitStack() as stack:
         engine = client.engine
-        if place == "waiting":
-            blocker = asyncio.create_task(client.complete(**ENDLESS))
-            await until(lambda: engine.num_running)
+        if place == "waiting":  # for its first token
+            await stack.enter_async_context(busy(client))
         leave = asyncio.Event()
-        body = json.dumps({"prompt": "hi", "n": 2, **ENDLESS, "stream": stream}).encode()
+        fields = {"prompt": "hi", "model": "sql", "n": 2, "stream": stream, **ENDLESS}
+        body = json.dumps(fields).encode()
         messages = [{"type": "http.request", "body": body}]
 
         async def receive() -> dict[str, Any]:
@@ -508,99 +674,351 @@ async def test_disconnect_aborts(place: str, stream: bool) -> None:
         }
         app = client._transport.app  # type: ignore[attr-defined]
         request = asyncio.create_task(app(scope, receive, send))
-        others = 1 if place == "waiting" else 0
-        await until(lambda: engine.num_running + engine.num_waiting == 2 + others)
+        await until(lambda: engine.num_leases == 2)
         leave.set()
         await request
-        await until(lambda: engine.num_running + engine.num_waiting == others)
-        if place == "waiting":
-            blocker.cancel()
-            await asyncio.gather(blocker, return_exceptions=True)
+        await until(lambda: engine.num_leases == 0)
+        assert [sequence.adapter for sequence in engine.present] == [None] * (place == "waiting")
+        await stack.aclose()
+        await until(lambda: client.worker.idle)
 
 
 async def test_refused_prompt_takes_its_siblings_with_it(client: Client) -> None:
     error_of(await client.complete(["fine", "x" * 101], **ENDLESS), 400)
-    await until(lambda: client.engine.num_running + client.engine.num_waiting == 0)
+    assert client.engine.requests == []
+    assert client.worker.idle
 
 
 # --- adapters at run time --------------------------------------------------------------------
 
+CHANGES = [
+    ("/v1/load_lora_adapter", {"lora_name": "fr", "lora_path": "new"}),
+    ("/v1/unload_lora_adapter", {"lora_name": "sql"}),
+    ("/v1/adapters/rescan", {}),
+    ("/v1/adapters/merge", {"mode": "sql"}),
+    ("/v1/adapters/sql/pin", {}),
+    ("/v1/adapters/sql/unpin", {}),
+]
+FROM_FILES = {"/v1/load_lora_adapter", "/v1/adapters/rescan"}
+
+
+def write(folder: Path, content: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(content)
+
 
 @asynccontextmanager
-async def serving_adapters(root: Path) -> AsyncIterator[Client]:
-    for name, content in [("new", "good"), ("broken", "bad"), ("crash", "crash")]:
-        (root / "adapters" / name).mkdir(parents=True)
-        (root / "adapters" / name / CONFIG_FILE).write_text(content)
-    (root / "outside").mkdir()
-    (root / "outside" / CONFIG_FILE).write_text("good")
+async def serving_adapters(
+    tmp_path: Path, engine: FakeEngine | None = None
+) -> AsyncIterator[Client]:
+    """Folders to load from; `slow` is read once `may_read` is set."""
+    root = tmp_path / "secret"
+    for name in ("slow", "bad", "locked", "crash"):
+        write(root / "adapters" / name, name)
+    write(root / "adapters" / "new", "good 1")
+    write(root / "adapters" / "newer", "good 2")
+    write(root / "outside", "good")
     (root / "adapters" / "link").symlink_to(root / "outside")
-    async with serving(adapter_dir=root / "adapters", allow_runtime_adapters=True) as client:
+    adapter_dir = root / "adapters"
+    async with serving(engine, adapter_dir=adapter_dir, allow_runtime_adapters=True) as client:
         yield client
-
-
-async def load(client: Client, name: str, path: str, **more: Any) -> httpx.Response:
-    body = {"lora_name": name, "lora_path": path, **more}
-    return await client.post("/v1/load_lora_adapter", json=body)
+        client.engine.adapters.may_read.set()
 
 
 async def test_loaded_adapter_serves_until_unloaded(tmp_path: Path) -> None:
     async with serving_adapters(tmp_path) as client:
-        reply = await load(client, "fr", "new")
+        reply = await client.load("fr", "new")
         assert reply.text == "Success: LoRA adapter 'fr' added successfully."
         assert reply.headers["content-type"].startswith("text/plain")
-        assert (await client.complete(model="fr")).json()["choices"][0]["text"] == "fr"
+        body = (await client.complete(model="fr")).json()
+        assert body["choices"][0]["text"] == "fr"
+        assert body["system_fingerprint"] == digest_of("good 1")
         assert "fr" in (await client.get("/v1/models")).text
-        assert not {"engine", threading.main_thread().name} & set(client.engine.readers)
 
-        gone = await client.post("/v1/unload_lora_adapter", json={"lora_name": "fr"})
+        gone = await client.unload("fr")
         assert gone.text == "Success: LoRA adapter 'fr' removed successfully."
         error_of(await client.complete(model="fr"), 404)
-        again = await client.post("/v1/unload_lora_adapter", json={"lora_name": "fr"})
-        error_of(again, 404)
+        assert "fr" not in (await client.get("/v1/models")).text
 
 
-async def test_taken_name_needs_load_inplace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["load", "unload", "rescan", "describe"])
+async def test_what_takes_long_is_done_off_engine_and_event_loop(tmp_path: Path, what: str) -> None:
     async with serving_adapters(tmp_path) as client:
-        assert "load_inplace" in error_of(await load(client, "sql", "new"), 400)["message"]
-        assert (await load(client, "sql", "new", load_inplace=True)).status_code == 200
-        error_of(await load(client, BASE, "new", load_inplace=True), 400)
+        adapters = client.engine.adapters
+        await client.load("fr", "new")
+        await client.unload("fr")
+        await client.post("/v1/adapters/rescan", json={})
+        await client.get("/v1/models")
+        await client.get("/v1/adapters")
+        assert adapters.threads_of(what)
+        assert not adapters.threads_of(what) & {"engine", threading.current_thread().name}
+
+
+async def test_name_of_another_file_is_409_without_load_inplace(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client:
+        assert (await client.load("fr", "new")).status_code == 200
+        error = error_of(await client.load("fr", "newer"), 409)
+        assert (error["type"], error["param"]) == ("ConflictError", "lora_name")
+        assert "load_inplace" in error["message"]
+        assert client.engine.adapters.versions["fr"].digest == digest_of("good 1")
+        assert (await client.load("fr", "newer", load_inplace=True)).status_code == 200
+        assert client.engine.adapters.versions["fr"].digest == digest_of("good 2")
+
+
+async def test_same_file_again_is_200(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client:
+        for more in ({}, {}, {"load_inplace": True}):
+            assert (await client.load("fr", "new", **more)).status_code == 200
+
+
+async def test_running_stream_keeps_its_version_while_new_requests_get_the_next(
+    tmp_path: Path,
+) -> None:
+    async with serving_adapters(tmp_path) as client:
+        await client.load("fr", "new")
+        fields = {"model": "fr", "ignore_eos": True, "max_tokens": 300}
+        stream = asyncio.create_task(client.complete(**fields, stream=True))
+        await until(lambda: client.engine.num_running)
+        await client.load("fr", "newer", load_inplace=True)
+        body = (await client.complete(model="fr")).json()
+        assert not stream.done()
+        assert body["system_fingerprint"] == digest_of("good 2")
+        chunks = events(await stream)
+        assert {chunk["system_fingerprint"] for chunk in chunks} == {digest_of("good 1")}
+
+
+async def test_adapter_in_use_is_409_with_the_count_and_served_as_before(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client, busy(client, 2, model="sql"):
+        error = error_of(await client.unload("sql", timeout_s=0.02), 409)
+        assert error["type"] == "ConflictError"
+        assert "in use by 2 requests" in error["message"]
+        assert (await client.complete(model="sql")).status_code == 200
+
+
+async def test_unload_waits_for_running_requests_and_lets_no_new_ones_in(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client:
+        async with busy(client, model="sql"):
+            unload = asyncio.create_task(client.unload("sql"))
+            await until(lambda: client.engine.adapters.versions["sql"].state == "draining")
+            error_of(await client.complete(model="sql"), 404)
+            error_of(await client.complete(model="sql+pirate"), 404)
+            assert "sql" not in (await client.get("/v1/models")).text
+            _, info = (await client.get("/v1/adapters")).json()["data"]
+            assert (info["name"], info["state"], info["num_leases"]) == ("sql", "draining", 1)
+            assert not unload.done()
+        assert (await unload).status_code == 200
+        assert [info["name"] for info in (await client.get("/v1/adapters")).json()["data"]] == [
+            "pirate"
+        ]
+
+
+async def test_unload_with_abort_ends_running_requests(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client, busy(client, model="pirate"):
+        whole = asyncio.create_task(client.complete(model="sql", **ENDLESS))
+        stream = asyncio.create_task(client.complete(model="sql", **ENDLESS, stream=True))
+        await until(lambda: client.engine.num_running == 3)
+        assert (await client.unload("sql", timeout_s=0, abort=True)).status_code == 200
+        assert "its adapter is unloaded" in error_of(await whole, 503)["message"]
+        assert events(await stream)[-1]["error"]["code"] == 503
+        assert [sequence.adapter for sequence in client.engine.present] == ["pirate"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"timeout_s": -1}, {"timeout_s": 601}, {"timeout_s": "1"}, {"abort": 1}]
+)
+async def test_unload_refuses_by_field(tmp_path: Path, fields: dict[str, Any]) -> None:
+    async with serving_adapters(tmp_path) as client:
+        assert error_of(await client.unload("sql", **fields), 400)["param"] in fields
+        assert "sql" in client.engine.adapters.versions
+
+
+async def test_slow_load_holds_up_nobody(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client:
+        slow = asyncio.create_task(client.load("fr", "slow"))
+        await until(lambda: client.engine.adapters.threads_of("load"))
+        assert (await client.complete(model="sql")).status_code == 200
+        assert (await client.load("de", "new")).status_code == 200
+        assert (await client.unload("de")).status_code == 200
+        assert "fr" not in (await client.get("/v1/adapters")).text
+        assert not slow.done()
+        client.engine.adapters.may_read.set()
+        assert (await slow).status_code == 200
+
+
+async def test_many_waiting_unloads_hold_up_nobody(tmp_path: Path) -> None:
+    names = [f"a{i}" for i in range(50)]
+    adapters = (engine := FakeEngine(names)).adapters
+    async with serving_adapters(tmp_path, engine) as client:
+        leases = [adapters.acquire(name) for name in names]
+        unloads = [asyncio.create_task(client.unload(name)) for name in names]
+        await until(lambda: all(v.state == "draining" for v in adapters.versions.values()))
+        assert (await client.load("fr", "new")).status_code == 200
+        assert (await client.complete(model="fr")).status_code == 200
+        for lease in leases:
+            adapters.release(lease)
+        assert {reply.status_code for reply in await asyncio.gather(*unloads)} == {200}
+
+
+async def test_adapters_are_described(client: Client) -> None:
+    client.engine.adapters.set_merge_mode("pirate")
+    await until(lambda: client.engine.adapters.merged)
+    async with busy(client, 2, model="sql"):
+        body = (await client.get("/v1/adapters")).json()
+        pirate, sql = body.pop("data")
+        assert body == {
+            "object": "list",
+            "merge_mode": "pirate",
+            "merged": "pirate",
+            "memory": {"device": {"used": 1, "size": 2, "adapters": 2}},
+        }
+        assert sql == {
+            "name": "sql",
+            "digest": digest_of("sql"),
+            "state": "ready",
+            "tier": "disk",
+            "k": 1,
+            "nnz": 7,
+            "size_bytes": 14,
+            "num_leases": 2,
+            "is_pinned": False,
+            "is_merged": False,
+            "since": SINCE,
+        }
+        assert pirate["is_merged"]
+        assert (await client.get("/v1/adapters/pirate")).json() == pirate
+
+
+async def test_unknown_adapter_is_404_whatever_is_asked_of_it(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client:
+        replies = [
+            await client.get("/v1/adapters/nobody"),
+            await client.unload("nobody"),
+            await client.post("/v1/adapters/nobody/pin", json={}),
+            await client.post("/v1/adapters/nobody/unpin", json={}),
+            await client.post("/v1/adapters/merge", json={"mode": "nobody"}),
+        ]
+        for reply in replies:
+            assert "nobody" in error_of(reply, 404)["message"]
+
+
+async def test_pinned_adapter_is_pinned_until_unpinned(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client:
+        info = (await client.post("/v1/adapters/sql/pin", json={})).json()
+        assert info == (await client.get("/v1/adapters/sql")).json()
+        assert (info["is_pinned"], info["tier"]) == (True, "device")
+        refused = await client.post("/v1/adapters/pirate/pin", json={})
+        assert "no room" in error_of(refused, 400)["message"]
+        info = (await client.post("/v1/adapters/sql/unpin", json={})).json()
+        assert not info["is_pinned"]
+
+
+async def test_merge_mode_is_set(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client:
+        for mode in ("auto", "sql", "never"):
+            reply = await client.post("/v1/adapters/merge", json={"mode": mode})
+            assert reply.json()["merge_mode"] == mode
+        for body in ({}, {"mode": 1}, {"mode": "never", "name": "sql"}):
+            error_of(await client.post("/v1/adapters/merge", json=body), 400)
+
+
+async def test_rescan_tells_what_has_changed(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client:
+        client.engine.adapters.directory = folder = tmp_path / "secret" / "adapters"
+        for name in ("slow", "bad", "crash", "link"):
+            shutil.rmtree(folder / name) if name != "link" else (folder / name).unlink()
+        first = (await client.post("/v1/adapters/rescan", json={})).json()
+        assert first["added"] == ["new", "newer"]
+        assert first["failed"].keys() == {"locked"}
+        assert f"locked/{CONFIG_FILE}" in first["failed"]["locked"]  # and not where that is
+
+        write(folder / "new", "good 3")
+        shutil.rmtree(folder / "newer")
+        second = (await client.post("/v1/adapters/rescan", json={})).json()
+        failed = second.pop("failed")
+        assert failed == first["failed"]
+        assert second == {"added": [], "replaced": ["new"], "removed": ["newer"], "unchanged": 0}
+        assert (await client.complete(model="new")).json()["system_fingerprint"] == digest_of(
+            "good 3"
+        )
+        error_of(await client.complete(model="newer"), 404)
+
+
+async def test_rescan_of_a_directory_that_has_gone_is_500_without_its_path(tmp_path: Path) -> None:
+    async with serving_adapters(tmp_path) as client:
+        client.engine.adapters.directory = tmp_path / "secret" / "gone"
+        error_of(await client.post("/v1/adapters/rescan", json={}), 500)
+        assert (await client.complete(model="sql")).status_code == 200
 
 
 async def test_absolute_path_under_adapter_dir_loads(tmp_path: Path) -> None:
     async with serving_adapters(tmp_path) as client:
-        assert (await load(client, "fr", str(tmp_path / "adapters/new"))).status_code == 200
+        path = tmp_path / "secret" / "adapters" / "new"
+        assert (await client.load("fr", str(path))).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["../outside", "link", "/etc", "new/../../outside", "\0", "~"])
 async def test_paths_out_of_adapter_dir_are_refused(tmp_path: Path, path: str) -> None:
     async with serving_adapters(tmp_path) as client:
-        reply = await load(client, "fr", path)
+        reply = await client.load("fr", path)
         assert error_of(reply, 404 if path == "~" else 400)["param"] == "lora_path"
-        assert str(tmp_path) not in reply.text
-        assert "fr" not in client.engine.adapters
+        assert "fr" not in client.engine.adapters.versions
 
 
-async def test_broken_adapter_is_400_with_its_faults(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("bad", 400, "k is 0; values are NaN"),
+        ("absent", 404, "No adapter at lora_path 'absent'"),
+        ("locked", 400, "cannot be read"),
+        ("crash", 500, "the server failed"),
+    ],
+)
+async def test_broken_adapter_is_refused_with_its_faults(
+    tmp_path: Path, path: str, status: int, message: str
+) -> None:
     async with serving_adapters(tmp_path) as client:
-        message = error_of(await load(client, "fr", "broken"), 400)["message"]
-        assert "k is 0; values are NaN" in message
-        reply = await load(client, "fr", "absent")
-        assert error_of(reply, 404)["param"] == "lora_path"
-        assert str(tmp_path) not in reply.text
-        error_of(await load(client, "fr", "crash"), 500)
+        assert message in error_of(await client.load("fr", path), status)["message"]
+        assert "fr" not in client.engine.adapters.versions
         assert (await client.complete()).status_code == 200
 
 
-@pytest.mark.parametrize("name", ["", "../x", ".x", "a b", "a\n", "a" * 64, "é"])
+@pytest.mark.parametrize("name", ["", "../x", ".x", "a b", "a\n", "a" * 64, "é", BASE])
 async def test_adapter_names_are_plain(tmp_path: Path, name: str) -> None:
     async with serving_adapters(tmp_path) as client:
-        assert error_of(await load(client, name, "new"), 400)["param"] == "lora_name"
+        assert error_of(await client.load(name, "new"), 400)["param"] == "lora_name"
 
 
-async def test_runtime_adapters_are_off_by_default(client: Client) -> None:
-    assert "--allow-runtime-adapters" in error_of(await load(client, "fr", "new"), 403)["message"]
-    reply = await client.post("/v1/unload_lora_adapter", json={"lora_name": "sql"})
-    error_of(reply, 403)
+@pytest.mark.parametrize(("route", "body"), CHANGES)
+async def test_changes_are_403_unless_allowed(tmp_path: Path, route: str, body: Any) -> None:
+    async with serving(adapter_dir=tmp_path) as client:
+        error = error_of(await client.post(route, json=body), 403)
+        assert error["type"] == "PermissionDeniedError"
+        assert "--allow-runtime-adapters" in error["message"]
+        assert client.engine.adapters.calls == []
+        assert client.engine.adapters.merge_mode == "never"
+
+
+@pytest.mark.parametrize(("route", "body"), CHANGES)
+async def test_files_need_an_adapter_dir_and_nothing_else_does(route: str, body: Any) -> None:
+    async with serving(allow_runtime_adapters=True) as client:
+        reply = await client.post(route, json=body)
+        if route in FROM_FILES:
+            assert "--adapter-dir" in error_of(reply, 403)["message"]
+        else:
+            assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize(("route", "body"), CHANGES)
+async def test_web_page_of_another_origin_changes_nothing(
+    tmp_path: Path, route: str, body: Any
+) -> None:
+    async with serving_adapters(tmp_path) as client:
+        content = json.dumps(body).encode()
+        for headers in ({}, {"content-type": "text/plain"}):
+            reply = await client.post(route, content=content, headers=headers)
+            assert "application/json" in error_of(reply, 400)["message"]
+        assert client.engine.adapters.calls == []
+        assert client.engine.adapters.merge_mode == "never"
 
 
 # --- stopping --------------------------------------------------------------------------------
@@ -613,8 +1031,17 @@ async def test_drain_finishes_the_running_and_refuses_the_new(client: Client) ->
     await asyncio.sleep(0)
     assert (await client.get("/health")).status_code == 503
     error_of(await client.complete(), 503)
+    assert (await client.get("/v1/adapters")).status_code == 200
     assert len((await running).json()["choices"][0]["text"]) == 200
     await asyncio.wait_for(drain, 1)
+
+
+@pytest.mark.parametrize(("route", "body"), CHANGES)
+async def test_draining_server_changes_no_adapters(tmp_path: Path, route: str, body: Any) -> None:
+    async with serving_adapters(tmp_path) as client:
+        await client.worker.drain(timeout_s=0)
+        error_of(await client.post(route, json=body), 503)
+        assert client.engine.adapters.calls == []
 
 
 async def test_drain_aborts_what_takes_too_long(client: Client) -> None:
@@ -629,7 +1056,12 @@ async def test_drain_aborts_what_takes_too_long(client: Client) -> None:
 # --- a real socket ---------------------------------------------------------------------------
 
 
-def serve_while(engine: FakeEngine, visit: Callable[[str], None], **config: Any) -> int:
+def serve_while(
+    engine: FakeEngine,
+    visit: Callable[[str], None],
+    notify: Callable[[str], None] = lambda message: None,
+    **config: Any,
+) -> int:
     """serve()'s exit code; `visit` gets the URL in a thread, SIGTERM follows unless it came."""
     failures: list[BaseException] = []
     threads = []
@@ -647,7 +1079,7 @@ def serve_while(engine: FakeEngine, visit: Callable[[str], None], **config: Any)
 
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for one that comes late
     try:
-        code = serve(engine, ServerConfig(port=0, **config), on_ready)
+        code = serve(engine, ServerConfig(port=0, **config), on_ready, notify)
         threads[0].join()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -676,7 +1108,7 @@ def test_openai_client_streams_two_adapters_at_once() -> None:
 
     def visit(url: str) -> None:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            assert [m.id for m in client.models.list()] == [BASE, "sql", "pirate"]
+            assert [m.id for m in client.models.list()] == [BASE, "pirate", "sql"]
             assert client.models.retrieve(BASE).owned_by == "neuroada-serve"
             with pytest.raises(openai.NotFoundError):
                 client.chat.completions.create(model="nobody", messages=HELLO)
@@ -701,6 +1133,8 @@ def test_openai_client_streams_two_adapters_at_once() -> None:
 
             whole = client.completions.create(model="sql", prompt=["a", "b"], logprobs=1)
             assert [choice.text for choice in whole.choices] == ["sql", "sql"]
+            assert whole.system_fingerprint == digest_of("sql")
+            assert whole.usage.prompt_tokens_details.cached_tokens == 0
 
     assert serve_while(engine, visit) == 0
 
@@ -732,6 +1166,57 @@ def test_engine_death_ends_the_process_with_an_error() -> None:
         wait_for(lambda: not is_listening(url))
 
     assert serve_while(engine, visit) == 70
+
+
+def test_sighup_looks_at_the_adapter_directory_again(tmp_path: Path) -> None:
+    engine, said = FakeEngine(), list[str]()
+
+    def hang_up() -> str:
+        num_said = len(said)
+        os.kill(os.getpid(), signal.SIGHUP)
+        wait_for(lambda: len(said) > num_said)
+        return said[-1]
+
+    def visit(url: str) -> None:
+        assert hang_up() == (
+            "Adapters not looked at again: there is no adapter directory; start with --adapter-dir"
+        )
+        engine.adapters.directory = tmp_path / "adapters"
+        assert hang_up().startswith("Adapters not looked at again: [Errno 2] ")
+        write(tmp_path / "adapters" / "fr", "good")
+        write(tmp_path / "adapters" / "bad", "bad")
+        faults = "not served: adapter 'bad': k is 0; values are NaN"
+        assert hang_up() == f"Adapters looked at again: added fr; {faults}"
+        assert httpx.get(f"{url}/v1/models/fr").status_code == 200
+        shutil.rmtree(tmp_path / "adapters" / "bad")
+        assert hang_up() == "Adapters looked at again: nothing has changed"
+        write(tmp_path / "adapters" / "fr", "good again")
+        assert hang_up() == "Adapters looked at again: replaced fr"
+        shutil.rmtree(tmp_path / "adapters" / "fr")
+        assert hang_up() == "Adapters looked at again: removed fr"
+
+    assert serve_while(engine, visit, said.append) == 0
+
+
+def test_waiting_unload_does_not_keep_a_dead_server_alive() -> None:
+    engine = FakeEngine()
+    engine.adapters.acquire("sql")  # and never given back
+
+    def unload(url: str) -> None:
+        body = {"lora_name": "sql", "timeout_s": 20}
+        with suppress(httpx.HTTPError):  # the server dies
+            httpx.post(f"{url}/v1/unload_lora_adapter", json=body, timeout=20)
+
+    def visit(url: str) -> None:
+        threading.Thread(target=unload, args=(url,), daemon=True).start()
+        wait_for(lambda: engine.adapters.threads_of("unload"))
+        engine.dies = True
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "hi"}).status_code == 500
+        wait_for(lambda: not is_listening(url))
+
+    assert serve_while(engine, visit, allow_runtime_adapters=True) == 70
+    lasting = {thread.name for thread in threading.enumerate() if not thread.daemon}
+    assert not lasting & engine.adapters.threads_of("unload")
 
 
 def test_endless_headers_are_refused() -> None:

@@ -149,9 +149,31 @@ def test_no_room_is_said_at_once_and_ends_when_somebody_lets_go(new_tiers):
     tiers.hold(a)
     tiers.hold(b)
     assert tiers.readiness(c) is Readiness.NO_ROOM
-    assert not tiers.could_fit(c)
     tiers.let_go(b)
-    assert tiers.could_fit(c)
+    assert tiers.settle(c) == [Readiness.READY]
+
+
+def test_room_that_only_pins_and_the_merged_one_leave_is_told(new_tiers):
+    tiers = new_tiers(room=3)
+    a, b, c = (tiers.add(name, new_adapter(i)) for i, name in enumerate("abc"))
+    tiers.settle(a, b)
+    assert tiers.could_fit(c, beside=a)
+    tiers.store.pin("b")
+    assert not tiers.could_fit(c, beside=a)
+    assert tiers.could_fit(c, beside=None)
+
+
+def test_prefetch_takes_nothing_that_others_wait_for(new_tiers, monkeypatch):
+    tiers = new_tiers(room=3)
+    a, b, c = (tiers.add(name, new_adapter(i)) for i, name in enumerate("abc"))
+    tiers.settle(a, b)
+    tiers.hold(a)
+    tiers.hold(b)
+    monkeypatch.setattr(tiers_module, "FRESH_S", 60.0)
+    assert tiers.readiness(c) is Readiness.NO_ROOM
+    tiers.let_go(b)
+    tiers.prefetch(tiers.add("d", new_adapter(3)))
+    assert tiers.tier_of(b) == "device"
     assert tiers.settle(c) == [Readiness.READY]
 
 

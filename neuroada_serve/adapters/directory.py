@@ -70,7 +70,9 @@ class AdapterDirectory:
                     faults[name] = f"{name[:80]!r} is not allowed as an adapter's name"
                     continue
                 headers[name] = self._files.header(folder, self.root)
-            except (AdapterError, OSError) as error:
+            except AdapterError as error:
                 faults[name] = str(error)
+            except OSError as error:
+                faults[name] = f"its files cannot be read: {error.strerror}"
         on_progress(len(names), len(names))
         return Scan(headers, frozenset(unchanged), faults)

@@ -9,6 +9,7 @@ the base's weights at that index can be read between two steps alone.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -32,7 +33,7 @@ from neuroada_serve.errors import AdapterError, AdapterUnavailable, NeuroAdaErro
 logger = logging.getLogger(__name__)
 
 RETRY_S = 1.0  # an adapter that could not be loaded is tried again after so long
-FRESH_S = 0.5  # one that has arrived for a request stays at least so long
+FRESH_S = 0.5  # one that has arrived for a request stays so long before another takes its place
 _LOADERS = 2
 
 
@@ -170,6 +171,8 @@ class AdapterTiers:
         self._reading: WeakSet[AdapterVersion] = WeakSet()  # for `values_at_hand`
         self._read_ahead: WeakKeyDictionary[AdapterVersion, AdapterValues] = WeakKeyDictionary()
         self._needs_compaction = False
+        self._short_of_room_at = -math.inf
+        self._fresh: list[_Place] = []  # arrived for a request since the last `poll`
         self._num_writing = 0
         self._event = threading.Event()  # something has arrived, or failed
         self._loaders: ThreadPoolExecutor | None = None
@@ -246,6 +249,8 @@ class AdapterTiers:
                 return
             place = self._place(version)
             self.metrics.num_hits += place.is_ready
+            if time.monotonic() - self._short_of_room_at < FRESH_S:
+                return  # others wait for what it would take; its turn comes
             starts = self._begin(version, place)
         if starts:
             self._submit(_Load(version, place))
@@ -298,6 +303,10 @@ class AdapterTiers:
         self._event.clear()
         with self._lock:
             waiting, self._waiting = self._waiting, {}
+            for place in self._fresh:
+                if place.stays_until == math.inf:
+                    place.stays_until = time.monotonic() + FRESH_S
+            self._fresh.clear()
         for table, loads in waiting.items():
             ready = self._ready_plane(table, [load.place for load in loads])
             for load in loads:
@@ -347,7 +356,10 @@ class AdapterTiers:
             place.is_wanted = True
             starts = self._begin(version, place)
             if not place.is_coming:
-                return Readiness.FAILED if self._failed_lately(place) else Readiness.NO_ROOM
+                if self._failed_lately(place):
+                    return Readiness.FAILED
+                self._short_of_room_at = time.monotonic()
+                return Readiness.NO_ROOM
         if starts:
             self._submit(_Load(version, place))
         return Readiness.COMING
@@ -358,16 +370,18 @@ class AdapterTiers:
             place = self._places.get(version)
             return place is not None and place.is_ready
 
-    def could_fit(self, version: AdapterVersion) -> bool:
-        """Whether a version would have room if all left that are neither pinned nor held."""
+    def could_fit(self, version: AdapterVersion, beside: AdapterVersion | None) -> bool:
+        """Whether a version would have room if all left but those that are pinned, and `beside`."""
         with self._lock:
-            kept = sum(
-                self._bank.values_bytes(other.nnz)
-                for other, place in self._places.items()
-                if place.is_ready and (other.is_pinned or place.num_holders)
-            )
-            needed = self._bank.values_bytes(version.nnz)
-            return kept + self._bank.index_bytes + needed <= self._bank.size_bytes
+            kept = [v for v in self._places if v.is_pinned or v is beside]
+            residents = [self._places[v].resident for v in kept]
+            planes = {r.plane.number: r.plane.nnz for r in residents if r is not None}
+        indexes = list(planes.values())
+        if version.nnz not in indexes:  # else it may well be on one of these
+            indexes.append(version.nnz)
+        needed = sum(self._bank.values_bytes(v.nnz) for v in (version, *kept))
+        needed += sum(map(self._bank.columns_bytes, indexes))
+        return needed <= self._bank.size_bytes
 
     def error(self, version: AdapterVersion) -> AdapterUnavailable:
         """Why a version has FAILED."""
@@ -507,7 +521,8 @@ class AdapterTiers:
                 self._bank.cancel(place.index_room)
                 place.index_room = None
             if place.is_wanted:
-                place.stays_until = time.monotonic() + FRESH_S
+                place.stays_until = math.inf  # until the engine has had a look, and then some
+                self._fresh.append(place)
             self._idle[version] = None
             self.metrics.num_uploads += 1
 

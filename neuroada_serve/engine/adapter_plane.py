@@ -139,11 +139,15 @@ class AdapterPlane:
         return sorted(map(self._info, self.store.versions), key=lambda info: info.name)
 
     def describe_one(self, name: str) -> AdapterInfo:
-        """
+        """An adapter, or a mix that requests could name.
+
         Raises:
             AdapterNotFoundError
+            AdapterError: it is written like a mix, and is none.
         """
-        return self._info(self.store.get(name))
+        lease = self.store.acquire(name)
+        lease.release()
+        return self._info(lease.version)
 
     def check_model(self, name: str) -> None:
         """Whether requests may name this adapter, or mix, now.
@@ -337,8 +341,10 @@ class AdapterPlane:
                         served = self.store.add(version, self._read, replace=True)
                         replaced += [name] * (served is version)
                     self._scanned[name] = served, header.stamp
-                except (NeuroAdaError, OSError) as error:
+                except NeuroAdaError as error:
                     failed[name] = str(error)
+                except OSError as error:
+                    failed[name] = f"its files cannot be read: {error.strerror}"
             gone = [n for n in known if n not in scan.unchanged and n not in scan.headers]
             gone = [name for name in gone if name not in scan.faults]
             for name in gone:
@@ -461,6 +467,16 @@ class AdapterPlane:
 
     def can_leave(self, version: AdapterVersion) -> bool:
         return not version.is_pinned and version is not self.merged_version
+
+    def make_way(self) -> None:
+        """Nothing can run for want of room: what auto has merged need not stay."""
+        if self._policy is not None and self._merged is not None:
+            self._unmerge()
+
+    def could_fit(self, version: AdapterVersion) -> bool:
+        """Whether there would be room if all left that may."""
+        # What auto has merged may.
+        return self.tiers.could_fit(version, None if self._policy else self.merged_version)
 
     def hold(self, version: AdapterVersion) -> None:
         self.tiers.hold(version)

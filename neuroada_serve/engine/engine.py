@@ -32,6 +32,7 @@ from neuroada_serve.request import FinishReason, Output, SamplingParams, TokenLo
 logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.02  # for an adapter, when nothing else can run
+_CHECK_STEPS = 16  # between looks whether starved sequences could ever run
 _GPU_SHARE = 0.05  # of its memory, for the prefix cache
 _PREFIX_BYTES_CPU = 512 << 20
 
@@ -75,6 +76,7 @@ class Engine:
         )
         self._prefixes: PrefixCache | None = None  # once the size of a token's KV is known
         self._blocks: KVBlocks | None = None
+        self._step = 0
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
 
     @property
@@ -209,6 +211,7 @@ class Engine:
         all other sequences go on. Where nothing can run before an adapter has come, it waits for
         that, for a moment.
         """
+        self._step += 1
         outputs, self._ended = self._ended, []
         for version in self.adapters.poll(self._loads):
             outputs += [
@@ -257,15 +260,16 @@ class Engine:
             error = str(self.adapters.tiers.error(sequence.version))
             outputs.append(self._end_with_error(sequence, error, may_retry=True))
         if schedule.starved and schedule.is_empty:
-            for sequence in schedule.starved:
-                version = sequence.version
-                assert version is not None
-                if not self.adapters.tiers.could_fit(version):
-                    error = (
-                        f"adapter {version.name!r} has no room on the device beside those that are "
-                        "pinned or merged; raise --adapter-memory"
-                    )
-                    outputs.append(self._end_with_error(sequence, error, may_retry=True))
+            self.adapters.make_way()
+        for sequence in schedule.starved if self._step % _CHECK_STEPS == 0 else ():
+            version = sequence.version
+            assert version is not None
+            if not self.adapters.could_fit(version):
+                error = (
+                    f"adapter {version.name!r} has no room on the device beside those that are "
+                    "pinned or merged; raise --adapter-memory"
+                )
+                outputs.append(self._end_with_error(sequence, error, may_retry=True))
         return outputs
 
     def _loads(self) -> Iterable[Load]:

@@ -101,12 +101,13 @@ class FairQueue(Generic[R]):
         if self._num_waiting >= 2 * limit:
             return False
         # By tenants where they are told apart, else by adapters.
-        level = 0 if tenant else 1
+        level, weights = (0, self._tenant_weights) if tenant else (1, self._adapter_weights)
         own: str = (tenant, adapter or "")[level]
         waiting: dict[str, int] = {own: 0}
         for key, queue in self._waiting.items():
             waiting[key[level]] = waiting.get(key[level], 0) + len(queue)
-        return waiting[own] < limit / len(waiting)
+        share = weights.get(own, 1.0) / sum(weights.get(party, 1.0) for party in waiting)
+        return waiting[own] < limit * share
 
     def add(self, request: R) -> None:
         """Queue a request; it is present until `leave`."""

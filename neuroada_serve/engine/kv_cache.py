@@ -136,6 +136,7 @@ class KVBlocks:
         self._tokens = block_tokens
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @torch.inference_mode()
     def keep(self, slot: int, blocks: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (place in the slot, number) out of a slot of the cache."""
         if not blocks:
@@ -151,6 +152,7 @@ class KVBlocks:
                 part = source[slot, :, first * self._tokens : stop * self._tokens]
                 kept[to] = part.view(len(part), -1, self._tokens, part.shape[-1]).transpose(0, 1)
 
+    @torch.inference_mode()
     def restore(self, slot: int, numbers: Sequence[int]) -> None:
         """Copy blocks to the beginning of a slot, which has room for them."""
         for layer, pair in self._cache.layers():

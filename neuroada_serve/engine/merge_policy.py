@@ -21,6 +21,9 @@ HORIZON = 64
 # A switch must save so many times what it costs. It may have to be undone.
 _HYSTERESIS = 4.0
 _SMOOTHING = 0.3
+# A switch counts as at most so many times slower than expected. The first may have compiled or
+# loaded something; taken as it is, nothing would ever pay again, and so nothing correct it.
+_MOST_SLOWER = 4.0
 
 
 class Version(Protocol):
@@ -52,6 +55,7 @@ class MergePolicy:
     def observe_switch(self, num_entries: int, duration_s: float) -> None:
         """A merge or unmerge wrote so many entries in so long: later ones are expected to."""
         measured_ns = 1e9 * duration_s / max(1, num_entries)
+        measured_ns = min(measured_ns, _MOST_SLOWER * self._write_ns)
         self._write_ns += _SMOOTHING * (measured_ns - self._write_ns)
 
     def choose(self, loads: Iterable[Load], merged: Version | None) -> Version | None:
@@ -66,11 +70,12 @@ class MergePolicy:
             tokens[load.version] = tokens.get(load.version, 0) + min(load.num_tokens, HORIZON)
         if not tokens:
             return merged
-        candidates = [None, *(version for version in tokens if version is not None)]
-        now = self._cost_ns(tokens, merged)
-        best = min(candidates, key=lambda candidate: self._cost_ns(tokens, candidate))
-        gain = now - self._cost_ns(tokens, best)
-        return best if gain > _HYSTERESIS * self._switch_ns(merged, best) else merged
+
+        def cost_ns(candidate: Version | None) -> float:
+            switch_ns = 0.0 if candidate is merged else self._switch_ns(merged, candidate)
+            return self._cost_ns(tokens, candidate) + _HYSTERESIS * switch_ns
+
+        return min(dict.fromkeys([merged, None, *tokens]), key=cost_ns)  # of equals the first
 
     def _cost_ns(self, tokens: dict[Version | None, int], merged: Version | None) -> float:
         """Of adding what adapters add to these tokens."""

@@ -74,11 +74,6 @@ class PrefixCache:
         self._touch(keys)
         return new
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._blocks.clear()
-        self._free = list(range(self.num_blocks - 1, -1, -1))
-
     def _touch(self, keys: Sequence[bytes]) -> None:
         # The last first, so that a block is always older than the one before it in its chain, and
         # eviction begins at the ends.

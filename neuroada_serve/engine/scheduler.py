@@ -18,10 +18,13 @@ from neuroada_serve.engine.sequence import Sequence
 
 # Steps that an adapter keeps its place for, at least, while others wait for room (bench/LOG.md).
 TURN_STEPS = 8
-# An adapter that is not there lets so many others go first before its request takes a slot to wait
-# in; and so many of those that wait are looked at, and brought in, ahead of their time.
+# An adapter that is not there lets so many others go first before one of its requests takes a slot
+# to wait in; and so many of those that wait are looked at, and brought in, ahead of their time.
 _MOST_OVERTAKEN = 8
 _LOOK_AHEAD = 8
+# For so many steps, room is kept for the first that needs more than there is; then, as long, it is
+# not: there may never be enough.
+_PATIENCE = 64
 
 
 class Adapters(Protocol):
@@ -120,6 +123,8 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs))  # a heap: low slots are used first
         self._step = 0
         self._turns: dict[Hashable, int] = {}  # version in use -> step in which its turn began
+        self._first_in_need: Sequence | None = None  # in this step, the first that found no room
+        self._need: tuple[Hashable, int] | None = None  # its version, and the step since when
 
     @property
     def has_unfinished(self) -> bool:
@@ -130,6 +135,9 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         self._step += 1
+        if self._first_in_need is None:
+            self._need = None
+        self._first_in_need = None
         states = self._wake_parked()
         states |= self._admit()
         starved = [s for s, state in states.items() if state is Readiness.NO_ROOM]
@@ -202,21 +210,28 @@ class Scheduler:
         for place, head in enumerate([*level, *heads[len(level) :]]):
             if states.get(head) is _FAILED:
                 continue
-            if self._try_hold(head):
-                for other in passed_over:
-                    other.num_overtaken += 1
-                return head
-            if place >= _LOOK_AHEAD or head.version is None:
-                continue
-            states[head] = self._adapters.readiness(head.version)
-            if states[head] is Readiness.READY:  # it came this moment
-                self._hold(head)
-                return head
-            passed_over.append(head)
-            is_due = head.num_overtaken >= _MOST_OVERTAKEN and states[head] is not _FAILED
-            if states[head] is Readiness.NO_ROOM or is_due:
-                return head
+            if not self._try_hold(head):
+                if place >= _LOOK_AHEAD:
+                    continue
+                state = states[head] = self._ask(head)
+                if state is Readiness.READY:  # it came this moment
+                    self._hold(head)
+                elif state is not Readiness.NO_ROOM and not self._is_due(head, state):
+                    passed_over.append(head)
+                    continue
+            for other in passed_over:
+                other.num_overtaken += 1
+            return head
         return None
+
+    def _is_due(self, head: Sequence, state: Readiness) -> bool:
+        """Whether it was passed over so often that it takes a slot before its adapter has come: one
+        of them, so that the adapter is held when it comes."""
+        return (
+            state is Readiness.COMING
+            and head.num_overtaken >= _MOST_OVERTAKEN
+            and not any(s.version is head.version for s in self.running.values())
+        )
 
     # --- adapters ----------------------------------------------------------------------------
 
@@ -224,14 +239,35 @@ class Scheduler:
         """Give parked sequences their adapter back; what stands in the way of the others."""
         states: dict[Sequence, Readiness] = {}
         parked = [s for s in self.running.values() if not s.has_adapter]
-        for sequence in sorted(parked, key=self.waiting.rank):
-            assert sequence.version is not None, "the base is always there"
-            state = self._adapters.readiness(sequence.version)
+        # Those whose adapter is there go first: to ask for another may cost them theirs.
+        for sequence in sorted(parked, key=lambda s: (not self._is_ready(s), self.waiting.rank(s))):
+            state = self._ask(sequence)
             if state is Readiness.READY:
                 self._hold(sequence)
             else:
                 states[sequence] = state
         return states
+
+    def _ask(self, sequence: Sequence) -> Readiness:
+        """Whether its adapter is there; if not, it is asked for. But what others leave is kept for
+        the first who found no room: later claims would take it bit by bit, and a large adapter
+        would wait for ever."""
+        assert sequence.version is not None, "the base is always there"
+        if self._is_kept_from(sequence):
+            return Readiness.COMING
+        state = self._adapters.readiness(sequence.version)
+        if state is Readiness.NO_ROOM and self._first_in_need is None:
+            self._first_in_need = sequence
+            if self._need is None or self._need[0] is not sequence.version:
+                self._need = sequence.version, self._step
+        return state
+
+    def _is_kept_from(self, sequence: Sequence) -> bool:
+        first = self._first_in_need
+        if first is None or self.waiting.rank(sequence) <= self.waiting.rank(first):
+            return False
+        assert self._need is not None
+        return (self._step - self._need[1]) // _PATIENCE % 2 == 0
 
     def _take_turns(self, starved: list[Sequence]) -> None:
         """Let the starved sequence that has had least go on in place of adapters that have had
@@ -249,7 +285,7 @@ class Scheduler:
             in_use, key=lambda version: min(map(self.waiting.rank, in_use[version]))
         )
         assert first.version is not None
-        while least_first and self._adapters.readiness(first.version) is Readiness.NO_ROOM:
+        while self._adapters.readiness(first.version) is Readiness.NO_ROOM and least_first:
             victim = least_first.pop()
             if min(map(self.waiting.rank, in_use[victim])) <= rank:
                 break

@@ -5,7 +5,13 @@ Changes wait for files and for running requests, so each goes to a thread; none 
 a different name.
 """
 
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,7 @@ from fastapi.responses import PlainTextResponse
 
 from neuroada_serve.adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from neuroada_serve.config import ServerConfig
-from neuroada_serve.errors import AdapterNotFoundError, Unavailable
+from neuroada_serve.errors import AdapterConflictError, AdapterNotFoundError, Unavailable
 from neuroada_serve.server.failure import Failure
 from neuroada_serve.server.protocol import (
     LoadAdapterRequest,
@@ -47,10 +53,10 @@ def _add_reading(app: FastAPI, worker: Worker) -> None:
     async def list_adapters() -> dict[str, Any]:
         """Every adapter with its version, state and place, and the memory they have."""
         adapters = worker.adapters
-        found = await anyio.to_thread.run_sync(adapters.describe)
+        found = await anyio.to_thread.run_sync(lambda: list(map(asdict, adapters.describe())))
         return {
             "object": "list",
-            "data": [asdict(info) for info in found],
+            "data": found,
             "merge_mode": adapters.merge_mode,
             "merged": adapters.merged,
             "memory": adapters.memory(),
@@ -93,10 +99,10 @@ def _add_changes(app: FastAPI, worker: Worker, config: ServerConfig) -> None:
     async def unload(request: UnloadAdapterRequest) -> str:
         """Stop serving an adapter and free what it holds, once its requests have finished."""
         name = request.lora_name
+        unload = partial(worker.adapters.unload, name, request.timeout_s, request.abort)
         try:
-            await anyio.to_thread.run_sync(
-                worker.adapters.unload, name, request.timeout_s, request.abort, limiter=waiting
-            )
+            async with waiting:
+                await _in_daemon_thread(unload)
         except AdapterNotFoundError:
             raise Failure(404, f"No adapter named {name[:256]!r} is loaded.", "lora_name") from None
         return f"Success: LoRA adapter '{name}' removed successfully."
@@ -104,7 +110,12 @@ def _add_changes(app: FastAPI, worker: Worker, config: ServerConfig) -> None:
     @app.post("/v1/adapters/rescan", dependencies=from_files)
     async def rescan() -> dict[str, Any]:
         """Look at --adapter-dir again: serve new folders, replace changed ones, drop gone ones."""
-        return asdict(await anyio.to_thread.run_sync(worker.adapters.rescan, limiter=reading))
+        assert root is not None
+        found = asdict(await anyio.to_thread.run_sync(worker.adapters.rescan, limiter=reading))
+        # Where the directory is on this machine is none of a client's business.
+        inside = f"{root}{os.sep}"
+        failed = {name: why.replace(inside, "") for name, why in found["failed"].items()}
+        return found | {"failed": failed}
 
     @app.post("/v1/adapters/merge", dependencies=permission)
     async def merge(request: MergeRequest) -> dict[str, Any]:
@@ -125,6 +136,23 @@ def _add_changes(app: FastAPI, worker: Worker, config: ServerConfig) -> None:
         return asdict(worker.adapters.describe_one(name))
 
 
+async def _in_daemon_thread(run: Callable[[], None]) -> None:
+    """For what may wait long: it does not keep the process alive, as anyio's threads would."""
+    done: Future[None] = Future()
+    done.set_running_or_notify_cancel()
+
+    def main() -> None:
+        try:
+            run()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=main, name="unload", daemon=True).start()
+    await asyncio.wrap_future(done)
+
+
 def _load(worker: Worker, root: Path, request: LoadAdapterRequest) -> None:
     """Load from `lora_path`; failures quote the path as it was sent, never as it is here."""
     lora_path = request.lora_path
@@ -138,6 +166,10 @@ def _load(worker: Worker, root: Path, request: LoadAdapterRequest) -> None:
     try:
         worker.adapters.load(request.lora_name, path, root, request.load_inplace)
         worker.adapters.prefetch(request.lora_name)
+    except AdapterConflictError as error:
+        if request.load_inplace or request.lora_name == worker.base.spec.name:
+            raise
+        raise Failure(409, f"{error}; load_inplace=true replaces it", "lora_name") from None
     except AdapterNotFoundError:
         raise Failure(
             404,

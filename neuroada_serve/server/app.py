@@ -92,8 +92,9 @@ def _add_models(app: FastAPI, worker: Worker) -> None:
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """The base model, and every adapter that can be requested now."""
-        found = [info for info in worker.adapters.describe() if info.state == "ready"]
-        cards = [card(base_name, base_created), *(card(a.name, a.since) for a in found)]
+        found = await anyio.to_thread.run_sync(worker.adapters.describe)
+        ready = (info for info in found if info.state == "ready")
+        cards = [card(base_name, base_created), *(card(a.name, a.since) for a in ready)]
         return {"object": "list", "data": cards}
 
     @app.get("/v1/models/{model:path}")  # a base's name may hold a slash

@@ -24,6 +24,7 @@ from neuroada_serve.errors import RequestError
 from neuroada_serve.request import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
 MAX_LOGIT_BIASES = 1024
+MAX_MODEL_CHARS = 1024  # a mix names up to 8 adapters
 MAX_REPORTED_FAULTS = 10
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class StreamOptions(_Strict):
 class GenerationRequest(_Strict):
     """The fields that completions and chat share."""
 
-    model: Annotated[Text, Field(max_length=256)] | None = None  # None: the base
+    model: Annotated[Text, Field(max_length=MAX_MODEL_CHARS)] | None = None  # None: the base
 
     n: int | None = None
     max_tokens: int | None = None

@@ -113,7 +113,7 @@ class _Server(uvicorn.Server):
     def _rescan(self) -> None:
         try:
             found = self._worker.adapters.rescan()
-        except NeuroAdaError as error:
+        except (NeuroAdaError, OSError) as error:  # the directory may have gone
             self._notify(f"Adapters not looked at again: {error}")
             return
         changes = ("added", found.added), ("replaced", found.replaced), ("removed", found.removed)

@@ -111,4 +111,6 @@ def _check(output: Output) -> None:
     if output.finish_reason is FinishReason.ERROR:
         raise Failure(500, output.error or "the engine could not finish this request")
     if output.finish_reason is FinishReason.ABORT:  # the client is there: it was not its wish
-        raise Unavailable("the server is shutting down")
+        raise Unavailable(
+            "the request was ended: its adapter is unloaded, or the server is shutting down"
+        )

@@ -161,7 +161,7 @@ class Worker:
         # Shared; guarded by the condition, which is notified when the thread may have work.
         self._changed = threading.Condition()
         self._inbox: list[_Command] = []
-        self._woken = False
+        self._woken = True  # what there was to do before it was listened to
         self._closing = False
         self._dead = False
 

@@ -1,0 +1,213 @@
+"""The merge policy: what is worth having in the weights, reckoned by hand."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neuroada_serve.engine.merge_policy import (
+    _HYSTERESIS,
+    CORRECTION,
+    HORIZON,
+    LANE_NS,
+    WRITE_NS,
+    Load,
+    MergePolicy,
+)
+
+DEVICES = ["cpu", "cuda"]
+
+
+@dataclass(eq=False)
+class Version:
+    nnz: int = 1000
+
+
+def loads(*tokens: tuple[Version | None, int]) -> list[Load]:
+    """Of requests that each have HORIZON tokens to come, and the rest."""
+    return [
+        Load(version, min(HORIZON, count - start))
+        for version, count in tokens
+        for start in range(0, count, HORIZON)
+    ]
+
+
+def enough(device: str = "cpu") -> int:
+    """Tokens of one adapter, all alone, that repay its merge."""
+    return int(_HYSTERESIS * WRITE_NS[device] / LANE_NS[device]) + 1
+
+
+def test_nothing_to_come_keeps_what_is_merged():
+    a = Version()
+    assert MergePolicy().choose([], None) is None
+    assert MergePolicy().choose([], a) is a
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_single_adapter_is_merged_once_its_tokens_repay_it(device):
+    a, policy = Version(), MergePolicy(device)
+    assert policy.choose(loads((a, enough(device) - 2)), None) is None
+    assert policy.choose(loads((a, enough(device))), None) is a
+
+
+def test_size_of_a_lone_adapter_does_not_matter():
+    """What it costs to write, its tokens cost to add."""
+    for nnz in (1, 1000, 10**9):
+        a = Version(nnz)
+        assert MergePolicy().choose(loads((a, enough())), None) is a
+        assert MergePolicy().choose(loads((a, enough() - 2)), None) is None
+
+
+@pytest.mark.parametrize("num_tokens", [100, 10_000, 1_000_000])
+def test_nothing_pays_for_a_minority(num_tokens):
+    parties = [Version() for _ in range(5)]
+    load = loads(*((version, num_tokens) for version in parties))
+    assert MergePolicy().choose(load, None) is None
+
+
+def test_majority_is_merged():
+    a, b, c = Version(), Version(), Version()
+    load = loads((a, 2000), (b, 200), (c, 200), (None, 200))
+    assert MergePolicy().choose(load, None) is a
+
+
+def test_base_alone_has_nothing_merged():
+    assert MergePolicy().choose(loads((None, 10_000)), None) is None
+
+
+def test_base_tokens_count_against_merging():
+    """They pay for nothing now, and would for taking it out again."""
+    a = Version()
+    assert MergePolicy().choose(loads((a, 1000)), None) is a
+    assert MergePolicy().choose(loads((a, 1000), (None, 500)), None) is a
+    assert MergePolicy().choose(loads((a, 1000), (None, 1000)), None) is None
+
+
+def test_base_tokens_have_it_taken_out():
+    a = Version()
+    assert MergePolicy().choose(loads((a, 100), (None, 1000)), a) is None
+    assert MergePolicy().choose(loads((None, 1000)), a) is None
+    assert MergePolicy().choose(loads((None, enough() - 2)), a) is a
+
+
+def test_others_alone_have_it_taken_out():
+    a, *others = [Version() for _ in range(4)]
+    assert MergePolicy().choose(loads(*((other, 500) for other in others)), a) is None
+
+
+def test_merged_adapter_stays_while_no_other_gains_enough():
+    a, b = Version(), Version()
+    assert MergePolicy().choose(loads((a, 1000), (b, 1000)), a) is a
+    assert MergePolicy().choose(loads((a, 1000), (b, 1000)), b) is b
+    assert MergePolicy().choose(loads((a, 1000), (b, 1050)), a) is a
+
+
+def test_gain_must_exceed_the_switch_by_hysteresis():
+    """a is in the weights, and only b is wanted: each token saves its own entries and half of a's,
+    and both are written."""
+    a, b = Version(1000), Version(1000)
+    tokens = _HYSTERESIS * WRITE_NS["cpu"] * 2000 / (LANE_NS["cpu"] * 1000 * (1 + CORRECTION))
+    assert MergePolicy().choose(loads((b, int(tokens))), a) is a
+    assert MergePolicy().choose(loads((b, int(tokens) + 1)), a) is b
+
+
+def test_smaller_switch_that_pays_is_not_given_up_for_a_larger_that_does_not():
+    """Merging b would save most, but not enough for two writes; taking a out is enough for one."""
+    a, b = Version(), Version()
+    assert MergePolicy().choose(loads((None, 80), (b, 85)), a) is None
+
+
+def test_entries_count_and_not_tokens_alone():
+    large, small = Version(8000), Version(1000)
+    assert MergePolicy().choose(loads((large, 500), (small, 600)), None) is large
+    assert MergePolicy().choose(loads((large, 500), (None, 600)), None) is None
+    assert MergePolicy().choose(loads((large, 100), (small, 500)), None) is small
+
+
+def test_shifting_load_switches_once():
+    a, b, policy = Version(), Version(), MergePolicy()
+    merged, seen = a, []
+    for share in range(0, 101, 2):
+        merged = policy.choose(loads((a, 1000 - 10 * share), (b, 10 * share)), merged)
+        if not seen or seen[-1] is not merged:
+            seen.append(merged)
+    assert seen == [a, b]
+
+
+def test_load_that_swings_a_little_switches_nothing():
+    a, b, policy = Version(), Version(), MergePolicy()
+    merged = policy.choose(loads((a, 1000)), None)
+    for swing in [0, 30, -30] * 10:
+        merged = policy.choose(loads((a, 500 + swing), (b, 500 - swing)), merged)
+        assert merged is a
+
+
+def test_tokens_beyond_the_horizon_are_not_counted_on():
+    a = Version()
+    assert MergePolicy().choose([Load(a, 10**6)], None) is None
+    assert MergePolicy().choose([Load(a, 10**6)] * 2, None) is a
+
+
+def test_requests_of_one_adapter_are_added_up():
+    a = Version()
+    assert MergePolicy().choose([Load(a, 1)] * enough(), None) is a
+
+
+def test_slow_switches_are_taken_in():
+    a, policy = Version(), MergePolicy()
+    load = loads((a, 3 * enough()))
+    assert policy.choose(load, None) is a
+    for _ in range(10):
+        policy.observe_switch(1000, 1000 * 4 * WRITE_NS["cpu"] * 1e-9)
+    assert policy.choose(load, None) is None
+    assert policy.choose(loads((a, 5 * enough())), None) is a
+
+
+def test_quick_switches_are_taken_in():
+    a, policy = Version(), MergePolicy()
+    load = loads((a, enough() // 2))
+    assert policy.choose(load, None) is None
+    for _ in range(10):
+        policy.observe_switch(2000, 2000 * WRITE_NS["cpu"] / 4 * 1e-9)
+    assert policy.choose(load, None) is a
+
+
+@pytest.mark.parametrize("num_entries", [0, 10, 1000])
+def test_one_slow_switch_does_not_end_all_merging(num_entries):
+    """Where nothing pays any more, nothing would correct the expectation."""
+    a, policy = Version(), MergePolicy()
+    policy.observe_switch(num_entries, 1.0)
+    assert policy.choose(loads((a, 2 * enough())), None) is a
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_choice_is_the_cheapest_with_its_switch(data):
+    versions = [Version(data.draw(st.integers(1, 8)) * 100) for _ in range(4)]
+    load = data.draw(
+        st.lists(st.builds(Load, st.sampled_from([None, *versions]), st.integers(0, 200)))
+    )
+    merged = data.draw(st.sampled_from([None, *versions]))
+    chosen = MergePolicy().choose(load, merged)
+    wanted = {each.version for each in load}
+    assert chosen in (wanted | {None, merged})
+    if load:
+        costs = {c: total_ns(load, merged, c) for c in [merged, None, *wanted]}
+        assert costs[chosen] == pytest.approx(min(costs.values()))
+        assert chosen is merged or costs[chosen] < costs[merged]
+
+
+def total_ns(load: list[Load], merged: Version | None, candidate: Version | None) -> float:
+    """What adding takes with this one in the weights, request by request, and the switch to it."""
+    total = 0.0
+    for each in load:
+        if each.version is not candidate:
+            own = 0 if each.version is None else each.version.nnz
+            out = 0 if candidate is None else candidate.nnz
+            entries = own + (CORRECTION if own else 1) * out
+            total += LANE_NS["cpu"] * min(each.num_tokens, HORIZON) * entries
+    if candidate is not merged:
+        written = sum(version.nnz for version in (merged, candidate) if version is not None)
+        total += _HYSTERESIS * WRITE_NS["cpu"] * written
+    return total
