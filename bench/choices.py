@@ -126,7 +126,8 @@ def new_engine(model: str, **config: Any) -> Engine:
     base = load_base(resolve_model(model))
     indices = magnitude_indices(base, KS)
     most = max(PROMPTS)
-    engine = Engine(base, EngineConfig(max_num_batched_tokens=most, max_num_seqs=16, **config))
+    settings = {"max_num_batched_tokens": most, "max_num_seqs": 16, "prefix_cache_memory": 0}
+    engine = Engine(base, EngineConfig(**settings, **config))
     for k in KS:
         for number in range(max(LANES)):
             engine.adapters.add_resident(

@@ -4,8 +4,9 @@ First the kernels are checked against the reference, replayed decode steps again
 unmerging against the bits it must restore. Then, each beside the floor (bytes that must move over
 the measured copy bandwidth): decode steps by batch, distinct adapters and k; the same steps with a
 batched LoRA r=16; prefill by gather and with the values written into the weights; the swap of a
-merged adapter; and the kernels' tiles. Every part stops at the time limit and says what it left
-out. Needs torch, transformers, triton and rich. Prints tables; the last line is JSON.
+merged adapter; batches drawn from 10,000 adapters on the device; and the kernels' tiles. Every part
+stops at the time limit and says what it left out. Needs torch, transformers, triton and rich.
+Prints tables; the last line is JSON.
 
     python -m bench.gpu [--minutes 8.5] [--out FILE] [--tiny --device cpu]
 
@@ -15,6 +16,7 @@ Not measured: HTTP, sampling other than greedy, other models.
 import argparse
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -85,6 +87,8 @@ class Shape:
     ks: tuple[int, ...] = (1, 8, 20)
     context: int = 1024
     prefill_tokens: int = 4096
+    residents: tuple[int, int] = (64, 10_000)  # adapters on the device, few and many
+    resident_batch: int = 64
     samples: int = 5
     steps: int = 5  # per sample, launched without waiting in between
     copy_bytes: int = 4 << 30
@@ -121,18 +125,22 @@ TINY = Shape(
     ks=(1, 2),
     context=20,
     prefill_tokens=64,
+    residents=(4, 40),
+    resident_batch=4,
     samples=2,
     steps=1,
     copy_bytes=1 << 20,
 )
 
-# name -> (most allowed, numerator, denominator); figures of issue "Speed"
+# name -> (most allowed, numerator, denominator)
 TARGETS: dict[str, tuple[float, str, str]] = {
     "base step at batch 1, of the floor": (1.4, "decode/1/base", "floor/1/base"),
     "64 distinct k=1, of the base step": (1.03, "decode/64/k1/64", "decode/64/base"),
     "256 distinct k=1, of the base step": (1.08, "decode/256/k1/256", "decode/256/base"),
     "64 distinct k=8, of the base step": (1.15, "decode/64/k8/64", "decode/64/base"),
     "prefill k=1, of the base": (1.05, "prefill/k1/1/best", "prefill/base/1"),
+    "batch of 10,000 resident k=1, of one of 64": (1.05, "resident/many", "resident/few"),
+    "swap of the merged adapter k=1, of 1 ms": (1.0, "swap/k1", "one millisecond"),
 }
 
 
@@ -228,25 +236,38 @@ def random_base(shape: Shape, device: torch.device, dtype: torch.dtype) -> BaseM
 
 
 def add_adapters(engine: Engine, ks: Sequence[int], count: int) -> None:
-    """Publish adapters k{k}-0, k{k}-1, ... with random values, made on the device."""
+    """Serve adapters k{k}-0, k{k}-1, ... with random values. The first two of every k come from the
+    host, as any adapter does, and can be merged; the others are made on the device."""
     layers = {name: engine.base.model.get_submodule(name) for name in engine.base.spec.shapes}
-    widest = {name: magnitude_index(layer.weight, max(ks)) for name, layer in layers.items()}
+    widest = {name: magnitude_index(layer.weight, max(ks)).cpu() for name, layer in layers.items()}
     for k in ks:
         index = {name: table[:, :k].contiguous() for name, table in widest.items()}
         targets = tuple(sorted({name.rpartition(".")[2] for name in index}))
         config = AdapterConfig("random", "0" * 64, k, targets)
-        adapter: Adapter | None = None
-        for number in range(count):
-            values = {
-                name: (torch.randn(table.shape, device=table.device) * 0.01).to(engine.base.dtype)
+        for number in range(min(count, 2)):
+            parts = {
+                name: ModuleBypass(table, (torch.randn(table.shape) * 0.01).to(engine.base.dtype))
                 for name, table in index.items()
             }
-            if adapter is None or number < 2:  # the first two are merged, too
-                parts = {name: ModuleBypass(index[name], values[name]) for name in index}
-                adapter = Adapter(config, parts, f"random-k{k}-{number}")
-                values = engine._merger.realise(adapter)
-            resident = engine.adapters.bank.upload(adapter, values)
-            engine._store.publish(AdapterVersion(f"k{k}-{number}", adapter, resident))
+            adapter = Adapter(config, parts, f"random-k{k}-{number}")
+            engine.adapters.add_resident(f"k{k}-{number}", adapter)
+        add_on_device(engine, k, range(2, count))
+
+
+def add_on_device(engine: Engine, k: int, numbers: Sequence[int]) -> None:
+    """Adapters k{k}-{number} like k{k}-0, with values drawn on the device."""
+    plane, bank = engine.adapters, engine.adapters.bank
+    first = plane.store.get(f"k{k}-0")
+    for number in numbers:
+        name = f"k{k}-{number}"
+        version = AdapterVersion(name, f"random-{name}", first.nnz, first.source)
+        extent = bank.reserve(bank.values_bytes(first.nnz))
+        if extent is None:
+            raise MemoryError(f"no room for {name} in {bank.size_bytes} bytes")
+        resident = bank.settle(extent, plane.resident(first).plane)
+        bank.values(resident).normal_(0, 0.01)
+        plane.store.add(version)
+        plane.tiers.adopt(version, resident)
 
 
 @contextmanager
@@ -270,6 +291,7 @@ def new_runner(
         engine.adapters.bank,
         engine._runner._context,
         cache,
+        engine.adapters.resident,
         enforce_eager=enforce_eager,
     )
 
@@ -277,8 +299,13 @@ def new_runner(
 def sequences(
     engine: Engine, names: Sequence[str | None], prompt_tokens: int, vocab: int
 ) -> list[EngineSequence]:
-    """One running sequence per name, random prompt, nothing computed yet."""
+    """One running sequence per name, random prompt, nothing computed yet. They keep no adapter from
+    going: nothing else runs here."""
     tokens = torch.randint(0, vocab, (len(names), prompt_tokens)).tolist()
+    leases = [None if name is None else engine.adapters.store.acquire(name) for name in names]
+    for lease in leases:
+        if lease is not None:
+            lease.release()
     return [
         EngineSequence(
             request_id=str(i),
@@ -287,33 +314,26 @@ def sequences(
             params=GREEDY,
             max_tokens=1 << 20,
             end_token_ids=(),
-            lease=None if name is None else engine._store.acquire(name),
+            lease=lease,
             detokenizer=None,
             slot=i,
         )
-        for i, name in enumerate(names)
+        for i, lease in enumerate(leases)
     ]
-
-
-def merged_version(engine: Engine) -> AdapterVersion | None:
-    return None if engine._merged is None else engine._merged.version
 
 
 def generate(engine: Engine, runner: ModelRunner, names: Sequence[str | None], steps: int) -> Any:
     """Greedy tokens of one prompt per name: a prefill, then decode steps."""
     torch.manual_seed(1)
     running = sequences(engine, names, 7, int(engine.base.model.config.vocab_size))
-    merged = merged_version(engine)
+    merged = engine.adapters.merged_version
     chunks = tuple(Chunk(s, len(s.prompt_token_ids)) for s in running)
-    step = runner.run(Schedule((), tuple(running), (), chunks), merged)
+    step = runner.run(Schedule(tuple(running), (), chunks), merged)
     for _ in range(steps):
         for s, chosen in zip(running, sample(step.logits, step.sequences), strict=True):
             assert chosen is not None
             s.output_token_ids.append(chosen.token_id)
-        step = runner.run(Schedule((), tuple(running), tuple(running), ()), merged)
-    for s in running:
-        if s.lease is not None:
-            s.lease.release()
+        step = runner.run(Schedule(tuple(running), tuple(running), ()), merged)
     return [s.output_token_ids for s in running]
 
 
@@ -412,14 +432,14 @@ def decode_step(
     """A call that runs one decode step of these sequences, always at the same context."""
     context = shape.context
     running = tuple(sequences(engine, names, context - 1, int(shape.model["vocab_size"])))
-    schedule = Schedule((), running, running, ())
+    schedule = Schedule(running, running, ())
     for s in running:
         s.output_token_ids = [1 + s.slot % 50 if s.slot is not None else 0]
 
     def step() -> Any:
         for s in running:
             s.num_computed = context - 1
-        return runner.run(schedule, merged_version(engine))
+        return runner.run(schedule, engine.adapters.merged_version)
 
     return step
 
@@ -542,7 +562,7 @@ def measure_prefill(report: Report, engine: Engine, shape: Shape) -> None:
             names = [None if k_name is None else f"{k_name}-{i}" for i in range(parts)]
             running = tuple(sequences(engine, names, length, int(shape.model["vocab_size"])))
             chunks = tuple(Chunk(s, length) for s in running)
-            calls[name] = (running, Schedule((), running, (), chunks), limit)
+            calls[name] = (running, Schedule(running, (), chunks), limit)
 
         def prefill(name: str, calls: dict[str, Any] = calls) -> None:
             running, schedule, limit = calls[name]
@@ -563,6 +583,27 @@ def measure_prefill(report: Report, engine: Engine, shape: Shape) -> None:
             if known:
                 best = min(known, key=lambda way: report.median(way) or 0.0)
                 report.samples_ms[f"prefill/k{k}/{parts}/best"] = report.samples_ms[best]
+
+
+def measure_residents(report: Report, engine: Engine, shape: Shape, runner: ModelRunner) -> None:
+    """Decode steps whose adapters all differ, drawn anew for every sample from few on the device
+    and from many: what it costs that there are thousands, none of them in a cache."""
+    few, many = shape.residents
+    for name in engine.adapters.names:  # of larger k: their room is wanted
+        if not name.startswith("k1-"):
+            engine.adapters.remove(name)
+    present = sum(name.startswith("k1-") for name in engine.adapters.names)
+    add_on_device(engine, 1, range(present, many))
+    report.facts["adapters resident"] = engine.adapters.tiers.num_resident
+    report.facts["adapter bytes used"] = engine.adapters.tiers.device_bytes[0]
+    draw = random.Random(0)
+    for _ in range(2 * shape.samples):
+        for name, among in (("few", few), ("many", many)):
+            chosen = draw.sample(range(among), shape.resident_batch)
+            step = decode_step(engine, runner, [f"k1-{number}" for number in chosen], shape)
+            step()
+            ms = time_ms(step, report.device, shape.steps)
+            report.samples_ms.setdefault(f"resident/{name}", []).append(ms)
 
 
 def measure_swap(report: Report, engine: Engine, shape: Shape) -> None:
@@ -758,6 +799,17 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def adapter_bytes(shape: Shape) -> int:
+    """Device memory for the adapters of the mixes, or for the many of k=1, whichever is more."""
+    config = AutoConfig.for_model("llama", **shape.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    rows = sum(matrix_shape(module)[0] for module in adaptable_modules(model).values())
+    mixes = max(4, *shape.distinct) * sum(shape.ks)
+    indexes = 2 * sum(shape.ks)  # an index takes what two adapters do
+    return int(1.02 * 2 * rows * (max(mixes, shape.residents[1]) + indexes)) + (1 << 20)
+
+
 def measure(report: Report, shape: Shape) -> None:
     device = report.device
     on_gpu = device.type == "cuda"
@@ -773,12 +825,19 @@ def measure(report: Report, shape: Shape) -> None:
     torch._dynamo.reset()  # a process serves one model: nothing is compiled for two sizes
 
     # 2. Is it fast, in the engine?
+    report.floors_ms["one millisecond"] = 1.0
     bandwidth = copy_bandwidth(device, shape.copy_bytes)
     report.facts["copy_bytes_per_s"] = bandwidth * 1000
     engine: Engine | None = None
     with report.part("build model"), run_tokens(NO_RUNS):
         largest = max(shape.batches)
-        config = EngineConfig(max_num_seqs=largest, max_num_batched_tokens=shape.prefill_tokens)
+        config = EngineConfig(
+            max_num_seqs=largest,
+            max_num_batched_tokens=shape.prefill_tokens,
+            adapter_memory=adapter_bytes(shape),
+            adapter_host_memory=1 << 30,
+            prefix_cache_memory=0,
+        )
         engine = Engine(random_base(shape, device, torch.bfloat16), config)
         add_adapters(engine, shape.ks, max(4, *shape.distinct))
     if engine is None:
@@ -792,6 +851,8 @@ def measure(report: Report, shape: Shape) -> None:
         measure_prefill(report, engine, shape)
     with report.part("swap"):
         measure_swap(report, engine, shape)
+    with report.part("residents"), run_tokens(NO_RUNS):
+        measure_residents(report, engine, shape, runner)
     with report.part("lora"), run_tokens(NO_RUNS):
         measure_lora(report, engine, shape, runner)
 

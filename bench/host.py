@@ -51,7 +51,7 @@ def main() -> None:
 
     base = load_base(resolve_model(args.model))
     indices = magnitude_indices(base, [1])
-    engine = Engine(base, EngineConfig(max_num_seqs=args.batch))
+    engine = Engine(base, EngineConfig(max_num_seqs=args.batch, prefix_cache_memory=0))
     for number in range(args.batch):
         engine.adapters.add_resident(str(number), random_adapter(base.spec, indices[1], number))
     vocab = range(int(base.model.config.get_text_config().vocab_size))

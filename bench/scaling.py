@@ -108,6 +108,7 @@ def main() -> None:
         max_num_seqs=args.max_batch,
         max_num_batched_tokens=max(512, args.max_batch),
         max_model_len=longest + args.steps + 2,
+        prefix_cache_memory=0,
     )
     engine = Engine(base, config)
 

@@ -20,6 +20,7 @@ from neuroada_serve.ops.triton_bypass import (
     add_entries_,
     bypass_add_triton_,
     bypass_tile,
+    put_entries_,
     restore_entries_,
 )
 
@@ -224,6 +225,36 @@ def test_bad_column_writes_nothing(column):
     assert torch.equal(weight, expected)
     restore_entries_(weight, index, saved)
     assert torch.equal(guarded, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_entries_of_many_weights_are_put_in_one_launch(dtype):
+    """As `WeightEntries` has them: places counted from the weight that lies lowest in memory."""
+    memory = torch.randn(4096, device=DEVICE).to(dtype)
+    weights = [memory[100:200], memory[1000:2500], memory[3000:]]
+    before, origin = memory.clone(), weights[1]
+    places = torch.tensor([-900, -801, 0, 7, 1499, 2000, 3095], device=DEVICE)
+    values = torch.randn(len(places), device=DEVICE).to(dtype)
+    put_entries_(origin, places, values)
+    expected = before.clone()
+    expected[places + 1000] = values
+    assert torch.equal(memory, expected)
+    with pytest.raises(ShapeError):
+        put_entries_(origin, places, values[1:])
+    with pytest.raises(ShapeError):
+        put_entries_(origin, places, values.double())
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_slots_may_begin_within_each_other(tile):
+    """As the bank has them: a slot is where an adapter's values begin, in units of a few values."""
+    y, x, index, _ = case(7, 24, 17, 3, torch.float32)
+    memory = torch.randn(2000, device=DEVICE)
+    bypass = memory.as_strided((28, 24, 3), (64, 3, 1), 32)
+    token_slots = TokenSlots((3, NO_SLOT, 27, 3, 0, 11, 4), DEVICE, 4)
+    expected = expect(y, x, index, bypass, token_slots)
+    add_(y, x, index, bypass, token_slots, tile)
+    assert_close(y, expected)
 
 
 def test_entries_of_wrong_shape_are_named():

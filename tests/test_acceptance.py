@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from neuroada_serve import LLM, SamplingParams
+from neuroada_serve import LLM, SamplingParams, load_adapter
 from neuroada_serve.model.export import export_merged
 from neuroada_serve.model.source import resolve_model
 from neuroada_serve.train.data import read_rows
@@ -115,7 +115,7 @@ def test_rotating_merges_leave_the_base_digest():
 @pytest.mark.parametrize("name", ["sql", "json", "triage", "pirate"])
 def test_shipped_adapter_fits_the_demo_and_carries_its_scores(llm, name):
     folder = EXAMPLES / "adapters" / name
-    adapter = llm.engine.read_adapter(folder)
+    adapter = load_adapter(folder, llm.engine.base.spec)
     scores = adapter.config.metadata["scores"]
     assert scores["after"]["exact_match"] > scores["before"]["exact_match"] + 0.5
     assert sum(f.stat().st_size for f in folder.iterdir()) < 6_000_000

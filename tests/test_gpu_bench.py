@@ -29,6 +29,8 @@ def test_tiny_run_measures_every_part(tmp_path, capsys):
     assert all(result["checks"].values())
     for name in ("decode/1/base", "decode/4/k2/4", "prefill/k1/4/gather", "swap/k1", "lora/4/4"):
         assert len(result["samples_ms"][name]) == gpu.TINY.samples, name
+    assert result["facts"]["adapters resident"] == 40
+    assert len(result["samples_ms"]["resident/many"]) == 2 * gpu.TINY.samples
     assert result["floors_ms"]["floor/4/k2/4"] > result["floors_ms"]["floor/4/base"]
 
 
