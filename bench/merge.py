@@ -7,10 +7,12 @@
                weights what it was
     costs      a decode step of 16 requests that differ, with nothing merged, with an adapter merged
                that none of them uses, and on the base with it merged: the constants of
-               engine/merge_policy.py
-    modes      never, one adapter kept merged, and auto, on loads of five adapters of k=8: all
+               engine/merge_policy.py; an engine for each, in turn
+    modes      never, one adapter kept merged, and auto, on loads of five adapters of one k: all
                requests for one (identical), nearly all (skewed), as often each (uniform), and
-               nearly all for one that changes (shifting); 20 requests outstanding at all times
+               nearly all for one that changes (shifting); 20 requests outstanding at all times.
+               Three engines take a step each in turn, and each has the time of its own steps, so
+               that all see the same machine
 
 Writes merge.json and merge.png to --out; the last line of stdout is the JSON. Not measured: a GPU.
 
@@ -48,14 +50,15 @@ from neuroada_serve.request import SamplingParams
 BATCH = 16
 NUM_ROTATING = 64
 PROMPT_LEN, OUTPUT_LEN = 16, 48
-NUM_REQUESTS = 96
+NUM_REQUESTS = 144
 OUTSTANDING = BATCH + 4
-MODE_K = 8
+LARGE_K = 8
+MODE_KS = (8, 20)
 MODE_ADAPTERS = 5
 MODES = ("never", "named", "auto")
 LOADS = ("identical", "skewed", "uniform", "shifting")
 POPULAR = 0.9  # share of the popular adapter in skewed and shifting
-SHIFTS = 4
+SHIFTS = 3
 
 
 def main() -> None:
@@ -68,9 +71,9 @@ def main() -> None:
     console = Console(stderr=True)
     source = resolve_model(args.model)
     base = load_base(source)
-    indices = magnitude_indices(base, [1, MODE_K])
+    indices = magnitude_indices(base, [1, LARGE_K])
     engine = Engine(base, EngineConfig(max_num_seqs=BATCH, prefix_cache_memory=0))
-    for k, count in ((1, NUM_ROTATING), (MODE_K, BATCH + 1)):
+    for k, count in ((1, NUM_ROTATING), (LARGE_K, BATCH + 1)):
         for number in range(count):
             adapter = random_adapter(base.spec, indices[k], number)
             engine.adapters.add_resident(f"k{k}-{number}", adapter)
@@ -83,8 +86,8 @@ def main() -> None:
         "settings": {"model": args.model, "rounds": args.rounds, "rotations": args.rotations},
         "swap": swap(engine, source, args.rounds, console),
         "rotations": rotations(engine, args.rotations, digest, console),
-        "costs": costs(engine, args.rounds, console),
-        "modes": modes(engine, args.rounds, console),
+        "costs": {f"k={k}": costs(source, k, args.rounds, console) for k in MODE_KS},
+        "modes": {f"k={k}": modes(source, k, args.rounds, console) for k in MODE_KS},
     }
     engine.adapters.unmerge()
     assert engine.base_digest() == digest
@@ -108,7 +111,7 @@ def timed_ms(action: Callable[[], object]) -> float:
 def swap(engine: Engine, source: ModelSource, rounds: int, console: Console) -> dict[str, Any]:
     """Times in ms of every round; a swap of ours is the median of eight in a row."""
     peft = peft_model(source)
-    ours: dict[str, list[float]] = {"k1": [], f"k{MODE_K}": []}
+    ours: dict[str, list[float]] = {"k1": [], f"k{LARGE_K}": []}
     theirs: list[float] = []
     with progress_bar(console) as progress:
         task = progress.add_task("swap", total=rounds)
@@ -153,8 +156,8 @@ def rotations(engine: Engine, count: int, digest: str, console: Console) -> dict
     with progress_bar(console) as progress:
         task = progress.add_task("rotations", total=count)
         for number in range(count):
-            k = MODE_K if number % 97 == 0 else 1
-            engine.adapters.merge(f"k{k}-{number % (BATCH if k == MODE_K else NUM_ROTATING)}")
+            k = LARGE_K if number % 97 == 0 else 1
+            engine.adapters.merge(f"k{k}-{number % (BATCH if k == LARGE_K else NUM_ROTATING)}")
             if number % 500 == 0:
                 progress.update(task, completed=number, refresh=True)
     duration_s = time.perf_counter() - started
@@ -174,110 +177,159 @@ def rotations(engine: Engine, count: int, digest: str, console: Console) -> dict
 # --- costs -----------------------------------------------------------------------------------
 
 
-def costs(engine: Engine, rounds: int, console: Console) -> dict[str, Any]:
-    """Median decode steps, and what they say of one entry."""
-    own = [f"k{MODE_K}-{number}" for number in range(BATCH)]
-    other = f"k{MODE_K}-{BATCH}"
+def costs(source: ModelSource, k: int, rounds: int, console: Console) -> dict[str, Any]:
+    """Median decode steps of an engine for each case, a step of each in turn, and what they say of
+    one entry."""
+    own, own_k1 = [f"k{k}-{i}" for i in range(BATCH)], [f"k1-{i}" for i in range(BATCH)]
+    other = f"k{k}-{BATCH}"
     cases: dict[str, tuple[list[str | None], str | None]] = {
         "base": ([None] * BATCH, None),
         "own": (list(own), None),
         "own, another merged": (list(own), other),
-        "own k=1, k=8 merged": ([f"k1-{number}" for number in range(BATCH)], other),
+        "own k=1": (list(own_k1), None),
+        "own k=1, another k merged": (list(own_k1), other),
         "base, another merged": ([None] * BATCH, other),
-        "all merged": ([other] * BATCH, other),
-        "own k=1": ([f"k1-{number}" for number in range(BATCH)], None),
     }
+    engines: dict[str, Engine] = {}
+    for case, (adapters, merged) in cases.items():
+        base = load_base(source)
+        indices = magnitude_indices(base, [1, k])
+        engine = engines[case] = Engine(
+            base, EngineConfig(max_num_seqs=BATCH, prefix_cache_memory=0)
+        )
+        for name in {*adapters, merged} - {None}:
+            assert name is not None
+            kind, _, number = name.partition("-")
+            adapter = random_adapter(base.spec, indices[int(kind[1:])], int(number))
+            engine.adapters.add_resident(name, adapter)
+        if merged is not None:
+            engine.adapters.merge(merged)
     steps: dict[str, list[float]] = {case: [] for case in cases}
     with progress_bar(console) as progress:
-        task = progress.add_task("costs", total=rounds)
+        task = progress.add_task(f"costs, k={k}", total=rounds)
         for number in range(rounds):
-            for case, (adapters, merged) in cases.items():
-                if merged is None:
-                    engine.adapters.unmerge()
-                else:
-                    engine.adapters.merge(merged)
-                steps[case].append(decode_step_ms(engine, adapters))
+            for case, (adapters, _) in cases.items():
+                start_decoding(engines[case], adapters)
+            while all(engine.has_unfinished for engine in engines.values()):
+                for case, engine in engines.items():
+                    steps[case].append(timed_ms(engine.step))
+            for engine in engines.values():
+                while engine.has_unfinished:
+                    engine.step()
             progress.update(task, completed=number + 1, refresh=True)
-    engine.adapters.unmerge()
-    nnz = engine.adapters.store.get(other).nnz
-    entries = BATCH * nnz
+    step_ms = {case: statistics.median(times) for case, times in steps.items()}
+    nnz = engines["own"].adapters.store.get(own[0]).nnz
 
-    def beyond(case: str, less: str) -> float:
-        differences = [a - b for a, b in zip(steps[case], steps[less], strict=True)]
-        return statistics.median(differences)
+    def entry(case: str, less: str) -> float:
+        """ns for one entry of an adapter of this k, of one token."""
+        return 1e6 * (step_ms[case] - step_ms[less]) / (BATCH * nnz)
 
-    lane_ns = 1e6 * beyond("own", "base") / entries
+    lane_ns = entry("own", "base")
     return {
-        "step_ms": {case: statistics.median(times) for case, times in steps.items()},
+        "step_ms": step_ms,
         "lane_ns_per_entry": lane_ns,
-        "correction_beside_own": beyond("own, another merged", "own") / beyond("own", "base"),
-        "correction_beside_other_index": beyond("own k=1, k=8 merged", "own k=1")
-        / beyond("own", "base"),
-        "correction_on_base": beyond("base, another merged", "base") / beyond("own", "base"),
-        "rounds": steps,
+        "same_index_correction": entry("own, another merged", "own") / lane_ns,
+        "other_index_correction": entry("own k=1, another k merged", "own k=1") / lane_ns,
+        "base_correction": entry("base, another merged", "base") / lane_ns,
+        "steps": steps,
     }
 
 
-def decode_step_ms(engine: Engine, adapters: Sequence[str | None], steps: int = 24) -> float:
-    params = SamplingParams(temperature=0, max_tokens=steps + 2, ignore_eos=True)
+def start_decoding(engine: Engine, adapters: Sequence[str | None], steps: int = 40) -> None:
+    """Requests that have all had their first token."""
+    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
     prompts = random_prompts(len(adapters), PROMPT_LEN, range(1000), "costs")
     for i, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
         engine.add_request(f"c{i}", prompt, params, adapter)
-    while any(not o.num_output_tokens for o in engine.step()):
-        pass
-    times = []
-    while engine.has_unfinished:
-        times.append(timed_ms(engine.step))
-    return statistics.median(times)
+    started: set[str] = set()
+    while len(started) < len(adapters):
+        started |= {output.request_id for output in engine.step()}
 
 
 # --- modes -----------------------------------------------------------------------------------
 
 
-def modes(engine: Engine, rounds: int, console: Console) -> dict[str, Any]:
-    """Tokens per second of every mode on every load, round by round; ratios within a round."""
-    rates: dict[str, dict[str, list[float]]] = {
-        load: {mode: [] for mode in MODES} for load in LOADS
-    }
+def modes(source: ModelSource, k: int, rounds: int, console: Console) -> dict[str, Any]:
+    """Tokens per second of every mode on every load; ratios within a round."""
+    engines: dict[str, Engine] = {}
+    for mode in MODES:
+        base = load_base(source)
+        indices = magnitude_indices(base, [k])[k]
+        engines[mode] = Engine(base, EngineConfig(max_num_seqs=BATCH, prefix_cache_memory=0))
+        for number in range(MODE_ADAPTERS):
+            adapter = random_adapter(base.spec, indices, number)
+            engines[mode].adapters.add_resident(f"a{number}", adapter)
+    rates: dict[str, dict[str, list[float]]]
+    rates = {load: {mode: [] for mode in MODES} for load in LOADS}
     switches: dict[str, list[int]] = {load: [] for load in LOADS}
     with progress_bar(console) as progress:
-        task = progress.add_task("modes", total=rounds * len(LOADS) * len(MODES))
+        task = progress.add_task(f"modes, k={k}", total=rounds * len(LOADS))
         for number in range(rounds):
             for load in LOADS:
-                adapters = load_of(load, number)
-                order = list(MODES)
-                random.Random(number).shuffle(order)
-                for mode in order:
+                for mode, engine in engines.items():
                     engine.adapters.unmerge()
-                    engine.adapters.set_merge_mode(adapters_named(0) if mode == "named" else mode)
-                    before = engine.metrics.num_merges + engine.metrics.num_unmerges
-                    rates[load][mode].append(tokens_per_s(engine, adapters))
-                    after = engine.metrics.num_merges + engine.metrics.num_unmerges
-                    if mode == "auto":
-                        switches[load].append(after - before)
-                    progress.update(task, advance=1, refresh=True)
-    engine.adapters.unmerge()
-    report: dict[str, Any] = {}
-    for load in LOADS:
-        by_mode = rates[load]
+                    engine.adapters.set_merge_mode("a0" if mode == "named" else mode)
+                metrics = engines["auto"].metrics
+                before = metrics.num_merges + metrics.num_unmerges
+                for mode, rate in side_by_side(engines, load_of(load, number)).items():
+                    rates[load][mode].append(rate)
+                switches[load].append(metrics.num_merges + metrics.num_unmerges - before)
+                progress.update(task, advance=1, refresh=True)
 
-        def of_auto(other: str, by_mode: dict[str, list[float]] = by_mode) -> float:
-            pairs = zip(by_mode["auto"], by_mode[other], strict=True)
-            return statistics.median(ours / theirs for ours, theirs in pairs)
+    def of_auto(by_mode: dict[str, list[float]], other: str) -> float:
+        pairs = zip(by_mode["auto"], by_mode[other], strict=True)
+        return statistics.median(ours / theirs for ours, theirs in pairs)
 
-        report[load] = {
+    return {
+        load: {
             "tokens_per_s": {mode: statistics.median(found) for mode, found in by_mode.items()},
-            "auto_to_never": of_auto("never"),
-            "auto_to_named": of_auto("named"),
-            "auto_to_better_fixed": min(of_auto("never"), of_auto("named")),
+            "auto_to_never": of_auto(by_mode, "never"),
+            "auto_to_named": of_auto(by_mode, "named"),
+            "auto_to_better_fixed": min(of_auto(by_mode, "never"), of_auto(by_mode, "named")),
             "auto_switches": switches[load],
             "rounds": by_mode,
         }
-    return report
+        for load, by_mode in rates.items()
+    }
 
 
-def adapters_named(number: int) -> str:
-    return f"k{MODE_K}-{number}"
+class ClosedLoop:
+    """An engine that answers a list of requests, a fixed number of them outstanding."""
+
+    def __init__(self, engine: Engine, adapters: Sequence[str]) -> None:
+        self.engine = engine
+        self.num_tokens = self.seconds = 0.0
+        self._adapters = adapters
+        self._prompts = random_prompts(len(adapters), PROMPT_LEN, range(1000), "modes")
+        self._sent = self._ended = 0
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended == len(self._adapters)
+
+    def step(self) -> None:
+        params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
+        started = time.perf_counter()
+        while self._sent < len(self._adapters) and self._sent - self._ended < OUTSTANDING:
+            name, prompt = self._adapters[self._sent], self._prompts[self._sent]
+            self.engine.add_request(f"m{self._sent}", prompt, params, name)
+            self._sent += 1
+        outputs = self.engine.step()
+        self.seconds += time.perf_counter() - started
+        for output in outputs:
+            assert output.error is None, output.error
+            self.num_tokens += len(output.token_ids)
+            self._ended += output.finished
+
+
+def side_by_side(engines: dict[str, Engine], adapters: Sequence[str]) -> dict[str, float]:
+    """Tokens per second of every engine, a step of each in turn."""
+    loops = {mode: ClosedLoop(engine, adapters) for mode, engine in engines.items()}
+    while not all(loop.has_ended for loop in loops.values()):
+        for loop in loops.values():
+            if not loop.has_ended:
+                loop.step()
+    return {mode: loop.num_tokens / loop.seconds for mode, loop in loops.items()}
 
 
 def load_of(load: str, seed: int) -> list[str]:
@@ -290,24 +342,7 @@ def load_of(load: str, seed: int) -> list[str]:
             chosen.append(favourite)
         else:
             chosen.append(draw.randrange(MODE_ADAPTERS))
-    return [adapters_named(number) for number in chosen]
-
-
-def tokens_per_s(engine: Engine, adapters: Sequence[str]) -> float:
-    """All requests, a fixed number of them outstanding at any time."""
-    params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
-    prompts = random_prompts(len(adapters), PROMPT_LEN, range(1000), "modes")
-    sent = ended = num_tokens = 0
-    started = time.perf_counter()
-    while ended < len(adapters):
-        while sent < len(adapters) and sent - ended < OUTSTANDING:
-            engine.add_request(f"m{sent}", prompts[sent], params, adapters[sent])
-            sent += 1
-        for output in engine.step():
-            assert output.error is None, output.error
-            num_tokens += len(output.token_ids)
-            ended += output.finished
-    return num_tokens / (time.perf_counter() - started)
+    return [f"a{number}" for number in chosen]
 
 
 # --- output ----------------------------------------------------------------------------------
@@ -319,12 +354,14 @@ def show(result: dict[str, Any], console: Console) -> None:
         times = result["swap"]["times_faster"][name]
         console.print(f"swap {name}: {ms:.2f} ms; PEFT LoRA r=8 {theirs:.0f} ms: {times:.0f} times")
     console.print("rotations bit-exact:", result["rotations"]["bit_exact"])
-    console.print({k: v for k, v in result["costs"].items() if k != "rounds"})
+    for k, found in result["costs"].items():
+        console.print(k, {name: value for name, value in found.items() if name != "steps"})
     table = Table("load", *MODES, "auto/never", "auto/named", "switches", title="tokens per second")
-    for load, row in result["modes"].items():
-        rates = [f"{row['tokens_per_s'][mode]:.0f}" for mode in MODES]
-        ratios = [f"{row['auto_to_never']:.3f}", f"{row['auto_to_named']:.3f}"]
-        table.add_row(load, *rates, *ratios, str(row["auto_switches"]))
+    for k, loads in result["modes"].items():
+        for load, row in loads.items():
+            rates = [f"{row['tokens_per_s'][mode]:.0f}" for mode in MODES]
+            ratios = [f"{row['auto_to_never']:.3f}", f"{row['auto_to_named']:.3f}"]
+            table.add_row(f"{load}, {k}", *rates, *ratios, str(row["auto_switches"]))
     console.print(table)
 
 
@@ -334,21 +371,23 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    figure, axes = pyplot.subplots(1, 1 + len(MODE_KS), figsize=(15, 3.8), layout="constrained")
+    left = axes[0]
     swap = result["swap"]
-    names = ["ours, k=1", f"ours, k={MODE_K}", "PEFT LoRA r=8"]
+    names = ["ours, k=1", f"ours, k={LARGE_K}", "PEFT LoRA r=8"]
     values = [*swap["ours_ms"].values(), swap["peft_lora_r8_ms"]]
     left.barh(names, values, color=["C0", "C0", "C7"])
     left.set(xscale="log", xlabel="ms to put another adapter into the weights")
     left.bar_label(left.containers[0], fmt="%.2f", padding=3)
     width = 0.27
-    for i, mode in enumerate(MODES):
-        rates = [result["modes"][load]["tokens_per_s"][mode] for load in LOADS]
-        places = [place + i * width for place in range(len(LOADS))]
-        right.bar(places, rates, width, label=mode)
-    right.set_xticks([place + width for place in range(len(LOADS))], LOADS)
-    right.set(ylabel="output tokens/s")
-    right.legend(title="merge mode", loc="lower right")
+    for right, (k, loads) in zip(axes[1:], result["modes"].items(), strict=True):
+        for i, mode in enumerate(MODES):
+            rates = [loads[load]["tokens_per_s"][mode] for load in LOADS]
+            places = [place + i * width for place in range(len(LOADS))]
+            right.bar(places, rates, width, label=mode)
+        right.set_xticks([place + width for place in range(len(LOADS))], LOADS)
+        right.set(ylabel="output tokens/s", title=k)
+        right.legend(title="merge mode", loc="lower right")
     figure.savefig(path, dpi=110)
 
 

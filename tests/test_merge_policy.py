@@ -6,15 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neuroada_serve.engine import merge_policy
 from neuroada_serve.engine.merge_policy import (
     _HYSTERESIS,
-    CORRECTION,
+    BASE_CORRECTION,
     HORIZON,
     LANE_NS,
+    OTHER_INDEX_CORRECTION,
+    SAME_INDEX_CORRECTION,
     WRITE_NS,
     Load,
     MergePolicy,
+    lanes_computed,
 )
+from neuroada_serve.ops import cpu_bypass, cpu_vectors
 
 DEVICES = ["cpu", "cuda"]
 
@@ -33,15 +38,20 @@ def loads(*tokens: tuple[Version | None, int]) -> list[Load]:
     ]
 
 
-def enough(device: str = "cpu") -> int:
+def linear() -> MergePolicy:
+    """Of a device where every token costs what it adds."""
+    return MergePolicy("cuda")
+
+
+def enough(device: str = "cuda") -> int:
     """Tokens of one adapter, all alone, that repay its merge."""
     return int(_HYSTERESIS * WRITE_NS[device] / LANE_NS[device]) + 1
 
 
 def test_nothing_to_come_keeps_what_is_merged():
     a = Version()
-    assert MergePolicy().choose([], None) is None
-    assert MergePolicy().choose([], a) is a
+    assert linear().choose([], None) is None
+    assert linear().choose([], a) is a
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -55,78 +65,83 @@ def test_size_of_a_lone_adapter_does_not_matter():
     """What it costs to write, its tokens cost to add."""
     for nnz in (1, 1000, 10**9):
         a = Version(nnz)
-        assert MergePolicy().choose(loads((a, enough())), None) is a
-        assert MergePolicy().choose(loads((a, enough() - 2)), None) is None
+        assert linear().choose(loads((a, enough())), None) is a
+        assert linear().choose(loads((a, enough() - 2)), None) is None
 
 
 @pytest.mark.parametrize("num_tokens", [100, 10_000, 1_000_000])
 def test_nothing_pays_for_a_minority(num_tokens):
     parties = [Version() for _ in range(5)]
     load = loads(*((version, num_tokens) for version in parties))
-    assert MergePolicy().choose(load, None) is None
+    assert linear().choose(load, None) is None
 
 
 def test_majority_is_merged():
     a, b, c = Version(), Version(), Version()
     load = loads((a, 2000), (b, 200), (c, 200), (None, 200))
-    assert MergePolicy().choose(load, None) is a
+    assert linear().choose(load, None) is a
 
 
 def test_base_alone_has_nothing_merged():
-    assert MergePolicy().choose(loads((None, 10_000)), None) is None
+    assert linear().choose(loads((None, 10_000)), None) is None
 
 
 def test_base_tokens_count_against_merging():
     """They pay for nothing now, and would for taking it out again."""
     a = Version()
-    assert MergePolicy().choose(loads((a, 1000)), None) is a
-    assert MergePolicy().choose(loads((a, 1000), (None, 500)), None) is a
-    assert MergePolicy().choose(loads((a, 1000), (None, 1000)), None) is None
+    assert linear().choose(loads((a, 1000)), None) is a
+    assert linear().choose(loads((a, 1000), (None, 500)), None) is a
+    assert linear().choose(loads((a, 1000), (None, 2000)), None) is None
 
 
 def test_base_tokens_have_it_taken_out():
     a = Version()
-    assert MergePolicy().choose(loads((a, 100), (None, 1000)), a) is None
-    assert MergePolicy().choose(loads((None, 1000)), a) is None
-    assert MergePolicy().choose(loads((None, enough() - 2)), a) is a
+    assert linear().choose(loads((a, 100), (None, 1000)), a) is None
+    assert linear().choose(loads((None, 1000)), a) is None
+    assert linear().choose(loads((None, enough() - 2)), a) is a
 
 
 def test_others_alone_have_it_taken_out():
-    a, *others = [Version() for _ in range(4)]
-    assert MergePolicy().choose(loads(*((other, 500) for other in others)), a) is None
+    a, *others = [Version() for _ in range(9)]
+    assert linear().choose(loads(*((other, 500) for other in others)), a) is None
 
 
 def test_merged_adapter_stays_while_no_other_gains_enough():
     a, b = Version(), Version()
-    assert MergePolicy().choose(loads((a, 1000), (b, 1000)), a) is a
-    assert MergePolicy().choose(loads((a, 1000), (b, 1000)), b) is b
-    assert MergePolicy().choose(loads((a, 1000), (b, 1050)), a) is a
+    assert linear().choose(loads((a, 1000), (b, 1000)), a) is a
+    assert linear().choose(loads((a, 1000), (b, 1000)), b) is b
+    assert linear().choose(loads((a, 1000), (b, 1050)), a) is a
 
 
 def test_gain_must_exceed_the_switch_by_hysteresis():
-    """a is in the weights, and only b is wanted: each token saves its own entries and half of a's,
-    and both are written."""
+    """a is in the weights, and only b is wanted: each token saves its own entries and the taking
+    out of a's, and both are written."""
     a, b = Version(1000), Version(1000)
-    tokens = _HYSTERESIS * WRITE_NS["cpu"] * 2000 / (LANE_NS["cpu"] * 1000 * (1 + CORRECTION))
-    assert MergePolicy().choose(loads((b, int(tokens))), a) is a
-    assert MergePolicy().choose(loads((b, int(tokens) + 1)), a) is b
+    tokens = (
+        _HYSTERESIS
+        * WRITE_NS["cuda"]
+        * 2000
+        / (LANE_NS["cuda"] * 1000 * (1 + SAME_INDEX_CORRECTION))
+    )
+    assert linear().choose(loads((b, int(tokens))), a) is a
+    assert linear().choose(loads((b, int(tokens) + 1)), a) is b
 
 
 def test_smaller_switch_that_pays_is_not_given_up_for_a_larger_that_does_not():
     """Merging b would save most, but not enough for two writes; taking a out is enough for one."""
     a, b = Version(), Version()
-    assert MergePolicy().choose(loads((None, 80), (b, 85)), a) is None
+    assert linear().choose(loads((None, 80), (b, 85)), a) is None
 
 
 def test_entries_count_and_not_tokens_alone():
     large, small = Version(8000), Version(1000)
-    assert MergePolicy().choose(loads((large, 500), (small, 600)), None) is large
-    assert MergePolicy().choose(loads((large, 500), (None, 600)), None) is None
-    assert MergePolicy().choose(loads((large, 100), (small, 500)), None) is small
+    assert linear().choose(loads((large, 500), (small, 600)), None) is large
+    assert linear().choose(loads((large, 500), (None, 1000)), None) is None
+    assert linear().choose(loads((large, 100), (small, 500)), None) is small
 
 
 def test_shifting_load_switches_once():
-    a, b, policy = Version(), Version(), MergePolicy()
+    a, b, policy = Version(), Version(), linear()
     merged, seen = a, []
     for share in range(0, 101, 2):
         merged = policy.choose(loads((a, 1000 - 10 * share), (b, 10 * share)), merged)
@@ -136,7 +151,7 @@ def test_shifting_load_switches_once():
 
 
 def test_load_that_swings_a_little_switches_nothing():
-    a, b, policy = Version(), Version(), MergePolicy()
+    a, b, policy = Version(), Version(), linear()
     merged = policy.choose(loads((a, 1000)), None)
     for swing in [0, 30, -30] * 10:
         merged = policy.choose(loads((a, 500 + swing), (b, 500 - swing)), merged)
@@ -145,38 +160,38 @@ def test_load_that_swings_a_little_switches_nothing():
 
 def test_tokens_beyond_the_horizon_are_not_counted_on():
     a = Version()
-    assert MergePolicy().choose([Load(a, 10**6)], None) is None
-    assert MergePolicy().choose([Load(a, 10**6)] * 2, None) is a
+    assert linear().choose([Load(a, 10**6)], None) is None
+    assert linear().choose([Load(a, 10**6)] * 2, None) is a
 
 
 def test_requests_of_one_adapter_are_added_up():
     a = Version()
-    assert MergePolicy().choose([Load(a, 1)] * enough(), None) is a
+    assert linear().choose([Load(a, 1)] * enough(), None) is a
 
 
 def test_slow_switches_are_taken_in():
-    a, policy = Version(), MergePolicy()
+    a, policy = Version(), linear()
     load = loads((a, 3 * enough()))
     assert policy.choose(load, None) is a
     for _ in range(10):
-        policy.observe_switch(1000, 1000 * 4 * WRITE_NS["cpu"] * 1e-9)
+        policy.observe_switch(1000, 1000 * 4 * WRITE_NS["cuda"] * 1e-9)
     assert policy.choose(load, None) is None
     assert policy.choose(loads((a, 5 * enough())), None) is a
 
 
 def test_quick_switches_are_taken_in():
-    a, policy = Version(), MergePolicy()
+    a, policy = Version(), linear()
     load = loads((a, enough() // 2))
     assert policy.choose(load, None) is None
     for _ in range(10):
-        policy.observe_switch(2000, 2000 * WRITE_NS["cpu"] / 4 * 1e-9)
+        policy.observe_switch(2000, 2000 * WRITE_NS["cuda"] / 4 * 1e-9)
     assert policy.choose(load, None) is a
 
 
 @pytest.mark.parametrize("num_entries", [0, 10, 1000])
 def test_one_slow_switch_does_not_end_all_merging(num_entries):
     """Where nothing pays any more, nothing would correct the expectation."""
-    a, policy = Version(), MergePolicy()
+    a, policy = Version(), linear()
     policy.observe_switch(num_entries, 1.0)
     assert policy.choose(loads((a, 2 * enough())), None) is a
 
@@ -189,10 +204,10 @@ def test_choice_is_the_cheapest_with_its_switch(data):
         st.lists(st.builds(Load, st.sampled_from([None, *versions]), st.integers(0, 200)))
     )
     merged = data.draw(st.sampled_from([None, *versions]))
-    chosen = MergePolicy().choose(load, merged)
+    chosen = linear().choose(load, merged)
     wanted = {each.version for each in load}
     assert chosen in (wanted | {None, merged})
-    if load:
+    if any(each.num_tokens for each in load):
         costs = {c: total_ns(load, merged, c) for c in [merged, None, *wanted]}
         assert costs[chosen] == pytest.approx(min(costs.values()))
         assert chosen is merged or costs[chosen] < costs[merged]
@@ -201,13 +216,50 @@ def test_choice_is_the_cheapest_with_its_switch(data):
 def total_ns(load: list[Load], merged: Version | None, candidate: Version | None) -> float:
     """What adding takes with this one in the weights, request by request, and the switch to it."""
     total = 0.0
+    out = 0 if candidate is None else candidate.nnz
     for each in load:
-        if each.version is not candidate:
-            own = 0 if each.version is None else each.version.nnz
-            out = 0 if candidate is None else candidate.nnz
-            entries = own + (CORRECTION if own else 1) * out
-            total += LANE_NS["cpu"] * min(each.num_tokens, HORIZON) * entries
+        if each.version is candidate:
+            continue
+        if each.version is None:
+            entries = BASE_CORRECTION * out
+        else:
+            own = each.version.nnz
+            share = SAME_INDEX_CORRECTION if own == out else OTHER_INDEX_CORRECTION
+            entries = own + share * out
+        total += LANE_NS["cuda"] * min(each.num_tokens, HORIZON) * entries
     if candidate is not merged:
         written = sum(version.nnz for version in (merged, candidate) if version is not None)
-        total += _HYSTERESIS * WRITE_NS["cpu"] * written
+        total += _HYSTERESIS * WRITE_NS["cuda"] * written
     return total
+
+
+# --- the CPU, which computes 16 tokens side by side --------------------------------------------
+
+
+def test_constants_are_the_kernels():
+    assert merge_policy.LANES == cpu_vectors.LANES
+    assert merge_policy.FEW_LANES == cpu_bypass.FEW_LANES
+
+
+@pytest.mark.parametrize(
+    ("lanes", "computed"),
+    [(0, 0), (1, 1), (2, 2), (4, 16), (12.8, 16), (16, 16), (17, 17), (30, 32)],
+)
+def test_few_tokens_are_computed_alone_and_more_of_them_side_by_side(lanes, computed):
+    assert lanes_computed(lanes) == computed
+
+
+@pytest.mark.parametrize(("num_others", "pays"), [(1, True), (2, True), (5, False), (8, False)])
+def test_merging_pays_where_few_others_are_left(num_others, pays):
+    """With more than three others a whole block is computed, whoever is merged."""
+    a, b = Version(), Version()
+    load = loads((a, HORIZON * (16 - num_others)), (b, HORIZON * num_others))
+    assert MergePolicy("cpu", 16).choose(load, None) is (a if pays else None)
+
+
+def test_waiting_requests_make_no_wider_steps():
+    a, b = Version(), Version()
+    load = loads((a, HORIZON * 90), (b, HORIZON * 10))
+    assert MergePolicy("cpu", 16).choose(load, None) is a
+    mixed = loads((a, HORIZON * 40), (b, HORIZON * 60))
+    assert MergePolicy("cpu", 16).choose(mixed, None) is None

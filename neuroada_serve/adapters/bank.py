@@ -9,7 +9,6 @@ of its own beside that of k=8, whose first column it is: read out of the wider o
 would cost a cache line (bench/LOG.md).
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, groupby
@@ -181,7 +180,8 @@ class AdapterBank:
         self._slot_values = SLOT_BYTES // self._values.element_size()
         self._extents = Extents(num_slots)
         self._held: dict[int, Extent] = {}  # by start
-        self._planes: OrderedDict[IndexTable, Plane] = OrderedDict()  # least recently asked first
+        self._planes: dict[IndexTable, Plane] = {}
+        self._empty: dict[IndexTable, None] = {}  # planes without adapters, and some with
         self._numbers = count()
         self.version = 0  # counts the times that what views show has moved
 
@@ -219,9 +219,12 @@ class AdapterBank:
 
     def drop_empty_plane(self, besides: IndexTable | None = None) -> bool:
         """Give the memory of one index table back that no resident adapter uses; False: none is."""
-        for table, plane in self._planes.items():
-            if not plane.num_slots and not plane.num_coming and table is not besides:
-                del self._planes[table]
+        for table in list(self._empty):
+            plane = self._planes[table]
+            if plane.num_slots:
+                del self._empty[table]
+            elif not plane.num_coming and table is not besides:
+                del self._empty[table], self._planes[table]
                 self._give_back(plane.index)
                 return True
         return False
@@ -246,10 +249,7 @@ class AdapterBank:
 
     def plane(self, table: IndexTable) -> Plane | None:
         """The plane of adapters on this table, if there is one."""
-        plane = self._planes.get(table)
-        if plane is not None:
-            self._planes.move_to_end(table)
-        return plane
+        return self._planes.get(table)
 
     def add_plane(self, table: IndexTable) -> Plane | None:
         """A plane for adapters on this table; None where there is no room for its index."""
@@ -257,6 +257,7 @@ class AdapterBank:
         if index is None:
             return None
         plane = self._planes[table] = Plane(next(self._numbers), table, index)
+        self._empty[table] = None
         self._columns_of(plane).copy_(table.index)
         return plane
 
@@ -299,7 +300,10 @@ class AdapterBank:
 
     def free(self, resident: ResidentAdapter) -> None:
         """Give an adapter's room back; its plane stays, for the next one."""
-        resident.plane.num_slots -= 1
+        plane = resident.plane
+        plane.num_slots -= 1
+        if not plane.num_slots:
+            self._empty[plane.table] = None
         self._give_back(resident.extent)
 
     def views(self, plane: Plane) -> Mapping[str, list[SiteBypass]]:

@@ -175,7 +175,7 @@ class AdapterTiers:
         self._fresh: list[_Place] = []  # arrived for a request since the last `poll`
         self._num_writing = 0
         self._event = threading.Event()  # something has arrived, or failed
-        self._loaders: ThreadPoolExecutor | None = None
+        self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="adapters")
         self._streams = threading.local()
 
     # --- any thread --------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class AdapterTiers:
             if known is not None or version in self._reading:
                 return known
             self._reading.add(version)
-        self._executor().submit(self._run_reading, version)
+        self._loaders.submit(self._run_reading, version)
         return None
 
     def adopt(self, version: AdapterVersion, resident: ResidentAdapter) -> None:
@@ -295,17 +295,10 @@ class AdapterTiers:
         self._event.wait(timeout_s)
 
     def close(self) -> None:
-        """Stop the loader threads."""
-        if self._loaders is not None:
-            self._loaders.shutdown(wait=True, cancel_futures=True)
-            self._loaders = None
+        """Let the loader threads finish what they are at, and end."""
+        self._loaders.shutdown(wait=True, cancel_futures=True)
 
     # --- the engine's thread, between two steps ----------------------------------------------
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `poll` has something to do."""
-        return bool(self._waiting) or self._needs_compaction
 
     def poll(self) -> None:
         """Make the planes that uploads wait for, and close holes where nothing fits for them."""
@@ -456,11 +449,6 @@ class AdapterTiers:
     def _failed_lately(self, place: _Place) -> bool:
         return place.error is not None and time.monotonic() - place.failed_at < RETRY_S
 
-    def _executor(self) -> ThreadPoolExecutor:
-        if self._loaders is None:
-            self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="adapters")
-        return self._loaders
-
     def _run_reading(self, version: AdapterVersion) -> None:
         try:
             values = self.read(version)
@@ -476,7 +464,7 @@ class AdapterTiers:
 
     def _submit(self, load: _Load) -> None:
         try:
-            self._executor().submit(self._run, load)
+            self._loaders.submit(self._run, load)
         except RuntimeError:  # the pool is closed: the process ends
             self._failed(load, AdapterUnavailable("the server is shutting down"))
 
@@ -522,13 +510,13 @@ class AdapterTiers:
             raise
         with self._lock:
             self._num_writing -= 1
+            if place.index_room is not None:  # another had brought the index
+                self._bank.cancel(place.index_room)
+                place.index_room = None
             if self._places.get(version) is not place:
                 self._bank.free(resident)  # it went while it was written
                 return
             place.resident, place.is_coming, place.lacks_index = resident, False, False
-            if place.index_room is not None:  # another had brought the index
-                self._bank.cancel(place.index_room)
-                place.index_room = None
             if place.is_wanted:
                 place.stays_until = math.inf  # until the engine has had a look, and then some
                 self._fresh.append(place)

@@ -89,6 +89,7 @@ class AdapterPlane:
         device = base.device.type
         self._base = base
         self._allow_other_base = config.allow_other_base
+        self._max_num_seqs = config.max_num_seqs
         self._metrics = metrics
         self._wake = wake
         self._merger = WeightMerger(attached.layers)
@@ -111,7 +112,7 @@ class AdapterPlane:
         self._merged: Lease | None = None
         # An adapter may be named never or auto; the setting does not mean it then.
         self._keep_merged = None if config.merge in ("never", "auto") else config.merge
-        self._policy = MergePolicy(device) if config.merge == "auto" else None
+        self._policy: MergePolicy | None = self._new_policy() if config.merge == "auto" else None
         self._to_abort: queue.SimpleQueue[AdapterVersion] = queue.SimpleQueue()
         self._directory: AdapterDirectory | None = None
         self._scanned: dict[str, tuple[AdapterVersion, tuple[int, ...]]] = {}
@@ -295,7 +296,7 @@ class AdapterPlane:
         if mode not in ("never", "auto"):
             self.store.get(mode)
         self._keep_merged = None if mode in ("never", "auto") else mode
-        self._policy = MergePolicy(self._base.device.type) if mode == "auto" else None
+        self._policy = self._new_policy() if mode == "auto" else None
         self._wake()
 
     # --- any thread: the adapter directory ---------------------------------------------------
@@ -489,6 +490,9 @@ class AdapterPlane:
         return self.tiers.resident(version)
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _new_policy(self) -> MergePolicy:
+        return MergePolicy(self._base.device.type, self._max_num_seqs)
 
     def _bring_weights_in_line(self, loads: Callable[[], Iterable[Load]]) -> None:
         """Merge what the mode wants, if all it takes is there."""

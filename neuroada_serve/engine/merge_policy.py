@@ -1,21 +1,27 @@
 """Which adapter is worth having in the weights. Pure Python.
 
 A token costs what its adapter adds: its entries, once. With A merged, tokens of A cost nothing, and
-every other token also takes A out again. So merging pays when one adapter has most of the tokens
-that are still to come, by enough to repay the writing of its entries.
+every other token also takes A out again. So merging pays when nearly all of the tokens that are
+still to come are of one adapter, by enough to repay the writing of its entries.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-# ns per entry. A lane's entry on the CPU is the slope of bench/scaling.py (scaling.json), its
-# correction and the writing are by bench/merge.py (merge.json). Those of CUDA are reckoned from
-# bytes moved, not measured.
-LANE_NS = {"cpu": 0.12, "cuda": 0.001}
+# ns per entry. Those of the CPU are measured by bench/merge.py (merge.json); those of CUDA are
+# reckoned from bytes moved, not measured.
+LANE_NS = {"cpu": 0.11, "cuda": 0.001}
 WRITE_NS = {"cpu": 2.0, "cuda": 0.02}
-# Taking out the merged adapter beside one's own, as a share of an entry of it.
-CORRECTION = 0.5
+# What taking an entry of the merged adapter out costs, as a share of adding one: on the base,
+# beside an adapter of one's own on the same index, and beside one on another.
+BASE_CORRECTION = 0.6
+SAME_INDEX_CORRECTION = 0.4
+OTHER_INDEX_CORRECTION = 0.65
+# The CPU's kernels compute so many tokens side by side, however many of them there are; but so few
+# alone (ops/cpu_bypass.py).
+LANES = 16
+FEW_LANES = 3
 # Tokens of a request that are counted on: it may end before its limit.
 HORIZON = 64
 # A switch must save so many times what it costs. It may have to be undone.
@@ -35,7 +41,7 @@ class Version(Protocol):
 
 @dataclass(frozen=True)
 class Load:
-    """Tokens that are still to come with an adapter, or with the base: None."""
+    """Tokens that are still to come of one request, with an adapter or the base: None."""
 
     version: Version | None
     num_tokens: int
@@ -46,11 +52,14 @@ class MergePolicy:
 
     Args:
         device: "cpu" or "cuda".
+        max_lanes: most requests that run at once.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", max_lanes: int = LANES) -> None:
         self._lane_ns = LANE_NS[device]
         self._write_ns = WRITE_NS[device]
+        self._max_lanes = max_lanes
+        self._computed: Callable[[float], float] = lanes_computed if device == "cpu" else float
 
     def observe_switch(self, num_entries: int, duration_s: float) -> None:
         """A merge or unmerge wrote so many entries in so long: later ones are expected to."""
@@ -62,32 +71,61 @@ class MergePolicy:
         """What to have in the weights from now on.
 
         Args:
-            loads: of all running and waiting sequences.
+            loads: of all running and waiting requests.
             merged: what is there now.
         """
         tokens: dict[Version | None, int] = {}
+        num_requests = 0
         for load in loads:
+            num_requests += 1
             tokens[load.version] = tokens.get(load.version, 0) + min(load.num_tokens, HORIZON)
-        if not tokens:
+        total = sum(tokens.values())
+        if not total:
             return merged
+        num_lanes = min(num_requests, self._max_lanes)
+        lanes = {version: num_lanes * count / total for version, count in tokens.items()}
+        num_steps = total / num_lanes
 
         def cost_ns(candidate: Version | None) -> float:
             switch_ns = 0.0 if candidate is merged else self._switch_ns(merged, candidate)
-            return self._cost_ns(tokens, candidate) + _HYSTERESIS * switch_ns
+            return num_steps * self._step_ns(lanes, candidate) + _HYSTERESIS * switch_ns
 
         return min(dict.fromkeys([merged, None, *tokens]), key=cost_ns)  # of equals the first
 
-    def _cost_ns(self, tokens: dict[Version | None, int], merged: Version | None) -> float:
-        """Of adding what adapters add to these tokens."""
+    def _step_ns(self, lanes: dict[Version | None, float], merged: Version | None) -> float:
+        """What adapters add to a step with so many tokens of each.
+
+        Adapters of as many entries have, as good as always, one index, and are computed together.
+        """
         out = 0 if merged is None else merged.nnz
-        entries = 0.0
-        for version, count in tokens.items():
+        computed: dict[int, float] = {}  # entries -> tokens
+        shares: dict[int, float] = {}  # entries -> what these tokens cost, in tokens
+        for version, count in lanes.items():
+            if version is merged:
+                continue
             if version is None:
-                entries += count * out
-            elif version is not merged:
-                entries += count * (version.nnz + CORRECTION * out)
-        return entries * self._lane_ns
+                own = [(out, BASE_CORRECTION)]
+            elif version.nnz == out:
+                own = [(out, 1 + SAME_INDEX_CORRECTION)]
+            else:
+                own = [(version.nnz, 1.0), (out, OTHER_INDEX_CORRECTION)]
+            for nnz, share in own:
+                computed[nnz] = computed.get(nnz, 0.0) + count
+                shares[nnz] = shares.get(nnz, 0.0) + count * share
+        return self._lane_ns * sum(
+            nnz * shares[nnz] * self._computed(count) / count
+            for nnz, count in computed.items()
+            if count
+        )
 
     def _switch_ns(self, before: Version | None, after: Version | None) -> float:
         """At most: adapters of one index swap with half of it."""
         return self._write_ns * sum(v.nnz for v in (before, after) if v is not None)
+
+
+def lanes_computed(lanes: float) -> float:
+    """What the CPU's kernels compute for so many tokens. A mean that lies about FEW_LANES is on
+    either side of it from step to step."""
+    whole, left = divmod(lanes, LANES)
+    part = min(1.0, max(0.0, (left - FEW_LANES + 1) / 2))
+    return LANES * whole + left + part * (LANES - left)
