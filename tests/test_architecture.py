@@ -24,6 +24,7 @@ FLOORS: list[list[str]] = [
         "adapters.values",
         "adapters.bank",
         "adapters.store",
+        "adapters.host_cache",
         "adapters.tiers",
         "adapters.directory",
         "model.quiet",

@@ -1,5 +1,7 @@
 """The engine on tiny random models of every supported family, against plain transformers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import FAMILIES, plain_generate, plain_merged, random_adapter, save_tiny_model
@@ -13,10 +15,12 @@ from neuroada_serve.engine.merge_policy import MergePolicy
 from neuroada_serve.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
+    DirtyWeightsError,
     ModelError,
     RequestError,
 )
 from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.merge import WeightMerger
 from neuroada_serve.model.source import ModelSource
 from neuroada_serve.request import FinishReason
 
@@ -324,6 +328,61 @@ def test_configured_adapter_stays_merged_through_a_reload(llama):
     tokens = [t for o in run(engine) for t in o.token_ids]
     model = plain_merged(source, adapters["b"])
     assert tokens == plain_generate(model, PROMPTS[0], 12, engine.base.eos_token_ids)
+
+
+def test_merge_that_fails_leaves_its_adapter_served_unmerged(llama, monkeypatch, caplog):
+    source, adapters = llama
+    engine = new_engine(source, adapters)
+    digest, tried = engine.base_digest(), []
+
+    def fail(merger, values, originals):
+        tried.append(values)
+        raise OSError("no memory for it")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(WeightMerger, "merge", fail)
+        engine.adapters.set_merge_mode("a")
+        engine.add_request("r", PROMPTS[0], GREEDY, "a")
+        tokens = [t for o in run(engine) for t in o.token_ids]
+    model = plain_merged(source, adapters["a"])
+    assert tokens == plain_generate(model, PROMPTS[0], 12, engine.base.eos_token_ids)
+    assert len(tried) == 1  # not once a step
+    assert engine.merged is None
+    assert engine.base_digest() == digest
+    assert "adapter a cannot be merged" in caplog.text
+    assert "no memory for it" in caplog.text
+    engine.adapters.set_merge_mode("b")
+    engine.step()
+    assert engine.merged == "b"
+    engine.adapters.unload("a")  # the failed merge has kept no lease
+
+
+def test_weights_that_cannot_be_restored_stop_the_engine(llama, monkeypatch):
+    engine = new_engine(*llama)
+
+    def fail(merger, values, originals):
+        raise DirtyWeightsError("half written")
+
+    monkeypatch.setattr(WeightMerger, "merge", fail)
+    engine.adapters.set_merge_mode("a")
+    with pytest.raises(DirtyWeightsError, match="half written"):
+        engine.step()
+
+
+@pytest.mark.parametrize("mode", ["a", "auto"])
+def test_idle_merged_adapter_is_unloaded_without_a_wait_being_asked_for(llama, mode):
+    """Its lease is the engine's own, who lets go of it between two steps."""
+    engine = new_engine(*llama, merge=mode)
+    engine.adapters.merge("a")
+    engine.adapters.set_merge_mode(mode)
+    with ThreadPoolExecutor() as pool:
+        unloaded = pool.submit(engine.adapters.unload, "a")
+        while not unloaded.done():
+            engine.step()
+        unloaded.result()
+    assert engine.merged is None
+    assert "a" not in engine.adapters.names
+    assert engine.base_digest() == new_engine(llama[0]).base_digest()
 
 
 def test_unsupported_model_is_refused_by_kind(tmp_path):

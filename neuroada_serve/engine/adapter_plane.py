@@ -8,7 +8,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,13 @@ from neuroada_serve.adapters.directory import AdapterDirectory
 from neuroada_serve.adapters.format import Adapter, check_adapter
 from neuroada_serve.adapters.reader import AdapterHeader, AdapterReader
 from neuroada_serve.adapters.readiness import Readiness
-from neuroada_serve.adapters.store import AdapterStore, AdapterVersion, Lease, VersionState
+from neuroada_serve.adapters.store import AdapterStore, AdapterVersion, VersionState
 from neuroada_serve.adapters.tiers import AdapterTiers
-from neuroada_serve.adapters.values import AdapterValues, FlatOrder, ValuesReader
+from neuroada_serve.adapters.values import FlatOrder, ValuesReader
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine.merge_policy import Load, MergePolicy
-from neuroada_serve.errors import AdapterError, AdapterUnavailable, NeuroAdaError, UsageError
+from neuroada_serve.engine.merge_control import MergeControl
+from neuroada_serve.engine.merge_policy import Load
+from neuroada_serve.errors import AdapterError, NeuroAdaError, UsageError
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.bypass_linear import AttachedBypass
 from neuroada_serve.model.loader import BaseModel
@@ -33,6 +33,7 @@ from neuroada_serve.model.merge import WeightMerger
 
 logger = logging.getLogger(__name__)
 
+_UNMERGE_TIMEOUT_S = 2.0
 _GPU_SHARE = 0.1  # of its memory, for adapters
 _DEVICE_BYTES_CPU = 2 << 30
 _HOST_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
@@ -72,7 +73,7 @@ class Rescan:
 
 
 class AdapterPlane:
-    """Owns bank, store, tiers and merger of one engine; the scheduler's `Adapters`.
+    """Owns bank, store, tiers and what is merged of one engine; the scheduler's `Adapters`.
 
     Args:
         wake: told, in any thread, when the engine's thread has something to do.
@@ -89,10 +90,8 @@ class AdapterPlane:
         device = base.device.type
         self._base = base
         self._allow_other_base = config.allow_other_base
-        self._max_num_seqs = config.max_num_seqs
-        self._metrics = metrics
         self._wake = wake
-        self._merger = WeightMerger(attached.layers)
+        merger = WeightMerger(attached.layers)
         self.bank = AdapterBank(base.device, base.dtype, _device_bytes(config, base.device))
         self._files = AdapterReader(base.spec, allow_other_base=config.allow_other_base)
         d_outs = {module: d_out for module, (d_out, _) in base.spec.shapes.items()}
@@ -104,15 +103,21 @@ class AdapterPlane:
             self.bank,
             self._files,
             values,
-            self._merger.originals,
+            merger.originals,
             _HOST_BYTES[device] if host_bytes is None else host_bytes,
             wake,
         )
         self.store = AdapterStore(base.spec.name, self.tiers.forget, wake)
-        self._merged: Lease | None = None
-        # An adapter may be named never or auto; the setting does not mean it then.
-        self._keep_merged = None if config.merge in ("never", "auto") else config.merge
-        self._policy: MergePolicy | None = self._new_policy() if config.merge == "auto" else None
+        self._merging = MergeControl(
+            config.merge,
+            merger,
+            self.bank,
+            self.store,
+            self.tiers,
+            metrics,
+            device,
+            config.max_num_seqs,
+        )
         self._to_abort: queue.SimpleQueue[AdapterVersion] = queue.SimpleQueue()
         self._directory: AdapterDirectory | None = None
         self._scanned: dict[str, tuple[AdapterVersion, tuple[int, ...]]] = {}
@@ -128,12 +133,13 @@ class AdapterPlane:
     @property
     def merged(self) -> str | None:
         """Name of the adapter that is merged into the weights."""
-        return None if self._merged is None else self._merged.version.name
+        version = self.merged_version
+        return None if version is None else version.name
 
     @property
     def merge_mode(self) -> str:
         """never, auto, or the name of the adapter to keep merged."""
-        return "auto" if self._policy is not None else self._keep_merged or "never"
+        return self._merging.mode
 
     def describe(self) -> list[AdapterInfo]:
         """All adapters, in the order of their names."""
@@ -170,7 +176,7 @@ class AdapterPlane:
         }
 
     def _info(self, version: AdapterVersion) -> AdapterInfo:
-        source, merged = version.source, self._merged
+        source = version.source
         return AdapterInfo(
             name=version.name,
             digest=version.digest,
@@ -181,7 +187,7 @@ class AdapterPlane:
             size_bytes=self.bank.values_bytes(version.nnz),
             num_leases=version.num_leases,
             is_pinned=version.is_pinned,
-            is_merged=merged is not None and merged.version is version,
+            is_merged=self.merged_version is version,
             since=version.since,
         )
 
@@ -247,6 +253,8 @@ class AdapterPlane:
             AdapterNotFoundError
             AdapterInUseError: they had not finished; the adapter is served as before.
         """
+        if self.merged == name:  # the engine, too, must let go of it: between two steps
+            timeout_s = max(timeout_s, _UNMERGE_TIMEOUT_S)
         self.store.remove(name, timeout_s, self._abort if abort else None)
 
     def _abort(self, version: AdapterVersion) -> None:
@@ -295,8 +303,7 @@ class AdapterPlane:
         """
         if mode not in ("never", "auto"):
             self.store.get(mode)
-        self._keep_merged = None if mode in ("never", "auto") else mode
-        self._policy = self._new_policy() if mode == "auto" else None
+        self._merging.set_mode(mode)
         self._wake()
 
     # --- any thread: the adapter directory ---------------------------------------------------
@@ -395,7 +402,7 @@ class AdapterPlane:
             Versions whose requests are to be aborted.
         """
         self.tiers.poll()
-        self._bring_weights_in_line(loads)
+        self._merging.bring_in_line(loads)
         to_abort = []
         while not self._to_abort.empty():
             to_abort.append(self._to_abort.get())
@@ -403,7 +410,8 @@ class AdapterPlane:
 
     @property
     def merged_version(self) -> AdapterVersion | None:
-        return None if self._merged is None else self._merged.version
+        """What is in the weights."""
+        return self._merging.version
 
     def bring_in(self, name: str) -> None:
         """Bring an adapter to the device now, where there is room, and into the weights if it is to
@@ -414,7 +422,7 @@ class AdapterPlane:
             AdapterError: its files are not right.
         """
         self.tiers.fetch(self.store.get(name))
-        self._bring_weights_in_line(lambda: ())
+        self._merging.bring_in_line(lambda: ())
 
     def add_resident(self, name: str, adapter: Adapter, replace: bool = False) -> None:
         """`add` and `bring_in`."""
@@ -422,30 +430,12 @@ class AdapterPlane:
         self.bring_in(name)
 
     def merge(self, name: str) -> None:
-        """Write an adapter, or a mix, into the weights now; a merged one is swapped out.
-
-        Raises:
-            AdapterNotFoundError
-            AdapterUnavailable: the device has no room for it beside what is in use.
-            AdapterFormatError: a merged weight overflows; nothing has changed.
-        """
-        lease = self.store.acquire(name)
-        try:
-            version = lease.version
-            if self.tiers.fetch(version) is not Readiness.READY:
-                raise AdapterUnavailable(
-                    f"no room on the device to merge {name!r} beside the adapters in use"
-                )
-            self._merge(lease, self.tiers.read(version))
-        except BaseException:
-            lease.release()
-            raise
-        self._keep_merged, self._policy = name, None
+        """Write an adapter, or a mix, into the weights now; see `MergeControl.merge`."""
+        self._merging.merge(name)
 
     def unmerge(self) -> None:
         """Give the base weights back, bit for bit, and keep them so."""
-        self._keep_merged, self._policy = None, None
-        self._unmerge()
+        self._merging.unmerge()
 
     def remove(self, name: str) -> None:
         """Take a name away at once; requests that run with it finish.
@@ -455,7 +445,7 @@ class AdapterPlane:
         """
         version = self.store.get(name)
         if self.merged_version is version:
-            self._unmerge()
+            self._merging.put_back()
         self.store.remove(name, wait=False)
 
     # The scheduler's view.
@@ -471,13 +461,13 @@ class AdapterPlane:
 
     def make_way(self) -> None:
         """Nothing can run for want of room: what auto has merged need not stay."""
-        if self._policy is not None and self._merged is not None:
-            self._unmerge()
+        if self._merging.is_auto and self.merged_version is not None:
+            self._merging.put_back()
 
     def could_fit(self, version: AdapterVersion) -> bool:
         """Whether there would be room if all left that may."""
         # What auto has merged may.
-        return self.tiers.could_fit(version, None if self._policy else self.merged_version)
+        return self.tiers.could_fit(version, None if self._merging.is_auto else self.merged_version)
 
     def hold(self, version: AdapterVersion) -> None:
         self.tiers.hold(version)
@@ -488,77 +478,6 @@ class AdapterPlane:
     def resident(self, version: AdapterVersion) -> ResidentAdapter:
         """Where a version that is held is on the device."""
         return self.tiers.resident(version)
-
-    # --- inside ------------------------------------------------------------------------------
-
-    def _new_policy(self) -> MergePolicy:
-        return MergePolicy(self._base.device.type, self._max_num_seqs)
-
-    def _bring_weights_in_line(self, loads: Callable[[], Iterable[Load]]) -> None:
-        """Merge what the mode wants, if all it takes is there."""
-        merged = self.merged_version
-        if merged is not None and merged.state is not VersionState.READY:
-            self._unmerge()  # it is being unloaded, or is replaced
-            merged = None
-        policy, name = self._policy, self._keep_merged
-        wanted: AdapterVersion | None = None
-        if policy is not None:
-            chosen = policy.choose(loads(), merged)
-            assert chosen is None or isinstance(chosen, AdapterVersion)
-            wanted = chosen
-        elif name is not None:
-            wanted = merged if merged is not None and merged.is_mix else self.store.find(name)
-        if wanted is merged:
-            return
-        if wanted is None:
-            self._unmerge()
-        elif (lease := self.store.lease_of(wanted)) is not None:
-            is_ready = self.tiers.readiness(wanted) is Readiness.READY
-            values = self.tiers.values_at_hand(wanted) if is_ready else None
-            if values is None:
-                lease.release()
-            else:
-                self._merge(lease, values)
-
-    def _merge(self, lease: Lease, values: AdapterValues) -> None:
-        before = self._merged
-        if before is not None and before.version is lease.version:
-            lease.release()
-            return
-        started = time.perf_counter()
-        plane = self.bank.plane(values.table)
-        self._merger.merge(values, None if plane is None else plane.originals)
-        self._observe_switch(started, lease.version, before)
-        self.tiers.hold(lease.version)
-        self._merged = lease
-        self._let_merged_go(before)
-        self._metrics.num_merges += 1
-
-    def _unmerge(self) -> None:
-        before = self._merged
-        started = time.perf_counter()
-        self._merger.unmerge()
-        if before is not None:
-            self._observe_switch(started, None, before)
-        self._merged = None
-        self._let_merged_go(before)
-        self._metrics.num_unmerges += 1
-
-    def _observe_switch(
-        self, started: float, version: AdapterVersion | None, before: Lease | None
-    ) -> None:
-        if self._policy is None:
-            return
-        if self._base.device.type == "cuda":
-            torch.cuda.synchronize()
-        num_entries = 0 if version is None else version.nnz
-        num_entries += 0 if before is None else before.version.nnz
-        self._policy.observe_switch(num_entries, time.perf_counter() - started)
-
-    def _let_merged_go(self, lease: Lease | None) -> None:
-        if lease is not None:
-            self.tiers.let_go(lease.version)
-            lease.release()
 
 
 def _device_bytes(config: EngineConfig, device: torch.device) -> int:

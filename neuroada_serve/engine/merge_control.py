@@ -1,0 +1,200 @@
+"""What is in the weights: brought in line with the merge mode, between two steps."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from weakref import WeakSet
+
+import torch
+
+from neuroada_serve.adapters.bank import AdapterBank
+from neuroada_serve.adapters.readiness import Readiness
+from neuroada_serve.adapters.store import AdapterStore, AdapterVersion, Lease, VersionState
+from neuroada_serve.adapters.tiers import AdapterTiers
+from neuroada_serve.adapters.values import AdapterValues
+from neuroada_serve.engine.merge_policy import Load, MergePolicy
+from neuroada_serve.errors import AdapterUnavailable, EngineError
+from neuroada_serve.metrics import EngineMetrics
+from neuroada_serve.model.merge import WeightMerger
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Mode:
+    """What to have in the weights: what the policy says, or an adapter, or nothing.
+
+    An adapter may be named never or auto: only `MergeControl.merge` can mean that one.
+    """
+
+    policy: MergePolicy | None = None
+    name: str | None = None
+
+
+class MergeControl:
+    """Merges and unmerges. For the engine's thread, but for `mode`, `set_mode` and `version`.
+
+    Args:
+        mode: never, auto, or the name of an adapter, which may come later.
+        device_type: "cpu" or "cuda".
+        max_num_seqs: most requests that run at once.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        merger: WeightMerger,
+        bank: AdapterBank,
+        store: AdapterStore,
+        tiers: AdapterTiers,
+        metrics: EngineMetrics,
+        device_type: str,
+        max_num_seqs: int,
+    ) -> None:
+        self._merger = merger
+        self._bank = bank
+        self._store = store
+        self._tiers = tiers
+        self._metrics = metrics
+        self._device_type = device_type
+        self._max_num_seqs = max_num_seqs
+        self._merged: Lease | None = None
+        self._refused: WeakSet[AdapterVersion] = WeakSet()  # merging these has failed
+        self._mode = self._new_mode(mode)  # replaced as a whole, by any thread
+
+    @property
+    def mode(self) -> str:
+        """never, auto, or the name of the adapter to keep merged."""
+        mode = self._mode
+        return "auto" if mode.policy is not None else mode.name or "never"
+
+    @property
+    def is_auto(self) -> bool:
+        return self._mode.policy is not None
+
+    @property
+    def version(self) -> AdapterVersion | None:
+        """What is in the weights."""
+        merged = self._merged
+        return None if merged is None else merged.version
+
+    def set_mode(self, mode: str) -> None:
+        """Takes effect with the next `bring_in_line`."""
+        self._mode = self._new_mode(mode)
+
+    def bring_in_line(self, loads: Callable[[], Iterable[Load]]) -> None:
+        """Merge what the mode wants, if all it takes is there; what is not there is asked for.
+
+        Args:
+            loads: tokens still to come, by adapter.
+
+        Raises:
+            DirtyWeightsError: the weights could not be restored after an error.
+        """
+        merged = self.version
+        if merged is not None and merged.state is not VersionState.READY:
+            self.put_back()  # it is being unloaded, or is replaced
+            merged = None
+        policy, name = self._mode.policy, self._mode.name
+        wanted: AdapterVersion | None = None
+        if policy is not None:
+            chosen = policy.choose(loads(), merged)
+            assert chosen is None or isinstance(chosen, AdapterVersion)
+            wanted = chosen
+        elif name is not None:
+            wanted = merged if merged is not None and merged.is_mix else self._store.find(name)
+        if wanted is merged or wanted in self._refused:
+            return
+        if wanted is None:
+            self.put_back()
+        elif (lease := self._store.lease_of(wanted)) is not None:
+            is_ready = self._tiers.readiness(wanted) is Readiness.READY
+            values = self._tiers.values_at_hand(wanted) if is_ready else None
+            if values is None:
+                lease.release()
+                return
+            try:
+                self._put_in(lease, values)
+            except EngineError:
+                raise
+            except Exception:
+                logger.exception("adapter %s cannot be merged; it is served unmerged", wanted.name)
+                self._refused.add(wanted)
+
+    def merge(self, name: str) -> None:
+        """Write an adapter, or a mix, into the weights now, and keep it there; a merged one is
+        swapped out.
+
+        Raises:
+            AdapterNotFoundError
+            AdapterUnavailable: the device has no room for it beside what is in use.
+            AdapterFormatError: a merged weight overflows; nothing has changed.
+            DirtyWeightsError: the weights could not be restored after an error.
+        """
+        lease = self._store.acquire(name)
+        try:
+            if self._tiers.fetch(lease.version) is not Readiness.READY:
+                raise AdapterUnavailable(
+                    f"no room on the device to merge {name!r} beside the adapters in use"
+                )
+            values = self._tiers.read(lease.version)
+        except BaseException:
+            lease.release()
+            raise
+        self._put_in(lease, values)
+        self._mode = _Mode(name=name)
+
+    def unmerge(self) -> None:
+        """Give the base weights back, bit for bit, and keep them so."""
+        self._mode = _Mode()
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Give the base weights back, bit for bit; the mode stays."""
+        started = time.perf_counter()
+        self._merger.unmerge()
+        self._observe_switch(started, None)
+        self._let_go()
+        self._metrics.num_unmerges += 1
+
+    def _put_in(self, lease: Lease, values: AdapterValues) -> None:
+        """Swap an adapter in, whose lease is ours from here on."""
+        if lease.version is self.version:
+            lease.release()
+            return
+        started = time.perf_counter()
+        plane = self._bank.plane(values.table)
+        try:
+            self._merger.merge(values, None if plane is None else plane.originals)
+        except BaseException:
+            lease.release()
+            if not self._merger.is_merged:  # the weights are the base's again
+                self._let_go()
+            raise
+        self._observe_switch(started, lease.version)
+        self._tiers.hold(lease.version)
+        self._let_go()
+        self._merged = lease
+        self._metrics.num_merges += 1
+
+    def _let_go(self) -> None:
+        """What was merged is so no longer."""
+        before, self._merged = self._merged, None
+        if before is not None:
+            self._tiers.let_go(before.version)
+            before.release()
+
+    def _observe_switch(self, started: float, version: AdapterVersion | None) -> None:
+        policy = self._mode.policy
+        if policy is None:
+            return
+        if self._device_type == "cuda":
+            torch.cuda.synchronize()
+        written = [v.nnz for v in (self.version, version) if v is not None]
+        policy.observe_switch(sum(written), time.perf_counter() - started)
+
+    def _new_mode(self, mode: str) -> _Mode:
+        if mode == "auto":
+            return _Mode(policy=MergePolicy(self._device_type, self._max_num_seqs))
+        return _Mode(name=None if mode == "never" else mode)
