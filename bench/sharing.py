@@ -1,8 +1,10 @@
 """Who waits for how long: more adapters than fit, tenants that ask for more than there is, prompts
 that begin alike.
 
-    turns      six adapters wanted at Poisson arrivals, device room for three of them, and for all:
-               time to first token (SGLang's case: median 83 ms, 99th percentile 39.5 s)
+    turns      six adapters wanted at Poisson arrivals, at half of what 16 outstanding requests get
+               answered, device room for three of them, and for all: time to first token (SGLang's
+               case: median 83 ms, 99th percentile 39.5 s). 64 slots, since whoever waits for its
+               turn keeps its own
     tenants    four tenants whose demands are 5:3:3:9, together twice what can be served, each above
                its share: tokens that each got, Jain's index of them, with equal shares and with
                shares 2:1:1:1
@@ -38,7 +40,7 @@ from neuroada_serve.model.source import ModelSource, resolve_model
 from neuroada_serve.request import SamplingParams
 
 BATCH = 16
-WANTED, ROOM = 6, 3
+WANTED, ROOM, TURN_SLOTS = 6, 3, 64
 TURN_REQUESTS, TURN_PROMPT, TURN_OUTPUT = 120, 24, 32
 TURN_LOAD = 0.5  # arrivals per request that could be served with room for all
 DEMANDS = {"t1": 5, "t2": 3, "t3": 3, "t4": 9}
@@ -64,6 +66,7 @@ def main() -> None:
             "batch": BATCH,
             "wanted": WANTED,
             "room": ROOM,
+            "turn_slots": TURN_SLOTS,
             "demands": DEMANDS,
             "system_tokens": SYSTEM_TOKENS,
         },
@@ -83,7 +86,7 @@ def new_engine(source: ModelSource, count: int, **config: Any) -> Engine:
     """An engine with adapters a0, a1, ... of k=1."""
     base = load_base(source)
     indices = magnitude_indices(base, [1])[1]
-    engine = Engine(base, EngineConfig(max_num_seqs=BATCH, **config))
+    engine = Engine(base, EngineConfig(**{"max_num_seqs": BATCH, **config}))
     for number in range(count):
         adapter = random_adapter(base.spec, indices, number)
         engine.adapters.add_resident(f"a{number}", adapter)
@@ -98,11 +101,12 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 def turns(source: ModelSource, rounds: int, console: Console) -> dict[str, Any]:
-    roomy = new_engine(source, WANTED, prefix_cache_memory=0)
+    config: dict[str, Any] = {"prefix_cache_memory": 0, "max_num_seqs": TURN_SLOTS}
+    roomy = new_engine(source, WANTED, **config)
     bank = roomy.adapters.bank
     nnz = roomy.adapters.store.get("a0").nnz
     room = bank.columns_bytes(nnz) + ROOM * bank.values_bytes(nnz)
-    tight = new_engine(source, WANTED, prefix_cache_memory=0, adapter_memory=room)
+    tight = new_engine(source, WANTED, adapter_memory=room, **config)
     assert tight.adapters.tiers.num_resident == ROOM
     engines = {"room for three": tight, "room for all": roomy}
     params = greedy(TURN_OUTPUT)
@@ -140,14 +144,16 @@ def turns(source: ModelSource, rounds: int, console: Console) -> dict[str, Any]:
 
 
 def closed_rate(engine: Engine, params: SamplingParams) -> float:
-    """Requests per second with the batch always full, half of them warming up."""
+    """Requests per second with BATCH outstanding; a first such run warms up."""
     prompts = random_prompts(4 * BATCH, TURN_PROMPT, range(1000), "rate")
-    for half in range(2):
-        for i, prompt in enumerate(prompts):
-            engine.add_request(f"w{half}-{i}", prompt, params, f"a{i % WANTED}")
+    for number in range(2):
+        sent = ended = 0
         started = time.perf_counter()
-        while engine.has_unfinished:
-            engine.step()
+        while ended < len(prompts):
+            while sent < len(prompts) and sent - ended < BATCH:
+                engine.add_request(f"w{number}-{sent}", prompts[sent], params, f"a{sent % WANTED}")
+                sent += 1
+            ended += sum(output.finished for output in engine.step())
     return len(prompts) / (time.perf_counter() - started)
 
 

@@ -135,9 +135,9 @@ def test_smaller_switch_that_pays_is_not_given_up_for_a_larger_that_does_not():
 
 def test_entries_count_and_not_tokens_alone():
     large, small = Version(8000), Version(1000)
-    assert linear().choose(loads((large, 500), (small, 600)), None) is large
-    assert linear().choose(loads((large, 500), (None, 1000)), None) is None
-    assert linear().choose(loads((large, 100), (small, 500)), None) is small
+    assert linear().choose(loads((large, 640), (small, 640)), None) is large
+    assert linear().choose(loads((large, 512), (None, 1024)), None) is None
+    assert linear().choose(loads((large, 64), (small, 640)), None) is small
 
 
 def test_shifting_load_switches_once():
@@ -167,6 +167,22 @@ def test_tokens_beyond_the_horizon_are_not_counted_on():
 def test_requests_of_one_adapter_are_added_up():
     a = Version()
     assert linear().choose([Load(a, 1)] * enough(), None) is a
+
+
+def test_few_that_wait_are_not_taken_for_the_many_that_will_run():
+    """When all that run are about to end, most tokens that are known of are of those who wait."""
+    parties = [Version() for _ in range(4)]
+    ending = [Load(version, 1) for version in parties * 4]
+    waiting = [Load(parties[0], 1000, is_running=False)] * 4
+    assert linear().choose([*ending, *waiting], None) is None
+    assert linear().choose(waiting, None) is parties[0]
+
+
+def test_those_who_wait_prolong_what_runs():
+    a = Version()
+    running = [Load(a, enough() // 20)] * 10
+    assert linear().choose(running, None) is None
+    assert linear().choose([*running, *[Load(a, 64, is_running=False)] * 10], None) is a
 
 
 def test_slow_switches_are_taken_in():
@@ -201,11 +217,14 @@ def test_one_slow_switch_does_not_end_all_merging(num_entries):
 def test_choice_is_the_cheapest_with_its_switch(data):
     versions = [Version(data.draw(st.integers(1, 8)) * 100) for _ in range(4)]
     load = data.draw(
-        st.lists(st.builds(Load, st.sampled_from([None, *versions]), st.integers(0, 200)))
+        st.lists(
+            st.builds(Load, st.sampled_from([None, *versions]), st.integers(0, 200), st.booleans())
+        )
     )
     merged = data.draw(st.sampled_from([None, *versions]))
     chosen = linear().choose(load, merged)
-    wanted = {each.version for each in load}
+    wanted = {each.version for each in load if each.is_running}
+    wanted = wanted or {each.version for each in load}
     assert chosen in (wanted | {None, merged})
     if any(each.num_tokens for each in load):
         costs = {c: total_ns(load, merged, c) for c in [merged, None, *wanted]}
@@ -214,10 +233,13 @@ def test_choice_is_the_cheapest_with_its_switch(data):
 
 
 def total_ns(load: list[Load], merged: Version | None, candidate: Version | None) -> float:
-    """What adding takes with this one in the weights, request by request, and the switch to it."""
+    """What adding takes with this one in the weights, request by request, and the switch to it. All
+    that are to come are like those that run."""
     total = 0.0
     out = 0 if candidate is None else candidate.nnz
-    for each in load:
+    running = [each for each in load if each.is_running] or load
+    num_tokens = sum(min(each.num_tokens, HORIZON) for each in load) / len(running)
+    for each in running:
         if each.version is candidate:
             continue
         if each.version is None:
@@ -226,7 +248,7 @@ def total_ns(load: list[Load], merged: Version | None, candidate: Version | None
             own = each.version.nnz
             share = SAME_INDEX_CORRECTION if own == out else OTHER_INDEX_CORRECTION
             entries = own + share * out
-        total += LANE_NS["cuda"] * min(each.num_tokens, HORIZON) * entries
+        total += LANE_NS["cuda"] * num_tokens * entries
     if candidate is not merged:
         written = sum(version.nnz for version in (merged, candidate) if version is not None)
         total += _HYSTERESIS * WRITE_NS["cuda"] * written

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.engine.fairness import AFFINITY, OUTPUT_COST, PROMPT_COST, FairQueue
-from neuroada_serve.engine.scheduler import _MOST_OVERTAKEN, TURN_STEPS, Chunk, Schedule, Scheduler
+from neuroada_serve.engine.scheduler import (
+    _MOST_OVERTAKEN,
+    MOST_PARKED,
+    TURN_STEPS,
+    Chunk,
+    Schedule,
+    Scheduler,
+)
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.request import SamplingParams
 
@@ -631,12 +638,63 @@ def test_nobody_leaves_for_a_later_claim():
     engine.add(one)
     engine.run(2)
     engine.add(two)
+    engine.run_until(lambda: bool(two.output_token_ids))
     rank = engine.scheduler.waiting.rank
-    engine.scheduler.waiting.charge(two, 50)
-    engine.run_until(lambda: not one.has_adapter)
-    assert engine.steps > 2 * TURN_STEPS
-    assert rank(one) > rank(two)
-    assert rank(one)[0] - rank(two)[0] <= OUTPUT_COST
+    lead = OUTPUT_COST * (TURN_STEPS + 3)
+    engine.scheduler.waiting.charge(one, rank(two)[1] - rank(one)[1] + lead)
+    engine.run(TURN_STEPS + 1)
+    assert two.has_adapter
+    engine.run_until(lambda: not two.has_adapter)
+    assert 0 < rank(two)[1] - rank(one)[1] <= OUTPUT_COST
+
+
+def test_who_has_no_token_yet_goes_before_those_who_have_had_less():
+    a, b = Version("a"), Version("b")
+    engine = FakeEngine(2, adapters=FakeAdapters(room=1, load_steps=0))
+    one, two = new_sequence("a", 2, 90, a), new_sequence("b", 16, 90, b)
+    engine.add(one)
+    engine.run(TURN_STEPS)
+    engine.add(two)
+    engine.scheduler.waiting.charge(two, 1000)
+    engine.run(2)
+    assert two.output_token_ids
+    engine.run_until(lambda: one.has_adapter)
+    assert len(two.output_token_ids) == TURN_STEPS
+    engine.run(5 * TURN_STEPS)
+    assert len(two.output_token_ids) <= 3 * TURN_STEPS  # its share, once it has a token
+
+
+def test_nobody_is_parked_for_long_by_those_who_keep_coming():
+    """A long answer among endless requests of one token each, of twelve other adapters: one of them
+    always has no token yet."""
+    engine = FakeEngine(16, adapters=FakeAdapters(room=2, load_steps=1))
+    long = new_sequence("long", 2, 200, Version("long"))
+    engine.add(long)
+    clients = Clients(engine, [Version(f"a{i}") for i in range(12)], num_each=1, most_output=1)
+    gap = longest = 0
+    while long.slot is not None or not long.output_token_ids:
+        before = len(long.output_token_ids)
+        clients.run(1)
+        gap = 0 if len(long.output_token_ids) > before else gap + 1
+        longest = max(longest, gap)
+        assert engine.steps < 3000
+    assert longest <= MOST_PARKED + 2 * TURN_STEPS
+
+
+@pytest.mark.parametrize("prompt", [4, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_first_tokens_seldom_wait_for_turns(prompt, seed):
+    """Six adapters at random times, with room for three."""
+    draw = random.Random(seed)
+    versions = [Version(f"a{i}") for i in range(6)]
+    engine = FakeEngine(64, budget=512, adapters=FakeAdapters(3, load_steps=1))
+    for i in range(600):
+        engine.add(new_sequence(f"r{i}", prompt, 32, draw.choice(versions)))
+        engine.run(round(draw.expovariate(1 / 7)))
+    engine.drain()
+    waits = sorted(engine.waits())
+    assert engine.scheduler.num_parked > 300
+    assert waits[int(0.99 * len(waits))] <= TURN_STEPS + 2
 
 
 def test_adapter_with_most_leaves_first():

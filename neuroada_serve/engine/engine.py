@@ -274,9 +274,11 @@ class Engine:
 
     def _loads(self) -> Iterable[Load]:
         """Tokens that are still to come, at most."""
-        for sequence in [*self._scheduler.running.values(), *self._scheduler.waiting]:
+        for sequence in self._scheduler.running.values():
             left = sequence.max_tokens - len(sequence.output_token_ids)
-            yield Load(sequence.version, left)
+            yield Load(sequence.version, left, is_running=sequence.has_adapter)
+        for sequence in self._scheduler.waiting:
+            yield Load(sequence.version, sequence.max_tokens, is_running=False)
 
     # --- prefixes ----------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
 """Which adapter is worth having in the weights. Pure Python.
 
 A token costs what its adapter adds: its entries, once. With A merged, tokens of A cost nothing, and
-every other token also takes A out again. So merging pays when nearly all of the tokens that are
-still to come are of one adapter, by enough to repay the writing of its entries.
+every other token also takes A out again. So merging pays when nearly all requests that run are of
+one adapter, for long enough to repay the writing of its entries.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,6 +46,7 @@ class Load:
 
     version: Version | None
     num_tokens: int
+    is_running: bool = True
 
 
 class MergePolicy:
@@ -74,23 +76,23 @@ class MergePolicy:
             loads: of all running and waiting requests.
             merged: what is there now.
         """
-        tokens: dict[Version | None, int] = {}
-        num_requests = 0
-        for load in loads:
-            num_requests += 1
-            tokens[load.version] = tokens.get(load.version, 0) + min(load.num_tokens, HORIZON)
-        total = sum(tokens.values())
+        loads = list(loads)
+        total = sum(min(load.num_tokens, HORIZON) for load in loads)
         if not total:
             return merged
-        num_lanes = min(num_requests, self._max_lanes)
-        lanes = {version: num_lanes * count / total for version, count in tokens.items()}
+        num_lanes = min(len(loads), self._max_lanes)
         num_steps = total / num_lanes
+        # Steps to come are taken to be like those now. To count the few that wait instead, when
+        # the running ones are about to end, merges what will be a few of many.
+        mix = Counter(load.version for load in loads if load.is_running)
+        mix = mix or Counter(load.version for load in loads)
+        lanes = {version: num_lanes * count / mix.total() for version, count in mix.items()}
 
         def cost_ns(candidate: Version | None) -> float:
             switch_ns = 0.0 if candidate is merged else self._switch_ns(merged, candidate)
             return num_steps * self._step_ns(lanes, candidate) + _HYSTERESIS * switch_ns
 
-        return min(dict.fromkeys([merged, None, *tokens]), key=cost_ns)  # of equals the first
+        return min(dict.fromkeys([merged, None, *mix]), key=cost_ns)  # of equals the first
 
     def _step_ns(self, lanes: dict[Version | None, float], merged: Version | None) -> float:
         """What adapters add to a step with so many tokens of each.

@@ -3,8 +3,9 @@
 A sequence runs in a KV slot and needs its adapter on the device. Who gets a free slot is a matter
 of fair shares (`fairness.py`). An adapter that is on its way holds up nobody but its own requests.
 When more adapters are wanted than the device has room for, they take turns: sequences of the one
-that has had most are parked, each in its slot, and the one that has had least comes in. Adapters
-are so small that a turn of a few steps repays the upload many times over.
+that has had most are parked, each in its slot, and the one that has had least comes in; but first
+whoever has no token yet. Adapters are so small that a turn of a few steps repays the upload many
+times over.
 """
 
 import heapq
@@ -18,6 +19,9 @@ from neuroada_serve.engine.sequence import Sequence
 
 # Steps that an adapter keeps its place for, at least, while others wait for room (bench/LOG.md).
 TURN_STEPS = 8
+# Steps after which a parked sequence is as urgent as one without a token. 32 to 128 leave longer
+# gaps between tokens, and first tokens come no sooner (bench/LOG.md).
+MOST_PARKED = 16
 # An adapter that is not there lets so many others go first before one of its requests takes a slot
 # to wait in; and so many of those that wait are looked at, and brought in, ahead of their time.
 _MOST_OVERTAKEN = 8
@@ -240,7 +244,7 @@ class Scheduler:
         states: dict[Sequence, Readiness] = {}
         parked = [s for s in self.running.values() if not s.has_adapter]
         # Those whose adapter is there go first: to ask for another may cost them theirs.
-        for sequence in sorted(parked, key=lambda s: (not self._is_ready(s), self.waiting.rank(s))):
+        for sequence in sorted(parked, key=lambda s: (not self._is_ready(s), self._claim(s))):
             state = self._ask(sequence)
             if state is Readiness.READY:
                 self._hold(sequence)
@@ -264,7 +268,7 @@ class Scheduler:
 
     def _is_kept_from(self, sequence: Sequence) -> bool:
         first = self._first_in_need
-        if first is None or self.waiting.rank(sequence) <= self.waiting.rank(first):
+        if first is None or self._claim(sequence) < self._claim(first):
             return False
         assert self._need is not None
         return (self._step - self._need[1]) // _PATIENCE % 2 == 0
@@ -274,26 +278,35 @@ class Scheduler:
         more, once their turn is over."""
         if not starved:
             return
-        first = min(starved, key=self.waiting.rank)
-        rank = self.waiting.rank(first)
+        first = min(starved, key=self._claim)
+        claim = self._claim(first)
         in_use: dict[Hashable, list[Sequence]] = {}
         for sequence in self.running.values():
             version = sequence.version
             if sequence.has_adapter and version is not None and self._adapters.can_leave(version):
                 in_use.setdefault(version, []).append(sequence)
-        least_first = sorted(
-            in_use, key=lambda version: min(map(self.waiting.rank, in_use[version]))
-        )
+        claims = {version: min(map(self._claim, users)) for version, users in in_use.items()}
+        least_first = sorted(in_use, key=claims.__getitem__)
         assert first.version is not None
         while self._adapters.readiness(first.version) is Readiness.NO_ROOM and least_first:
             victim = least_first.pop()
-            if min(map(self.waiting.rank, in_use[victim])) <= rank:
+            if claims[victim] <= claim:
                 break
             if self._step - self._turns[victim] < TURN_STEPS:
                 continue
             for sequence in in_use[victim]:
                 self._let_go(sequence)
+                sequence.parked_at = self._step
             self.num_parked += 1
+
+    def _claim(self, sequence: Sequence) -> tuple[bool, tuple[float, float]]:
+        """Where adapters take turns: lower is first. Whoever has no token yet, or has been parked
+        for long, goes before the others."""
+        is_parked = not sequence.has_adapter
+        is_urgent = not sequence.output_token_ids or (
+            is_parked and self._step - sequence.parked_at >= MOST_PARKED
+        )
+        return not is_urgent, self.waiting.rank(sequence)
 
     def _is_ready(self, sequence: Sequence) -> bool:
         return sequence.version is None or self._adapters.is_ready(sequence.version)

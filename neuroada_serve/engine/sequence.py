@@ -56,6 +56,7 @@ class Sequence:
     num_computed: int = 0
     slot: int | None = None  # KV cache slot while running
     has_adapter: bool = False  # running, its adapter held on the device; of the base: running
+    parked_at: int = 0  # the step in which it last lost its adapter to another
     prefix_root: bytes = b""
     prefix_blocks: list[int] = field(default_factory=list)  # to be copied into the slot
     num_cached: int = 0  # tokens of the prompt that came from the prefix cache
