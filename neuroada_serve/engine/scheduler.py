@@ -18,10 +18,10 @@ from neuroada_serve.engine.fairness import AFFINITY, PROMPT_COST, FairQueue
 from neuroada_serve.engine.sequence import Sequence
 
 # Steps that an adapter keeps its place for, at least, while others wait for room (bench/LOG.md).
-TURN_STEPS = 8
-# Steps after which a parked sequence is as urgent as one without a token. 32 to 128 leave longer
+TURN_STEPS = 4
+# Steps after which a parked sequence is as urgent as one without a token. More leaves longer
 # gaps between tokens, and first tokens come no sooner (bench/LOG.md).
-MOST_PARKED = 16
+MOST_PARKED = 8
 # An adapter that is not there lets so many others go first before one of its requests takes a slot
 # to wait in; and so many of those that wait are looked at, and brought in, ahead of their time.
 _MOST_OVERTAKEN = 8
