@@ -378,6 +378,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     values = [*swap["ours_ms"].values(), swap["peft_lora_r8_ms"]]
     left.barh(names, values, color=["C0", "C0", "C7"])
     left.set(xscale="log", xlabel="ms to put another adapter into the weights")
+    left.set_xlim(right=4 * max(values))  # room for the label
     left.bar_label(left.containers[0], fmt="%.2f", padding=3)
     width = 0.27
     for right, (k, loads) in zip(axes[1:], result["modes"].items(), strict=True):
@@ -387,7 +388,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             right.bar(places, rates, width, label=mode)
         right.set_xticks([place + width for place in range(len(LOADS))], LOADS)
         right.set(ylabel="output tokens/s", title=k)
-        right.legend(title="merge mode", loc="lower right")
+        right.set_ylim(top=1.25 * right.get_ylim()[1])
+        right.legend(title="merge mode", loc="upper center", ncols=len(MODES))
     figure.savefig(path, dpi=110)
 
 

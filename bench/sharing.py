@@ -6,8 +6,8 @@ that begin alike.
                case: median 83 ms, 99th percentile 39.5 s). 64 slots, since whoever waits for its
                turn keeps its own
     tenants    four tenants whose demands are 5:3:3:9, together twice what can be served, each above
-               its share: tokens that each got, Jain's index of them, with equal shares and with
-               shares 2:1:1:1
+               its share: tokens that each got, Jain's index of them, with equal shares, with shares
+               2:1:1:1, and with equal shares and device room for three of the six adapters
     prefix     time to first token of a chat whose first 400 tokens, a system prompt, were computed
                for an earlier request of the same adapter, or were not
 
@@ -45,6 +45,11 @@ TURN_REQUESTS, TURN_PROMPT, TURN_OUTPUT = 120, 24, 32
 TURN_LOAD = 0.5  # arrivals per request that could be served with room for all
 DEMANDS = {"t1": 5, "t2": 3, "t3": 3, "t4": 9}
 TENANT_SECONDS = 20.0
+TENANT_CASES: dict[str, dict[str, float]] = {
+    "equal shares": {},
+    "shares 2:1:1:1": {"t1": 2.0},
+    "equal, room for three": {},
+}
 SYSTEM_TOKENS, USER_TOKENS = 400, 24
 
 
@@ -93,6 +98,13 @@ def new_engine(source: ModelSource, count: int, **config: Any) -> Engine:
     return engine
 
 
+def room_bytes(engine: Engine) -> int:
+    """A memory budget in which ROOM of the engine's adapters fit, which share one index table."""
+    bank = engine.adapters.bank
+    nnz = engine.adapters.store.get("a0").nnz
+    return bank.columns_bytes(nnz) + ROOM * bank.values_bytes(nnz)
+
+
 def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
@@ -103,10 +115,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 def turns(source: ModelSource, rounds: int, console: Console) -> dict[str, Any]:
     config: dict[str, Any] = {"prefix_cache_memory": 0, "max_num_seqs": TURN_SLOTS}
     roomy = new_engine(source, WANTED, **config)
-    bank = roomy.adapters.bank
-    nnz = roomy.adapters.store.get("a0").nnz
-    room = bank.columns_bytes(nnz) + ROOM * bank.values_bytes(nnz)
-    tight = new_engine(source, WANTED, adapter_memory=room, **config)
+    tight = new_engine(source, WANTED, adapter_memory=room_bytes(roomy), **config)
     assert tight.adapters.tiers.num_resident == ROOM
     engines = {"room for three": tight, "room for all": roomy}
     params = greedy(TURN_OUTPUT)
@@ -189,22 +198,26 @@ def open_loop(
 
 def tenants(source: ModelSource, rounds: int, console: Console) -> dict[str, Any]:
     names = list(DEMANDS)
-    cases = {"equal shares": {}, "shares 2:1:1:1": {names[0]: 2.0}}
-    engines = {
-        case: new_engine(source, WANTED, prefix_cache_memory=0, tenant_weights=weights)
-        for case, weights in cases.items()
-    }
-    capacity = closed_rate(next(iter(engines.values())), greedy(TURN_OUTPUT))
-    served: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
+    engines: dict[str, Engine] = {}
+    for case, weights in TENANT_CASES.items():
+        config: dict[str, Any] = {"prefix_cache_memory": 0, "tenant_weights": weights}
+        if "room for three" in case:
+            config |= {
+                "adapter_memory": room_bytes(engines["equal shares"]),
+                "max_num_seqs": TURN_SLOTS,
+            }
+        engines[case] = new_engine(source, WANTED, **config)
+    capacity = closed_rate(engines["equal shares"], greedy(TURN_OUTPUT))
+    served: dict[str, list[dict[str, float]]] = {case: [] for case in engines}
     with progress_bar(console) as progress:
-        task = progress.add_task("tenants", total=rounds * len(cases))
+        task = progress.add_task("tenants", total=rounds * len(engines))
         for number in range(rounds):
             for case, engine in engines.items():
                 served[case].append(overload(engine, 2 * capacity, number))
                 progress.update(task, advance=1, refresh=True)
     report: dict[str, Any] = {"requests_per_s": 2 * capacity, "demands": DEMANDS}
     for case, ran in served.items():
-        weights = {name: cases[case].get(name, 1.0) for name in names}
+        weights = {name: TENANT_CASES[case].get(name, 1.0) for name in names}
         indices = [jain([one[name] / weights[name] for name in names]) for one in ran]
         total = {name: statistics.median(one[name] for one in ran) for name in names}
         report[case] = {
@@ -298,7 +311,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{row['p99_to_p50']:.1f} times; itl p50 {row['itl_ms_p50']:.0f} p99 "
             f"{row['itl_ms_p99']:.0f}"
         )
-    for case in ("equal shares", "shares 2:1:1:1"):
+    for case in TENANT_CASES:
         row = result["tenants"][case]
         rates = {name: round(rate) for name, rate in row["tokens_per_s"].items()}
         console.print(f"{case}: tokens/s {rates}, Jain's index {row['jain_index']:.3f}")
@@ -318,12 +331,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
         left.plot(every, [(i + 1) / len(every) for i in range(len(every))], label=name)
     left.set(xlabel="time to first token, ms", ylabel="share of requests", xlim=(0, None))
     left.legend(title="six adapters wanted", loc="lower right")
-    names, width = list(DEMANDS), 0.4
-    for i, case in enumerate(("equal shares", "shares 2:1:1:1")):
+    names, width = list(DEMANDS), 0.27
+    for i, case in enumerate(TENANT_CASES):
         rates = [result["tenants"][case]["tokens_per_s"][name] for name in names]
         middle.bar([j + i * width for j in range(len(names))], rates, width, label=case)
     middle.set_xticks(
-        [j + width / 2 for j in range(len(names))],
+        [j + width for j in range(len(names))],
         [f"{name}, asks {share}" for name, share in DEMANDS.items()],
     )
     middle.set(ylabel="output tokens/s, at twice the load")
