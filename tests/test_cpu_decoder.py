@@ -221,7 +221,10 @@ def test_without_numba_or_torchs_threads_modules_run(sources, monkeypatch, missi
     monkeypatch.setattr(cpu_forward if missing == "_kernels" else cpu_bypass, missing, lambda: None)
     llm = new_llm(sources("llama"), {})
     assert llm.engine._runner._cpu_decoder is None
-    assert len(llm.generate([PROMPT[:3]], SamplingParams(max_tokens=2))[0].token_ids) == 2
+    assert (
+        len(llm.generate([PROMPT[:3]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids)
+        == 2
+    )
 
 
 def test_head_of_any_size(sources):
@@ -236,20 +239,20 @@ def known_decoder_of(source):
     return known_decoder(base.model)
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2), (4, 1), (6, 1), (12, 2)])
 @pytest.mark.parametrize("has_instruction", [True, False])
-def test_product_of_pairs_with_and_without_the_instruction(monkeypatch, has_instruction):
+def test_product_of_pairs_with_and_without_the_instruction(monkeypatch, has_instruction, shape):
     """A processor without AVX-512 BF16 multiplies what is widened to float32."""
     numba = pytest.importorskip("numba")
     import numpy as np
 
     from neuroada_serve.ops import cpu_forward_kernels
 
-    features = cpu_vectors.binding.get_host_cpu_features()
-    if has_instruction and not features.get("avx512bf16"):
+    if has_instruction and not cpu_vectors.has_feature("avx512bf16"):
         pytest.skip("this processor has no such instruction")
     if not has_instruction:
         monkeypatch.setattr(cpu_vectors.binding, "get_host_cpu_features", dict)
-    product = cpu_forward_kernels._tile_product(4)
+    product = cpu_forward_kernels._whole_tile(*shape)
 
     @numba.njit
     def multiply(weight, x, x_bytes, pairs, y):
@@ -257,8 +260,8 @@ def test_product_of_pairs_with_and_without_the_instruction(monkeypatch, has_inst
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 96, generator=generator).bfloat16()
-    x = torch.randn(4, 96, generator=generator).bfloat16()
+    x = torch.randn(shape[0], 96, generator=generator).bfloat16()
     packed = weight.view(64, 48, 2).transpose(0, 1).contiguous()
-    y = torch.empty(4, 32)
+    y = torch.empty(shape[0], 32)
     multiply(*(np.int64(n) for n in (packed.data_ptr(), x.data_ptr(), 192, 48, y.data_ptr())))
     torch.testing.assert_close(y, x.float() @ weight[:32].float().t(), rtol=1e-5, atol=1e-4)

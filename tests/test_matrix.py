@@ -3,15 +3,23 @@
 import pytest
 import torch
 
-from neuroada_serve.ops import matrix
-from neuroada_serve.ops.matrix import DenseMatrix, PackedMatrix, frozen_matrix, packs_faster
+from neuroada_serve.ops import cpu_product, matrix
+from neuroada_serve.ops.matrix import (
+    BlockMatrix,
+    DenseMatrix,
+    OneDnnMatrix,
+    frozen_matrix,
+    packed_matrix,
+    packs_faster,
+)
 from neuroada_serve.ops.weights import add_entries_, read_entries, write_entries_
 
 SIZES = [(1, 1), (3, 1), (1, 5), (16, 64), (33, 77), (133, 17), (320, 96)]  # d_out, d_in
 
 packing = pytest.mark.skipif(
-    not packs_faster(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="no packed bf16 weights here"
+    not matrix._onednn_packs(), reason="oneDNN has no bf16 on this processor"
 )
+kernels = pytest.mark.skipif(not cpu_product.available(), reason="needs numba")
 
 
 def random_weight(d_out: int, d_in: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -21,8 +29,11 @@ def random_weight(d_out: int, d_in: int, dtype: torch.dtype = torch.bfloat16) ->
 def matrices(weight: torch.Tensor):
     yield DenseMatrix(weight.clone())
     yield DenseMatrix(weight.t().contiguous(), transposed=True)
-    if packs_faster(weight):
-        yield PackedMatrix(weight)
+    if weight.dtype == torch.bfloat16:
+        if matrix._onednn_packs():
+            yield OneDnnMatrix(weight)
+        if cpu_product.available():
+            yield BlockMatrix(weight)
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), SIZES)
@@ -85,7 +96,7 @@ def test_added_entries_are_rounded_once_and_taken_back_bit_for_bit(dtype, nnz):
 
 @packing
 def test_packing_is_for_bf16_on_the_cpu():
-    assert isinstance(frozen_matrix(random_weight(16, 64)), PackedMatrix)
+    assert isinstance(frozen_matrix(random_weight(16, 64)), OneDnnMatrix)
     assert isinstance(frozen_matrix(random_weight(16, 64), transposed=True), DenseMatrix)
     assert isinstance(frozen_matrix(random_weight(16, 64, torch.float32)), DenseMatrix)
 
@@ -102,3 +113,44 @@ def test_layout_that_is_not_understood_is_not_used(monkeypatch):
 @packing
 def test_matrix_too_large_for_codes_stays_dense():
     assert isinstance(frozen_matrix(random_weight(1, 32_001)), DenseMatrix)
+
+
+@kernels
+def test_processor_without_onednns_bf16_gets_our_own_blocks(monkeypatch):
+    monkeypatch.setattr(matrix, "_onednn_packs", lambda: False)
+    weight = random_weight(16, 64)
+    assert packs_faster(weight)
+    for stored in (frozen_matrix(weight), frozen_matrix(weight.t().contiguous(), transposed=True)):
+        assert isinstance(stored, BlockMatrix)
+        assert torch.equal(stored.dense(), weight)
+    assert isinstance(packed_matrix(weight), BlockMatrix)
+    assert isinstance(frozen_matrix(weight.float()), DenseMatrix)
+
+
+@packing
+@kernels
+def test_our_blocks_are_onednns():
+    weight = random_weight(130, 96)
+    assert torch.equal(BlockMatrix(weight).entries, OneDnnMatrix(weight).entries)
+
+
+@kernels
+def test_product_of_many_tokens_is_that_of_each(monkeypatch):
+    monkeypatch.setattr(cpu_product, "_MOST_TOKENS", 24)
+    stored, x = BlockMatrix(random_weight(70, 33)), torch.randn(2, 37, 33).bfloat16()
+    together = stored.multiply(x, None)
+    assert together.shape == (2, 37, 70)
+    alone = torch.stack([stored.multiply(row, None) for row in x.view(-1, 1, 33)])
+    assert torch.equal(together.view(74, 70), alone.view(74, 70))
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_linear_is_right_with_and_without_products_of_bf16(monkeypatch, has_bf16):
+    monkeypatch.setattr(matrix, "_onednn_has_bf16", lambda: has_bf16)
+    weight, bias = random_weight(40, 24), torch.randn(40).bfloat16()
+    x = torch.randn(3, 7, 24).bfloat16()
+    for b in (bias, None):
+        wide = None if b is None else b.float()
+        expected = torch.nn.functional.linear(x.float(), weight.float(), wide).bfloat16()
+        product = matrix.linear(x, weight, b)
+        torch.testing.assert_close(product, expected, rtol=2**-7, atol=2**-7)

@@ -18,6 +18,7 @@ from neuroada_serve.ops.matrix import (
     FrozenMatrix,
     PackedMatrix,
     frozen_matrix,
+    packed_matrix,
     packs_faster,
 )
 from neuroada_serve.ops.weights import add_entries_, write_entries_
@@ -162,6 +163,7 @@ class BypassLinear(nn.Module):
         self.d_out, self.d_in = matrix_shape(base)
         self.register_parameter("bias", base.bias if isinstance(base.bias, nn.Parameter) else None)
         self._packed = isinstance(site.matrix, PackedMatrix)
+        self._transposed = is_transposed(base)
         if not self._packed:
             assert isinstance(base.weight, nn.Parameter)
             if len(site.rows) > 1:  # the layer's rows of the common matrix
@@ -170,7 +172,8 @@ class BypassLinear(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self._packed:
-            return self.site.matrix.dense()[self._rows]
+            weight = self.site.matrix.dense()[self._rows]
+            return weight.t().contiguous() if self._transposed else weight
         return super().__getattr__(name)
 
     @property
@@ -197,7 +200,7 @@ class PackedLinear(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.matrix = PackedMatrix(base.weight)
+        self.matrix = packed_matrix(base.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.matrix.multiply(x, self.bias)

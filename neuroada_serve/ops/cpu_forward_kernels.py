@@ -43,10 +43,10 @@ from neuroada_serve.ops.cpu_vectors import (
     I64,
     LANES,
     TILE,
-    add_products,
     add_to_rows,
     address_of,
     c_function,
+    concealed,
     constant,
     dot_first,
     dot_pair,
@@ -56,6 +56,7 @@ from neuroada_serve.ops.cpu_vectors import (
     exp,
     floats_at,
     fma,
+    has_feature,
     ints_at,
     kernel_sources,
     lane_sum,
@@ -66,6 +67,7 @@ from neuroada_serve.ops.cpu_vectors import (
     minus,
     narrow,
     over,
+    pair_steps,
     plus,
     prefetch,
     put,
@@ -81,7 +83,12 @@ from neuroada_serve.ops.cpu_vectors import (
 )
 
 BLOCK_NEURONS = 64  # of a packed weight
-CHUNK = 12  # tokens that are multiplied at once: as many as there are registers for
+# (tokens, vectors of 16 neurons) whose sums stay in registers, which AVX2 has half as many of as
+# AVX-512, and half as wide.
+SHAPES = ((1, 2), (4, 2), (8, 2), (12, 2))
+if not has_feature("avx512f"):
+    SHAPES = ((1, 2), (2, 2), (4, 1), (6, 1))
+CHUNK = SHAPES[-1][0]  # tokens that are multiplied at once
 AHEAD = 2048  # bytes of weights between those that are used and those that are fetched
 GROUP = 8  # values that are weighted at once by the attention
 QUERIES = 4  # tokens of a sequence that attend together, in a step of more than SINGLE tokens
@@ -116,10 +123,12 @@ NUM_PROGRAM_FIELDS = 7
 # --- products --------------------------------------------------------------------------------
 
 
-def _tile_product(num_tokens: int) -> Any:
+def _tile_product(num_tokens: int, vectors: int) -> Any:
+    """vectors: of 16 neurons."""
+
     @intrinsic
     def tile_product(typing: Any, weight: Any, x: Any, x_bytes: Any, pairs: Any, y: Any) -> Any:
-        """y [num_tokens, 32] float32 = x [num_tokens, 2 * pairs] bf16 times 32 packed neurons."""
+        """y [num_tokens, 32] float32 = x [num_tokens, 2 * pairs] bf16 times packed neurons."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             weight, x, x_bytes, pairs, y = args
@@ -133,23 +142,25 @@ def _tile_product(num_tokens: int) -> Any:
 
             builder.position_at_end(loop)
             pair = builder.phi(I64)
-            totals = [[builder.phi(F32X16) for _ in range(2)] for _ in range(num_tokens)]
-            start = builder.add(weight, builder.mul(pair, ir.Constant(I64, 4 * BLOCK_NEURONS)))
-            weights = []
-            for half in range(2):
-                address = builder.add(start, ir.Constant(I64, 4 * LANES * half))
-                weights.append(load(builder, address, I32X16))
-                prefetch(builder, builder.add(address, ir.Constant(I64, AHEAD)))
-            sums = []
-            for t in range(num_tokens):
-                address = builder.add(rows[t], builder.mul(pair, ir.Constant(I64, 4)))
-                inputs = same_in_all(builder, load(builder, address, ir.IntType(32)))
-                sums.append(
-                    [
-                        add_products(builder, total, w, inputs)
-                        for total, w in zip(totals[t], weights, strict=True)
-                    ]
-                )
+            totals = [[builder.phi(F32X16) for _ in range(vectors)] for _ in range(num_tokens)]
+            sums = [list(row) for row in totals]
+            offset = builder.mul(pair, ir.Constant(I64, 4))
+            start = builder.add(weight, builder.mul(offset, ir.Constant(I64, BLOCK_NEURONS)))
+            for number, step in enumerate(pair_steps()):
+                if number and num_tokens > 2:  # pairs kept in registers would drive sums out
+                    start, offset = concealed(builder, start), concealed(builder, offset)
+                weights = []
+                for part in range(vectors):
+                    address = builder.add(start, ir.Constant(I64, 4 * LANES * part))
+                    weights.append(step.take(builder, load(builder, address, I32X16)))
+                    if number == 0:
+                        prefetch(builder, builder.add(address, ir.Constant(I64, AHEAD)))
+                for t in range(num_tokens):
+                    address = builder.add(rows[t], offset)
+                    both = same_in_all(builder, load(builder, address, ir.IntType(32)))
+                    inputs = step.take(builder, both)
+                    for part in range(vectors):
+                        sums[t][part] = step.add(builder, sums[t][part], weights[part], inputs)
             following = builder.add(pair, ir.Constant(I64, 1))
             pair.add_incoming(ir.Constant(I64, 0), before)
             pair.add_incoming(following, loop)
@@ -161,9 +172,9 @@ def _tile_product(num_tokens: int) -> Any:
 
             builder.position_at_end(done)
             for t in range(num_tokens):
-                for half in range(2):
-                    offset = ir.Constant(I64, 4 * (TILE * t + LANES * half))
-                    store(builder, sums[t][half], builder.add(y, offset))
+                for part in range(vectors):
+                    offset = ir.Constant(I64, 4 * (TILE * t + LANES * part))
+                    store(builder, sums[t][part], builder.add(y, offset))
             return context.get_dummy_value()
 
         return types.none(*[types.intp] * 5), generate
@@ -171,7 +182,24 @@ def _tile_product(num_tokens: int) -> Any:
     return tile_product
 
 
-_product_of_1, _product_of_4, _product_of_8, _product_of_12 = map(_tile_product, (1, 4, 8, CHUNK))
+def _whole_tile(num_tokens: int, vectors: int) -> Any:
+    """Like `_tile_product` for all 32 neurons."""
+    product = _tile_product(num_tokens, vectors)
+    if vectors == TILE // LANES:
+        return product
+
+    @njit
+    def parts(weight: int, x: int, x_bytes: int, pairs: int, y: int) -> None:
+        for part in range(0, 4 * TILE, 4 * LANES * vectors):
+            product(weight + part, x, x_bytes, pairs, y + part)
+
+    return parts
+
+
+_MOST_ALONE, _MOST_FEW, _MOST_SOME, _ = (shape[0] for shape in SHAPES)
+_product_alone, _product_of_few, _product_of_some, _product_of_chunk = (
+    _whole_tile(*shape) for shape in SHAPES
+)
 
 
 @njit
@@ -181,14 +209,14 @@ def _multiply(weight: int, d_in: int, x: int, num_tokens: int, y: int) -> None:
     while first < num_tokens:
         count = num_tokens - first
         rows, target = x + first * x_bytes, y + 4 * TILE * first
-        if count == 1:
-            _product_of_1(weight, rows, x_bytes, pairs, target)
-        elif count <= 4:
-            _product_of_4(weight, rows, x_bytes, pairs, target)
-        elif count <= 8:
-            _product_of_8(weight, rows, x_bytes, pairs, target)
+        if count <= _MOST_ALONE:
+            _product_alone(weight, rows, x_bytes, pairs, target)
+        elif count <= _MOST_FEW:
+            _product_of_few(weight, rows, x_bytes, pairs, target)
+        elif count <= _MOST_SOME:
+            _product_of_some(weight, rows, x_bytes, pairs, target)
         else:
-            _product_of_12(weight, rows, x_bytes, pairs, target)
+            _product_of_chunk(weight, rows, x_bytes, pairs, target)
         first += CHUNK
 
 

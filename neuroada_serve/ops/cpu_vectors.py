@@ -7,6 +7,7 @@ the others that kernels are made of.
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,12 @@ def c_function(kernel: Callable[[Any], None]) -> Any:
         return cfunc("void(voidptr)")(kernel)
 
 
-# --- sixteen floats in one register ----------------------------------------------------------
+def has_feature(name: str) -> bool:
+    """Whether this processor has instructions of LLVM's name."""
+    return bool(binding.get_host_cpu_features().get(name))
+
+
+# --- sixteen floats, in as many registers as they take ---------------------------------------
 
 
 class _Float32x16(types.Type):
@@ -244,18 +250,53 @@ def add_to_rows(typing: Any, tile: Any, rows: Any, offset: Any) -> Any:
     return types.none(types.intp, types.intp, types.intp), generate
 
 
-def add_products(builder: Any, total: Any, a: Any, b: Any) -> Any:
-    """total + both products of 16 pairs of bf16, each pair in an i32."""
-    if binding.get_host_cpu_features().get("avx512bf16"):
+@dataclass(frozen=True)
+class PairStep:
+    """One instruction's worth of the product of pairs of bf16, each pair in an i32.
+
+    take: (builder, <16 x i32> of pairs) -> the factor it multiplies.
+    add: (builder, total, factor, factor) -> <16 x float>.
+    """
+
+    take: Callable[[Any, Any], Any]
+    add: Callable[[Any, Any, Any, Any], Any]
+
+
+def pair_steps() -> list[PairStep]:
+    """What adds both products of pairs, one after the other: one step where the processor has an
+    instruction for it, else one for the first and one for the second of a pair."""
+
+    def dot(builder: Any, total: Any, a: Any, b: Any) -> Any:
         function = ir.FunctionType(F32X16, [F32X16, I32X16, I32X16])
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        dot = cgutils.get_or_insert_function(builder.module, function, name)
-        return builder.call(dot, [total, a, b])
-    half, high = constant(I32X16, 16), constant(I32X16, 0xFFFF0000)
-    for widened in (lambda v: builder.shl(v, half), lambda v: builder.and_(v, high)):
-        factors = [builder.bitcast(widened(pairs), F32X16) for pairs in (a, b)]
-        total = _multiply_add(builder, [*factors, total])
+        return builder.call(
+            cgutils.get_or_insert_function(builder.module, function, name), [total, a, b]
+        )
+
+    def multiply_add(builder: Any, total: Any, a: Any, b: Any) -> Any:
+        return _multiply_add(builder, [a, b, total])
+
+    def first(builder: Any, pairs: Any) -> Any:
+        return builder.bitcast(builder.shl(pairs, constant(I32X16, 16)), F32X16)
+
+    def second(builder: Any, pairs: Any) -> Any:
+        return builder.bitcast(builder.and_(pairs, constant(I32X16, 0xFFFF0000)), F32X16)
+
+    if has_feature("avx512bf16"):
+        return [PairStep(lambda builder, pairs: pairs, dot)]
+    return [PairStep(first, multiply_add), PairStep(second, multiply_add)]
+
+
+def add_products(builder: Any, total: Any, a: Any, b: Any) -> Any:
+    """total + both products of 16 pairs of bf16, each pair in an i32."""
+    for step in pair_steps():
+        total = step.add(builder, total, step.take(builder, a), step.take(builder, b))
     return total
+
+
+def concealed(builder: Any, number: Any) -> Any:
+    """An i64 as it is; but the compiler cannot know that, and loads again what lies there."""
+    return builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [number], False)
 
 
 @intrinsic

@@ -4,15 +4,21 @@ oneDNN multiplies a bf16 matrix by few rows faster when the matrix lies in block
 choosing; given a plain matrix, it brings it into that shape at every call (bench/LOG.md). Merging
 must still find single entries, so the place of entry (row, column) in the blocks is learnt once
 per shape, by packing matrices that hold their own row and column numbers.
+
+Where oneDNN has no bf16, on x86 without AVX-512, torch takes several times as long for it as for
+float32. There a weight is packed by ourselves, in the same blocks, and multiplied by our kernel.
 """
 
 import ctypes
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from neuroada_serve.ops import cpu_product
 
 _LARGEST_CODE = 32_000  # numbers up to here are finite positive values when read as bf16
 
@@ -67,14 +73,33 @@ class DenseMatrix:
         return self._weight.t() if self.transposed else self._weight
 
 
-class PackedMatrix:
-    """A bf16 weight on the CPU in oneDNN's blocks.
-
-    Args:
-        weight: [d_out, d_in]; copied.
+class PackedMatrix(ABC):
+    """A copy of a bf16 weight [d_out, d_in] on the CPU, in blocks.
 
     in_blocks_of_64: whether entry (i, j) lies where `ops/cpu_forward.py` looks for it: blocks of 64
         rows; in a block, for each pair of columns, the 64 pairs.
+    """
+
+    entries: Tensor
+    d_out: int
+    d_in: int
+    in_blocks_of_64: bool
+
+    @abstractmethod
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    @abstractmethod
+    def positions(self, index: Tensor, first_row: int = 0) -> Tensor: ...
+
+    @abstractmethod
+    def dense(self) -> Tensor: ...
+
+
+class OneDnnMatrix(PackedMatrix):
+    """In the blocks that oneDNN chooses for the shape.
+
+    Args:
+        weight: [d_out, d_in]; copied.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -98,24 +123,82 @@ class PackedMatrix:
         return self._packed.to_dense()
 
 
+class BlockMatrix(PackedMatrix):
+    """In blocks of 64 rows, for `ops/cpu_product.py`; an odd column and missing rows are zeros.
+
+    Args:
+        weight: [d_out, d_in]; copied.
+    """
+
+    in_blocks_of_64 = True
+
+    def __init__(self, weight: Tensor) -> None:
+        self.d_out, self.d_in = weight.shape
+        self._blocks, self._pairs = -(-self.d_out // 64), -(-self.d_in // 2)
+        missing = (0, 2 * self._pairs - self.d_in, 0, 64 * self._blocks - self.d_out)
+        padded = F.pad(weight.detach(), missing).view(self._blocks, 64, self._pairs, 2)
+        self.entries = padded.transpose(1, 2).reshape(-1).clone()
+        self._product = cpu_product.BlockProduct(self.entries, self.d_out, self.d_in)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._product(x.reshape(-1, self.d_in), bias).view(*x.shape[:-1], self.d_out)
+
+    def positions(self, index: Tensor, first_row: int = 0) -> Tensor:
+        rows = torch.arange(first_row, first_row + len(index)).unsqueeze(1)
+        columns = index.long()
+        of_row = rows // 64 * 128 * self._pairs + rows % 64 * 2
+        return (of_row + columns // 2 * 128 + columns % 2).flatten()
+
+    def dense(self) -> Tensor:
+        blocks = self.entries.view(self._blocks, self._pairs, 64, 2).transpose(1, 2)
+        return blocks.reshape(-1, 2 * self._pairs)[: self.d_out, : self.d_in].contiguous()
+
+
 def frozen_matrix(weight: Tensor, transposed: bool = False) -> FrozenMatrix:
     """The fastest form of a weight on its device; the weight itself where that is as it is."""
-    if not transposed and packs_faster(weight) and _layout(*weight.shape) is not None:
-        return PackedMatrix(weight)
+    if not packs_faster(weight):
+        return DenseMatrix(weight, transposed)
+    if not _onednn_packs():
+        return BlockMatrix(weight.t() if transposed else weight)
+    if not transposed and _layout(*weight.shape) is not None:
+        return OneDnnMatrix(weight)
     return DenseMatrix(weight, transposed)
 
 
+def packed_matrix(weight: Tensor) -> PackedMatrix:
+    """A weight [d_out, d_in] that `packs_faster` has said yes to."""
+    return OneDnnMatrix(weight) if _onednn_packs() else BlockMatrix(weight)
+
+
 def packs_faster(weight: Tensor) -> bool:
-    """Whether oneDNN has a faster form for this weight, and torch lets us use it."""
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _can_pack()
+    """Whether there is a faster form for this weight."""
+    is_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return is_bf16 and (_onednn_packs() or cpu_product.available())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b for many rows and a weight [d_out, d_in] that stays as torch has it.
+
+    bf16 goes through float32, and is rounded once, on a processor where torch multiplies it element
+    by element; the weight is copied there.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _onednn_has_bf16():
+        wide = None if bias is None else bias.float()
+        return F.linear(x.float(), weight.float(), wide).to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 @cache
-def _can_pack() -> bool:
+def _onednn_has_bf16() -> bool:
+    """Whether oneDNN, and so torch, has fast products of bf16 on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@cache
+def _onednn_packs() -> bool:
+    """Whether oneDNN multiplies bf16 on this processor, and torch lets us pack for it."""
     needed = ("_reorder_linear_weight", "_linear_pointwise", "_nbytes", "data_ptr")
-    return all(hasattr(torch.ops.mkldnn, name) for name in needed) and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return all(hasattr(torch.ops.mkldnn, name) for name in needed) and _onednn_has_bf16()
 
 
 def _pack(weight: Tensor) -> Tensor:

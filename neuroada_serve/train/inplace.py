@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.model.loader import is_transposed
-from neuroada_serve.ops.matrix import DenseMatrix
+from neuroada_serve.ops.matrix import DenseMatrix, linear
 from neuroada_serve.ops.value_grad import value_grad
 from neuroada_serve.ops.weights import read_entries, write_entries_
 
@@ -78,6 +77,21 @@ class InplaceLinear(nn.Module):
         write_entries_(self.weight.detach().view(-1), self._positions, values)
 
 
+class FrozenLinear(nn.Module):
+    """y = W x + b with nothing to train: the output head, by the products of the other layers."""
+
+    bias: Tensor | None
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        arguments = (x, None, self.weight, self.bias, None, False)
+        y: Tensor = _InplaceLinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+        return y
+
+
 class _InplaceLinearFunction(torch.autograd.Function):
     """A linear layer whose backward gives dx and the gradient of the values at `index`."""
 
@@ -85,10 +99,10 @@ class _InplaceLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,  # [..., d_in]
-        value: Tensor,  # not read: its effect is already in the weight
+        value: Tensor | None,  # not read: its effect is already in the weight
         weight: Tensor,
         bias: Tensor | None,
-        index: Tensor,
+        index: Tensor | None,
         transposed: bool,
     ) -> Tensor:
         ctx.save_for_backward(x)
@@ -96,7 +110,7 @@ class _InplaceLinearFunction(torch.autograd.Function):
         # next forward has written to, and the entries are the same until the values change.
         ctx.weight = weight.t() if transposed else weight  # (d_out, d_in)
         ctx.index = index
-        return F.linear(x, ctx.weight, bias)
+        return linear(x, ctx.weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +118,7 @@ class _InplaceLinearFunction(torch.autograd.Function):
         grad = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, d_out)
         grad_x = grad_value = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ ctx.weight).view(x.shape)
+            grad_x = linear(grad, ctx.weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
             grad_value = value_grad(grad, x.reshape(-1, x.shape[-1]), ctx.index)
         return grad_x, grad_value, None, None, None, None
@@ -155,9 +169,13 @@ def inplace_training(
     """
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
     layers = attach_inplace(model, modules, k)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        model.set_output_embeddings(FrozenLinear(head))
     try:
         yield layers
     finally:
+        model.set_output_embeddings(head)
         detach_inplace(model, modules, layers)
         model.train(training)
         if use_cache is not None:
