@@ -100,7 +100,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, memory and GPUs."""
+    """Processor, which vector instructions torch uses, cores for this process, memory and GPUs."""
     import torch
 
     gpus = []
@@ -109,6 +109,7 @@ def hardware() -> dict[str, Any]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "gpus": gpus,
