@@ -215,10 +215,12 @@ def test_only_what_the_kernel_computes_is_known(sources, monkeypatch):
     assert decoder() is None
 
 
-@pytest.mark.parametrize("missing", ["_kernels", "_openmp"])
+@pytest.mark.parametrize("missing", ["forward_kernels", "_openmp"])
 def test_without_numba_or_torchs_threads_modules_run(sources, monkeypatch, missing):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(cpu_forward if missing == "_kernels" else cpu_bypass, missing, lambda: None)
+    monkeypatch.setattr(
+        cpu_forward if missing == "forward_kernels" else cpu_bypass, missing, lambda: None
+    )
     llm = new_llm(sources("llama"), {})
     assert llm.engine._runner._cpu_decoder is None
     assert (

@@ -3,13 +3,13 @@
 import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops.cpu_product import forward_kernels
 from neuroada_serve.ops.matrix import PackedMatrix
 
 _ALIGNMENT = 64  # bytes
@@ -186,7 +186,7 @@ class CpuForward:
     def __init__(self, decoder: Decoder, max_tokens: int) -> None:
         self._decoder = decoder
         self.max_tokens = max_tokens
-        self._at = _kernels()
+        self._at = forward_kernels()
         self._threads = torch.get_num_threads()
         self._kept: list[Any] = []  # what the blocks hold addresses of
         self._products: list[tuple[Product, Any]] = []
@@ -407,18 +407,9 @@ class CpuForward:
 
 def prepare() -> None:
     """Compile all CPU kernels, or load them from numba's cache, before they are first needed."""
-    _kernels()
+    forward_kernels()
 
 
 def available() -> bool:
     """Whether there are kernels, and a team of threads that can wait for each other."""
-    return _kernels() is not None and (torch.get_num_threads() == 1 or cpu_bypass.has_team())
-
-
-@cache
-def _kernels() -> Any:
-    try:
-        from neuroada_serve.ops import cpu_forward_kernels
-    except ImportError:
-        return None
-    return cpu_forward_kernels
+    return forward_kernels() is not None and (torch.get_num_threads() == 1 or cpu_bypass.has_team())

@@ -26,7 +26,7 @@ class BlockProduct:
     def __init__(self, entries: Tensor, d_out: int, d_in: int) -> None:
         self._entries = entries  # the block below holds their address
         self._d_out, self._d_in = d_out, d_in
-        self._at = at = _kernels()
+        self._at = at = forward_kernels()
         self._block = block = (ctypes.c_int64 * at.NUM_OP_FIELDS)()
         block[at.WEIGHT], block[at.NUM_ROWS] = entries.data_ptr(), d_out
         block[at.D_IN] = d_in + d_in % 2
@@ -67,11 +67,12 @@ class BlockProduct:
 
 def available() -> bool:
     """Whether there are kernels."""
-    return _kernels() is not None
+    return forward_kernels() is not None
 
 
 @cache
-def _kernels() -> Any:
+def forward_kernels() -> Any:
+    """`cpu_forward_kernels`; None without numba."""
     try:
         from neuroada_serve.ops import cpu_forward_kernels
     except ImportError:

@@ -10,7 +10,6 @@ float32. There a weight is packed by ourselves, in the same blocks, and multipli
 """
 
 import ctypes
-from abc import ABC, abstractmethod
 from functools import cache
 from typing import Protocol
 
@@ -73,26 +72,16 @@ class DenseMatrix:
         return self._weight.t() if self.transposed else self._weight
 
 
-class PackedMatrix(ABC):
+class PackedMatrix(FrozenMatrix):
     """A copy of a bf16 weight [d_out, d_in] on the CPU, in blocks.
 
     in_blocks_of_64: whether entry (i, j) lies where `ops/cpu_forward.py` looks for it: blocks of 64
         rows; in a block, for each pair of columns, the 64 pairs.
     """
 
-    entries: Tensor
     d_out: int
     d_in: int
     in_blocks_of_64: bool
-
-    @abstractmethod
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
-
-    @abstractmethod
-    def positions(self, index: Tensor, first_row: int = 0) -> Tensor: ...
-
-    @abstractmethod
-    def dense(self) -> Tensor: ...
 
 
 class OneDnnMatrix(PackedMatrix):
