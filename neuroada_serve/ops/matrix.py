@@ -180,7 +180,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @cache
 def _onednn_has_bf16() -> bool:
     """Whether oneDNN, and so torch, has fast products of bf16 on this processor."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    says = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # None: a torch without it
+    return says is not None and bool(says())
 
 
 @cache
