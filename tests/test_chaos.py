@@ -300,28 +300,35 @@ def meddle(world: World) -> None:
             time.sleep(draw.uniform(0, 0.05))
 
 
-def run_for(world: World, seconds: float) -> None:
+def num_answered(world: World) -> int:
+    return world.codes[200] + world.codes["streamed"]
+
+
+def run_for(world: World, seconds: float, fewest: int) -> None:
+    """So long, and on a slow machine up to five times, until so many answers have come."""
     with ThreadPoolExecutor(CLIENTS + ADMINS + 1) as pool:
         jobs: list[Callable] = [pool.submit(ask, world, i) for i in range(CLIENTS)]
         jobs += [pool.submit(administer, world, i) for i in range(ADMINS)]
         jobs.append(pool.submit(meddle, world))
         time.sleep(seconds)
+        latest = time.monotonic() + 4 * seconds
+        while num_answered(world) < fewest and not world.faults and time.monotonic() < latest:
+            time.sleep(0.2)
         world.stop.set()
         for job in jobs:
             job.result(TIMEOUT_S + 15)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(420)
 @pytest.mark.parametrize(
     ("seconds", "fewest"), [(12, 150), pytest.param(60, 2000, marks=pytest.mark.slow)]
 )
 def test_every_answer_is_of_one_version_that_was_ready(world, seconds, fewest):
     world.stop.clear()
     world.codes.clear()
-    run_for(world, seconds)
+    run_for(world, seconds, fewest)
     assert world.faults == [], (len(world.faults), world.codes, world.faults[:5])
-    answered = world.codes[200] + world.codes["streamed"]
-    assert answered >= fewest, world.codes
+    assert num_answered(world) >= fewest, world.codes
     assert world.codes["admin 200"] > fewest / 10
     for kind in (404, "left", "admin 404", "admin 409"):
         assert world.codes[kind] > 0, world.codes
