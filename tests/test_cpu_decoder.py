@@ -9,7 +9,7 @@ from neuroada_serve.engine import cpu_decoder
 from neuroada_serve.engine.cpu_decoder import known_decoder
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import load_base
-from neuroada_serve.ops import cpu_bypass, cpu_forward, cpu_vectors
+from neuroada_serve.ops import cpu_bypass, cpu_forward, cpu_vectors, matrix
 
 # As small as the kernel takes them: every matrix a multiple of 32 wide and high, but for the head.
 SIZES = {
@@ -223,10 +223,20 @@ def test_without_numba_or_torchs_threads_modules_run(sources, monkeypatch, missi
     )
     llm = new_llm(sources("llama"), {})
     assert llm.engine._runner._cpu_decoder is None
-    assert (
-        len(llm.generate([PROMPT[:3]], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids)
-        == 2
-    )
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    assert len(llm.generate([PROMPT[:3]], params)[0].token_ids) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_weights_in_our_blocks_are_saved_as_they_were(sources, monkeypatch, family):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(matrix, "_onednn_packs", lambda: False)
+    model = load_base(sources(family)).model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attach_bypass(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_head_of_any_size(sources):

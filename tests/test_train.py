@@ -20,7 +20,8 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, load_base
 from neuroada_serve.model.source import ModelSource
-from neuroada_serve.train import trainer
+from neuroada_serve.ops import matrix
+from neuroada_serve.train import inplace, trainer
 from neuroada_serve.train.data import Example, load_data
 from neuroada_serve.train.inplace import inplace_training
 from neuroada_serve.train.plot import smoothed
@@ -225,6 +226,28 @@ def test_an_exception_leaves_the_model_as_it_was(kind):
     assert _same_bits(model, bits)
     assert adaptable_modules(model) == modules
     assert not model.training
+
+
+def test_the_head_multiplies_like_the_layers_while_training(monkeypatch):
+    """Where torch has no fast bf16, the head is the widest layer that must not wait for it."""
+    monkeypatch.setattr(matrix, "_onednn_has_bf16", lambda: False)
+    multiplied = set()
+
+    def recording(x, weight, bias=None):
+        multiplied.add(weight.data_ptr())
+        return matrix.linear(x, weight, bias)
+
+    monkeypatch.setattr(inplace, "linear", recording)
+    model = _model("llama").bfloat16().eval()
+    head, ids = model.get_output_embeddings(), torch.randint(48, (2, 5))
+    with inplace_training(model, adaptable_modules(model), k=2) as layers:
+        hidden = model.model(ids).last_hidden_state
+        expected = (hidden.float() @ head.weight.float().t()).bfloat16()
+        assert torch.equal(model(ids).logits, expected)
+        assert head.weight.data_ptr() in multiplied
+        model(ids, labels=ids).loss.backward()
+        assert all(layer.value.grad.abs().sum() > 0 for layer in layers.values())
+    assert model.get_output_embeddings() is head
 
 
 # --- batches and scores ------------------------------------------------------------------------

@@ -170,12 +170,13 @@ def inplace_training(
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
     layers = attach_inplace(model, modules, k)
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        model.set_output_embeddings(FrozenLinear(head))
     try:
+        if type(head) is nn.Linear:
+            model.set_output_embeddings(FrozenLinear(head))
         yield layers
     finally:
-        model.set_output_embeddings(head)
+        if type(head) is nn.Linear:
+            model.set_output_embeddings(head)
         detach_inplace(model, modules, layers)
         model.train(training)
         if use_cache is not None:
