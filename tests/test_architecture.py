@@ -50,6 +50,7 @@ KERNEL_LIBRARIES = {
     "ops.cpu_kernels": {"numba"},
     "ops.cpu_forward_kernels": {"numba", "llvmlite"},
     "ops.triton_bypass": {"triton"},
+    "ops.triton_value_grad": {"triton"},
     "engine.triton_attention": {"triton"},
 }
 TORCH_FREE = (

@@ -16,6 +16,7 @@ from transformers import (
 
 from neuroada_serve.adapters.format import CONFIG_FILE
 from neuroada_serve.adapters.reader import load_adapter
+from neuroada_serve.adapters.select import Selection
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, load_base
@@ -23,7 +24,7 @@ from neuroada_serve.model.source import ModelSource
 from neuroada_serve.ops import matrix
 from neuroada_serve.train import inplace, trainer
 from neuroada_serve.train.data import Example, load_data
-from neuroada_serve.train.inplace import inplace_training
+from neuroada_serve.train.inplace import inplace_training, magnitude_selections
 from neuroada_serve.train.plot import smoothed
 from neuroada_serve.train.score import answer_logits, collate, score
 from neuroada_serve.train.trainer import LOSS_FILE, LengthGroupedBatches, train_adapter
@@ -100,6 +101,10 @@ def _same_bits(model, bits):
     return now.keys() == bits.keys() and all(torch.equal(now[n], bits[n]) for n in bits)
 
 
+def _training(model, modules, k):
+    return inplace_training(model, modules, magnitude_selections(modules, k))
+
+
 # --- inside the weights ------------------------------------------------------------------------
 
 
@@ -129,7 +134,7 @@ def _official_grads(model, values, ids):
 def test_gradients_equal_those_of_the_official_scatter_add(kind, dtype):
     model = _model(kind).to(dtype).eval()
     ids = torch.randint(48, (3, 11))
-    with inplace_training(model, adaptable_modules(model), k=3) as layers:
+    with _training(model, adaptable_modules(model), 3) as layers:
         _randomise(layers)
         loss = model(ids, labels=ids).loss
         loss.backward()
@@ -148,7 +153,7 @@ def test_weights_hold_the_rounded_sum_while_attached(kind):
     model = _model(kind).bfloat16().eval()
     bits, ids = _bits(model), torch.randint(48, (1, 5))
     modules = adaptable_modules(model)
-    with inplace_training(model, modules, k=3) as layers:
+    with _training(model, modules, 3) as layers:
         _randomise(layers)
         model(ids)
         for name, layer in layers.items():
@@ -166,14 +171,14 @@ def test_values_of_zero_change_no_logit():
     model = _model("llama").eval()
     ids = torch.randint(48, (1, 5))
     expected = model(ids).logits
-    with inplace_training(model, adaptable_modules(model), k=2):
+    with _training(model, adaptable_modules(model), 2):
         assert torch.equal(model(ids).logits, expected)
 
 
 def test_a_change_of_values_reaches_the_next_forward():
     model = _model("llama").eval()
     ids = torch.randint(48, (1, 5))
-    with inplace_training(model, adaptable_modules(model), k=2) as layers:
+    with _training(model, adaptable_modules(model), 2) as layers:
         first = model(ids).logits
         _randomise(layers)
         assert not torch.equal(model(ids).logits, first)
@@ -184,7 +189,7 @@ def test_a_change_of_values_reaches_the_next_forward():
 def test_gradient_checkpointing_gives_the_same_gradients():
     model = _model("llama").train()
     ids = torch.randint(48, (2, 7))
-    with inplace_training(model, adaptable_modules(model), k=2) as layers:
+    with _training(model, adaptable_modules(model), 2) as layers:
         _randomise(layers)
         model(ids, labels=ids, use_cache=False).loss.backward()
         plain = [layer.value.grad.clone() for layer in layers.values()]
@@ -198,7 +203,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_gradients_accumulate_over_forwards_and_steps():
     model = _model("llama").eval()
     ids = torch.randint(48, (2, 7))
-    with inplace_training(model, adaptable_modules(model), k=2) as layers:
+    with _training(model, adaptable_modules(model), 2) as layers:
         for scale in (0.1, 0.2):  # the second round runs on changed values
             model.zero_grad()
             _randomise(layers, scale)
@@ -215,7 +220,7 @@ def test_an_exception_leaves_the_model_as_it_was(kind):
     bits, modules = _bits(model), adaptable_modules(model)
 
     def fail_in_training():
-        with inplace_training(model, modules, k=2) as layers:
+        with _training(model, modules, 2) as layers:
             model.train()
             _randomise(layers, scale=float("inf"))
             model(torch.randint(48, (1, 5)))
@@ -240,7 +245,7 @@ def test_the_head_multiplies_like_the_layers_while_training(monkeypatch):
     monkeypatch.setattr(inplace, "linear", recording)
     model = _model("llama").bfloat16().eval()
     head, ids = model.get_output_embeddings(), torch.randint(48, (2, 5))
-    with inplace_training(model, adaptable_modules(model), k=2) as layers:
+    with _training(model, adaptable_modules(model), 2) as layers:
         hidden = model.model(ids).last_hidden_state
         expected = (hidden.float() @ head.weight.float().t()).bfloat16()
         assert torch.equal(model(ids).logits, expected)
@@ -248,6 +253,19 @@ def test_the_head_multiplies_like_the_layers_while_training(monkeypatch):
         model(ids, labels=ids).loss.backward()
         assert all(layer.value.grad.abs().sum() > 0 for layer in layers.values())
     assert model.get_output_embeddings() is head
+
+
+def test_entries_that_are_not_selected_keep_value_0():
+    model = _model("llama")
+    modules = adaptable_modules(model)
+    found = magnitude_selections(modules, 3)
+    trained = {name: torch.rand(s.index.shape) < 0.5 for name, s in found.items()}
+    selections = {name: Selection(s.index, trained[name]) for name, s in found.items()}
+    with inplace_training(model, modules, selections) as layers:
+        model(torch.arange(12)[None]).logits.square().sum().backward()
+        for name, layer in layers.items():
+            assert layer.value.grad[~trained[name]].eq(0).all()
+            assert layer.value.grad[trained[name]].ne(0).any()
 
 
 # --- batches and scores ------------------------------------------------------------------------
@@ -334,7 +352,7 @@ def test_the_folder_holds_what_was_scored(base, data, tmp_path):
     assert adapter.digest == report.adapter.digest
     assert (out / LOSS_FILE).read_bytes().startswith(b"\x89PNG")
     heldout = load_data(base, data, QUICK).heldout
-    with inplace_training(base.model, adaptable_modules(base.model), QUICK.k) as layers:
+    with _training(base.model, adaptable_modules(base.model), QUICK.k) as layers:
         with torch.no_grad():
             for name, layer in layers.items():
                 assert torch.equal(layer.index, adapter.modules[name].index)

@@ -29,11 +29,13 @@ def run_python(*args: str, **env: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("cases", ["interpreted_bypass.py", "interpreted_attention.py"])
+@pytest.mark.parametrize("cases", ["bypass", "attention", "value_grad"])
 def test_kernels_equal_their_references(cases):
     mode = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     # Interpreted kernels compute on numpy, which warns of the nan that some cases plant.
-    run_python("-m", "pytest", cases, "-q", "-W", "ignore::RuntimeWarning", **mode)
+    run_python(
+        "-m", "pytest", f"interpreted_{cases}.py", "-q", "-W", "ignore::RuntimeWarning", **mode
+    )
 
 
 @needs_triton
@@ -48,5 +50,6 @@ def test_kernels_import_without_triton():
         "import sys; sys.modules['triton'] = None\n"
         "from neuroada_serve.ops.triton_bypass import HAS_TRITON as bypass\n"
         "from neuroada_serve.engine.triton_attention import HAS_TRITON as attention\n"
-        "assert not bypass and not attention",
+        "from neuroada_serve.ops.triton_value_grad import HAS_TRITON as value_grad\n"
+        "assert not bypass and not attention and not value_grad",
     )

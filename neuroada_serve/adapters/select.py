@@ -5,12 +5,42 @@ at the base alone, so every adapter of one base shares one index, and the index 
 the beginning of that of a larger k.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from neuroada_serve.errors import ShapeError
 
 _CHUNK_ENTRIES = 1 << 22  # rows are handled a few at a time: 32 MiB of sort keys
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The inputs that a layer's neurons keep.
+
+    index: [d_out, k] int32 columns, distinct within a row.
+    trained: [d_out, k] bool, the entries that are selected; the others only fill their rows up to
+        k, and their values stay 0. None where all are.
+
+    Raises:
+        ShapeError: the two differ in shape.
+    """
+
+    index: Tensor
+    trained: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.trained is not None and self.trained.shape != self.index.shape:
+            raise ShapeError(
+                f"trained {tuple(self.trained.shape)} must be [d_out, k], as index "
+                f"{tuple(self.index.shape)}"
+            )
+
+    @property
+    def nnz(self) -> int:
+        """Entries selected."""
+        return self.index.numel() if self.trained is None else int(self.trained.sum())
 
 
 def magnitude_index(weight: Tensor, k: int) -> Tensor:

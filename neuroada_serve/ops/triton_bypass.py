@@ -1,9 +1,9 @@
 """The op that serves adapters, as Triton kernels for CUDA.
 
-A decode step moves few bytes here, so what counts is how the gather reads: random two-byte loads
-of an activation row keep L1 busy, the same loads from shared memory should cost less, and a row of
-transposed activations serves many tokens with one load. None of it is measured yet. Hence three
-ways, chosen per launch by `bypass_tile`:
+A decode step moves few bytes here, so what counts is the launch itself and how the gather reads:
+random two-byte loads of an activation row keep L1 busy, the same loads from shared memory cost
+less, and a row of transposed activations serves many tokens with one load. Three ways, chosen per
+launch by `bypass_tile`:
 
     direct   one token a program, gathers from global memory; for a few tokens
     staged   one token a program, its activations kept in shared memory first; for decode batches
@@ -19,7 +19,7 @@ Importing this file needs no Triton; calling its functions does (`HAS_TRITON`).
 from __future__ import annotations  # kernels are defined, not run, where Triton is absent
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -59,14 +59,17 @@ class BypassTile:
     warps: int = 4
     early: bool = False
 
+    @property
+    def started_early(self) -> BypassTile:
+        return self if self.way == "lanes" else replace(self, early=True)
 
-# (fewest tokens, largest k, tile): the first row that fits is taken. Reasoned, not yet measured;
-# `bench/gpu.py` times the alternatives on a GPU, and its winners belong here.
+
+# (fewest tokens, largest k, tile): the first row that fits is taken. Winners of `bench/gpu.py` on
+# an H200, Llama-3-8B's shapes, 1 to 256 tokens; that of lanes from its prefill.
 _TILES: tuple[tuple[int, int, BypassTile], ...] = (
-    (512, 1 << 30, BypassTile("lanes", rows=64, lanes=64, warps=8)),
     (8, 1, BypassTile("staged", rows=1024, warps=8)),
-    (8, 8, BypassTile("staged", rows=512, warps=8)),
-    (8, 1 << 30, BypassTile("staged", rows=256, warps=8)),
+    (512, 1 << 30, BypassTile("lanes", rows=64, lanes=64, warps=8)),
+    (8, 1 << 30, BypassTile("staged", rows=512, warps=8)),
     (0, 1 << 30, BypassTile("direct", rows=128, warps=4)),
 )
 
@@ -77,6 +80,11 @@ def bypass_tile(num_tokens: int, k: int, d_in: int, element_size: int) -> Bypass
     if found.way == "staged" and _power_of_two(d_in) * element_size > _STAGE_BYTES:
         return BypassTile("lanes", rows=64, lanes=16, warps=4)
     return found
+
+
+def can_start_early(device: torch.device) -> bool:
+    """Whether a launch on this device may begin before the one ahead of it has ended."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def bypass_add_triton_(

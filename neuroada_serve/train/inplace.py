@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuroada_serve.adapters.select import magnitude_index
+from neuroada_serve.adapters.select import Selection, magnitude_index
 from neuroada_serve.model.loader import is_transposed
 from neuroada_serve.ops.matrix import DenseMatrix, linear
 from neuroada_serve.ops.value_grad import value_grad
@@ -28,18 +28,21 @@ class InplaceLinear(nn.Module):
     Holds the very parameters of the layer it replaces, under the same names.
 
     index: [d_out, k] int32.
+    trained: [d_out, k] bool, entries whose values get a gradient; None for all.
     value: [d_out, k] trainable, starts at 0; float32, or float64 for a float64 weight.
     """
 
     bias: Tensor | None
 
-    def __init__(self, base: nn.Module, index: Tensor) -> None:
+    def __init__(self, base: nn.Module, selection: Selection) -> None:
         super().__init__()
+        index = selection.index
         assert isinstance(base.weight, nn.Parameter)
         self.weight = base.weight
         self.register_parameter("bias", base.bias if isinstance(base.bias, nn.Parameter) else None)
         self.transposed = is_transposed(base)
         self.index = index
+        self.trained = selection.trained
         self.value = nn.Parameter(
             torch.zeros(
                 index.shape,
@@ -54,7 +57,8 @@ class InplaceLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.write_values_()
-        arguments = (x, self.value, self.weight, self.bias, self.index, self.transposed)
+        where = (self.index, self.trained)
+        arguments = (x, self.value, self.weight, self.bias, where, self.transposed)
         y: Tensor = _InplaceLinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]
         return y
 
@@ -102,14 +106,14 @@ class _InplaceLinearFunction(torch.autograd.Function):
         value: Tensor | None,  # not read: its effect is already in the weight
         weight: Tensor,
         bias: Tensor | None,
-        index: Tensor | None,
+        where: tuple[Tensor, Tensor | None] | None,  # index, trained
         transposed: bool,
     ) -> Tensor:
         ctx.save_for_backward(x)
         # An attribute, not a saved tensor: autograd would refuse the backward of a weight that the
         # next forward has written to, and the entries are the same until the values change.
         ctx.weight = weight.t() if transposed else weight  # (d_out, d_in)
-        ctx.index = index
+        ctx.where = where
         return linear(x, ctx.weight, bias)
 
     @staticmethod
@@ -120,30 +124,27 @@ class _InplaceLinearFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = linear(grad, ctx.weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_value = value_grad(grad, x.reshape(-1, x.shape[-1]), ctx.index)
+            index, trained = ctx.where
+            grad_value = value_grad(grad, x.reshape(-1, x.shape[-1]), index)
+            if trained is not None:
+                grad_value.mul_(trained)
         return grad_x, grad_value, None, None, None, None
 
 
 def attach_inplace(
-    model: nn.Module, modules: Mapping[str, Any], k: int
+    model: nn.Module, modules: Mapping[str, Any], selections: Mapping[str, Selection]
 ) -> dict[str, InplaceLinear]:
     """Replace `modules` of the model by InplaceLinear layers on the same parameters.
 
     Args:
         model: a causal LM; all its parameters are frozen, only values are left to train.
         modules: name -> Linear or Conv1D, such as `adaptable_modules` gives, or some of them.
-        k: values per row, at the columns that `magnitude_index` selects.
+        selections: by the same names, on the device of the weights.
 
     Returns:
         The new layers by the same names.
-
-    Raises:
-        ShapeError: k is above a module's d_in. The model is left as it was.
     """
-    layers: dict[str, InplaceLinear] = {}
-    for name, module in modules.items():
-        weight = module.weight.t() if is_transposed(module) else module.weight
-        layers[name] = InplaceLinear(module, magnitude_index(weight, k))
+    layers = {name: InplaceLinear(module, selections[name]) for name, module in modules.items()}
     model.requires_grad_(False)
     for name, layer in layers.items():
         _replace(model, name, layer)
@@ -161,14 +162,14 @@ def detach_inplace(
 
 @contextmanager
 def inplace_training(
-    model: Any, modules: Mapping[str, Any], k: int
+    model: Any, modules: Mapping[str, Any], selections: Mapping[str, Selection]
 ) -> Iterator[dict[str, InplaceLinear]]:
     """`attach_inplace` for the length of a block, however it ends. Yields the layers.
 
     The model's modes (train or eval, and use_cache, which the Trainer switches off) come back too.
     """
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    layers = attach_inplace(model, modules, k)
+    layers = attach_inplace(model, modules, selections)
     head = model.get_output_embeddings()
     try:
         if type(head) is nn.Linear:
@@ -186,3 +187,16 @@ def inplace_training(
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def magnitude_selections(modules: Mapping[str, Any], k: int) -> dict[str, Selection]:
+    """The method's own selection for every module, see `magnitude_index`.
+
+    Raises:
+        ShapeError: k is above a module's d_in.
+    """
+    selections = {}
+    for name, module in modules.items():
+        weight = module.weight.t() if is_transposed(module) else module.weight
+        selections[name] = Selection(magnitude_index(weight, k))
+    return selections

@@ -35,7 +35,7 @@ from neuroada_serve.errors import UsageError
 from neuroada_serve.model.loader import BaseModel, adaptable_modules
 from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.train.data import DataReport, Example, load_data
-from neuroada_serve.train.inplace import InplaceLinear, inplace_training
+from neuroada_serve.train.inplace import InplaceLinear, inplace_training, magnitude_selections
 from neuroada_serve.train.plot import loss_curve
 from neuroada_serve.train.score import Score, answer_logits, collate, score
 
@@ -112,7 +112,8 @@ def train_adapter(
 
     modules = adaptable_modules(base.model)
     assert modules.keys() == base.spec.shapes.keys(), "the model is in use by an engine"
-    with quiet_transformers(), inplace_training(base.model, modules, config.k) as layers:
+    selections = magnitude_selections(modules, config.k)
+    with quiet_transformers(), inplace_training(base.model, modules, selections) as layers:
         before = score_heldout("the base", next_step=1)
 
         # 2. The steps.
