@@ -48,6 +48,7 @@ CORE_COMPANIONS = {"jinja2", "huggingface_hub", "gguf"}
 KERNEL_LIBRARIES = {
     "ops.cpu_vectors": {"numba", "llvmlite"},
     "ops.cpu_kernels": {"numba"},
+    "ops.cpu_grad_kernels": {"numba"},
     "ops.cpu_forward_kernels": {"numba", "llvmlite"},
     "ops.triton_bypass": {"triton"},
     "ops.triton_value_grad": {"triton"},

@@ -22,19 +22,36 @@ def _close(found, expected, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("k", [1, 3, 8])
-@pytest.mark.parametrize("tokens", [1, 7, 133])
-def test_equals_reference(tokens, k, dtype):
-    grad_output, x, index = _inputs(tokens, 33, 17, k, dtype)
+@pytest.mark.parametrize("tokens", [1, 7, 133, 256])
+@pytest.mark.parametrize(("d_in", "d_out"), [(33, 17), (32, 32), (75, 1061)])
+def test_equals_reference(d_in, d_out, tokens, k, dtype):
+    grad_output, x, index = _inputs(tokens, d_in, d_out, k, dtype)
     found = value_grad(grad_output, x, index)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     _close(found, value_grad_reference(grad_output, x, index), dtype)
 
 
+@pytest.mark.parametrize("way", ["_by_embedding_bag", "_column_by_column", "value_grad_by_rows"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_equals_reference_without_the_fused_op(dtype, monkeypatch):
-    monkeypatch.setattr(module, "_FUSED", None)
+def test_every_way_equals_the_reference(dtype, way, monkeypatch):
+    monkeypatch.setattr(module, "_DENSE_BYTES", 33 * 5 * 4)  # a few rows at a time
     grad_output, x, index = _inputs(133, 33, 17, 8, dtype)
-    _close(value_grad(grad_output, x, index), value_grad_reference(grad_output, x, index), dtype)
+    found = getattr(module, way)(grad_output, x, index)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    _close(found, value_grad_reference(grad_output, x, index), dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_a_bit(threads):
+    grad_output, x, index = _inputs(200, 40, 2000, 3, torch.bfloat16)
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = value_grad(grad_output, x, index)
+        torch.set_num_threads(1)
+        assert torch.equal(found, value_grad(grad_output, x, index))
+    finally:
+        torch.set_num_threads(usual)
 
 
 def test_reference_is_the_dense_gradient_at_the_index():
@@ -55,6 +72,19 @@ def test_accepts_no_tokens_and_strided_activations():
     assert value_grad(grad_output[:0], x[:0], index).eq(0).all()
     found = value_grad(grad_output[::2], x[::2], index)
     _close(found, value_grad_reference(grad_output[::2], x[::2], index), x.dtype)
+    grad_output, x, index = _inputs(300, 72, 50, 2, torch.float32)  # of the kernel's sizes
+    assert value_grad(grad_output[:0], x[:0], index).eq(0).all()
+    found = value_grad(grad_output[::2], x[::2, :40], index % 40)
+    _close(found, value_grad_reference(grad_output[::2], x[::2, :40], index % 40), x.dtype)
+
+
+def test_nothing_beyond_the_tensors_is_read():
+    grad_output, x, index = _inputs(150, 40, 45, 2, torch.float32)
+    around = [torch.full((152, t.shape[1] + 7), float("nan")) for t in (grad_output, x)]
+    for outer, inner in zip(around, (grad_output, x), strict=True):
+        outer[1:151, 3 : 3 + inner.shape[1]] = inner
+    inside = [o[1:151, 3 : 3 + t.shape[1]] for o, t in zip(around, (grad_output, x), strict=True)]
+    assert torch.equal(value_grad(*inside, index), value_grad(grad_output, x, index))
 
 
 def test_shapes_that_disagree_are_named():

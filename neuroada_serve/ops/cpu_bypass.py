@@ -21,6 +21,8 @@ _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # many entries and fewer are not worth waking a second thread.
 FEW_LANES = 3
 THREADED_ENTRIES = 8192
+_SMALLEST = 32  # rows of x and of gradients shorter than a tile are left to torch
+_FEWEST_NEURONS = 256  # in one piece of the value gradient
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -151,6 +153,43 @@ class RmsNorm:
         return y
 
 
+def value_grad(grads: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """out[i, j] = sum_t grads[t, i] * x[t, index[i, j]], in float32.
+
+    Args:
+        grads, x: [tokens, d_out] and [tokens, d_in], contiguous rows; `supports_value_grad`.
+        index: [d_out, k] int32, contiguous.
+    """
+    at = _grad_kernels()
+    (tokens, d_out), (d_in, k) = grads.shape, (x.shape[1], index.shape[1])
+    spans = max(1, -(-tokens // at.SPAN))
+    parts = torch.zeros(spans, d_out, k)
+    zeros = torch.zeros(max(d_out, d_in), dtype=x.dtype)
+    block = (ctypes.c_int64 * at.NUM_FIELDS)()
+    block[at.KIND] = _KINDS[x.dtype]
+    block[at.GRADS], block[at.GRAD_STRIDE] = grads.data_ptr(), grads.stride(0)
+    block[at.X], block[at.X_STRIDE] = x.data_ptr(), x.stride(0)
+    block[at.TOKENS], block[at.D_OUT], block[at.D_IN] = tokens, d_out, d_in
+    block[at.INDEX], block[at.K] = index.data_ptr(), k
+    block[at.PARTS], block[at.ZEROS] = parts.data_ptr(), zeros.data_ptr()
+    wanted = 2 * torch.get_num_threads()  # pieces; each group of neurons turns x once more
+    groups = max(1, min(-(-wanted // spans), d_out // _FEWEST_NEURONS))
+    block[at.GROUP] = -(-d_out // groups // at.TILE) * at.TILE
+    _Kernel(at.value_grad, block)(tokens * d_out)
+    return parts[0] if spans == 1 else parts.sum(dim=0)
+
+
+def supports_value_grad(grads: Tensor, x: Tensor, index: Tensor) -> bool:
+    """Whether `value_grad` can run on these tensors: as `supports`, and not tiny ones."""
+    return (
+        supports(grads, x)
+        and min(grads.shape[1], x.shape[1]) >= _SMALLEST
+        and index.dtype == torch.int32
+        and index.is_contiguous()
+        and grads.stride(1) == x.stride(1) == 1
+    )
+
+
 def _run_on_entries(
     kernel: Any, weight: Tensor, positions: Tensor, values: Tensor, saved: Tensor
 ) -> None:
@@ -161,6 +200,13 @@ def _run_on_entries(
     block[at.VALUES], block[at.SAVED] = values.data_ptr(), saved.data_ptr()
     block[at.NUM_ENTRIES] = len(positions)
     _Kernel(kernel, block)(len(positions))
+
+
+@cache
+def _grad_kernels() -> Any:
+    from neuroada_serve.ops import cpu_grad_kernels
+
+    return cpu_grad_kernels
 
 
 @cache

@@ -501,6 +501,26 @@ def lane_sum(vector: Any) -> Any:
     return even + odd
 
 
+@intrinsic
+def reduced(typing: Any, vector: Any) -> Any:
+    """The sum of all lanes, a float32, in an order that the processor likes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        total, lanes = args[0], LANES
+        while lanes > 1:
+            lanes //= 2
+            halves = [
+                builder.shuffle_vector(
+                    total, total, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(places))
+                )
+                for places in (range(lanes), range(lanes, 2 * lanes))
+            ]
+            total = builder.fadd(*halves)
+        return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(float32x16), generate
+
+
 @njit
 def largest_lane(vector: Any) -> Any:
     """The largest of all lanes, a float32."""

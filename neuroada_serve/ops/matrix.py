@@ -169,8 +169,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b for many rows and a weight [d_out, d_in] that stays as torch has it.
 
     bf16 goes through float32, and is rounded once, on a processor where torch multiplies it element
-    by element; the weight is copied there.
+    by element; the weight is copied there. Compiled code is left to the compiler.
     """
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _onednn_has_bf16():
         wide = None if bias is None else bias.float()
         return F.linear(x.float(), weight.float(), wide).to(x.dtype)

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from neuroada_serve.errors import ShapeError
+from neuroada_serve.ops import cpu_bypass, triton_value_grad
 
-# The backward of embedding_bag's per_sample_weights is, term for term, the sum below: a fused
-# gather and dot over rows of the transposed activations.
-# It is a private op, so a loop over k stands by for a torch without it and for other devices.
+# A private operator: a torch without it loops over k.
 _FUSED = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
-_FUSED_DEVICES = ("cpu", "cuda")
 _SUM = 0  # embedding_bag's mode
+# On a GPU the sparse sum's time grows with k, the dense gradient's with d_in. On an H200, in
+# Llama-3-8B's shapes with 4,096 tokens, they meet near k = d_in / 220; on the CPU never.
+_DENSE_FROM = 220
+_DENSE_BYTES = 32 << 20  # of the dense gradient at a time
 
 
 def value_grad_reference(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
@@ -36,8 +38,9 @@ def value_grad(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
         index: [d_out, k] int32 or int64, every value in [0, d_in).
 
     Returns:
-        [d_out, k] float32, or float64 for float64 inputs. Sums run in float32 or wider; the fused
-        op then rounds a bfloat16 or float16 layer's sums once to that dtype.
+        [d_out, k] float32, or float64 for float64 inputs. Sums run in float32 or wider; by way of
+        the dense gradient or torch's own operator they are rounded once to a bfloat16 or float16
+        layer's dtype.
 
     Raises:
         ShapeError: names the shapes that disagree.
@@ -53,8 +56,53 @@ def value_grad(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
             f"index {tuple(index.shape)} must have one row per column of grad_output "
             f"{tuple(grad_output.shape)}"
         )
-    if _FUSED is None or x.device.type not in _FUSED_DEVICES:
-        return _looped(grad_output, x, index)
+    if torch.compiler.is_compiling():
+        grad: Tensor = _opaque(grad_output, x, index)
+        return grad
+    return _dispatched(grad_output, x, index)
+
+
+def _dispatched(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    if x.is_cuda:
+        if index.shape[1] * _DENSE_FROM > x.shape[1]:
+            return value_grad_by_rows(grad_output, x, index)
+        if triton_value_grad.HAS_TRITON and x.dtype != torch.float64:
+            return triton_value_grad.value_grad_triton(grad_output, x, index)
+    elif cpu_bypass.supports_value_grad(grad_output, x, index):
+        return cpu_bypass.value_grad(grad_output, x, index)
+    elif _FUSED is not None and x.device.type == "cpu":
+        return _by_embedding_bag(grad_output, x, index)
+    return _column_by_column(grad_output, x, index)
+
+
+@torch.library.custom_op("neuroada_serve::value_grad", mutates_args=())
+def _opaque(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """What a compiler takes as one operator: it cannot look into kernels that are not torch's."""
+    return _dispatched(grad_output, x, index)
+
+
+@_opaque.register_fake
+def _(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(index.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def value_grad_by_rows(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """`value_grad` by the dense gradient, some rows of it at a time."""
+    d_out, k = index.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = max(1, _DENSE_BYTES // (x.shape[1] * x.element_size()))
+    grad = torch.empty(d_out, k, dtype=wide, device=x.device)
+    for start in range(0, d_out, rows):
+        part = slice(start, start + rows)
+        dense = grad_output[:, part].t() @ x  # (rows, d_in)
+        grad[part] = dense.gather(1, index[part].long())
+    return grad
+
+
+def _by_embedding_bag(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """`value_grad` as the backward of embedding_bag's per_sample_weights: term for term the same
+    sum, over rows of the transposed activations."""
+    assert _FUSED is not None
     d_out, k = index.shape
     row_starts = torch.arange(0, d_out * k, k, dtype=index.dtype, device=index.device)
     rows = torch.arange(d_out, dtype=index.dtype, device=index.device).repeat_interleave(k)
@@ -70,7 +118,7 @@ def value_grad(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
     return grad.view(d_out, k).to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _looped(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
+def _column_by_column(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
     """`value_grad` by one row gather for each of the k columns."""
     wide = torch.promote_types(x.dtype, torch.float32)
     grad_t = grad_output.t().to(wide).contiguous()  # (d_out, tokens)

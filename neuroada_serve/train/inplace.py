@@ -56,11 +56,10 @@ class InplaceLinear(nn.Module):
         self._written = self.value._version  # values of this version are in the weight
 
     def forward(self, x: Tensor) -> Tensor:
-        self.write_values_()
+        if not torch.compiler.is_compiling():  # else `inplace_training` has done it
+            self.write_values_()
         where = (self.index, self.trained)
-        arguments = (x, self.value, self.weight, self.bias, where, self.transposed)
-        y: Tensor = _InplaceLinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]
-        return y
+        return _linear(x, self.value, self.weight, self.bias, *where, self.transposed)
 
     @torch.no_grad()
     def write_values_(self) -> None:
@@ -91,12 +90,19 @@ class FrozenLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        arguments = (x, None, self.weight, self.bias, None, False)
-        y: Tensor = _InplaceLinearFunction.apply(*arguments)  # type: ignore[no-untyped-call]
-        return y
+        return _linear(x, None, self.weight, self.bias, None, None, False)
 
 
-class _InplaceLinearFunction(torch.autograd.Function):
+def _linear(x: Tensor, *others: Any) -> Tensor:
+    """`_InplaceLinear` in autocast's dtype, where that is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    y: Tensor = _InplaceLinear.apply(x, *others)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _InplaceLinear(torch.autograd.Function):
     """A linear layer whose backward gives dx and the gradient of the values at `index`."""
 
     @staticmethod
@@ -106,29 +112,32 @@ class _InplaceLinearFunction(torch.autograd.Function):
         value: Tensor | None,  # not read: its effect is already in the weight
         weight: Tensor,
         bias: Tensor | None,
-        where: tuple[Tensor, Tensor | None] | None,  # index, trained
+        index: Tensor | None,
+        trained: Tensor | None,
         transposed: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x)
-        # An attribute, not a saved tensor: autograd would refuse the backward of a weight that the
-        # next forward has written to, and the entries are the same until the values change.
-        ctx.weight = weight.t() if transposed else weight  # (d_out, d_in)
-        ctx.where = where
-        return linear(x, ctx.weight, bias)
+        # The weight too: values are written between backward and forward, never between forward
+        # and backward, where autograd would refuse a saved tensor that has changed.
+        ctx.save_for_backward(x, weight, index, trained)
+        ctx.transposed = transposed
+        weight = weight.t() if transposed else weight  # (d_out, d_in)
+        if weight.dtype == x.dtype or not torch.is_autocast_enabled(x.device.type):
+            return linear(x, weight, bias)
+        return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, weight, index, trained = ctx.saved_tensors
         grad = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, d_out)
         grad_x = grad_value = None
         if ctx.needs_input_grad[0]:
-            grad_x = linear(grad, ctx.weight.t()).view(x.shape)
+            turned = weight if ctx.transposed else weight.t()  # (d_in, d_out)
+            grad_x = linear(grad, turned.to(grad.dtype)).view(x.shape)
         if ctx.needs_input_grad[1]:
-            index, trained = ctx.where
             grad_value = value_grad(grad, x.reshape(-1, x.shape[-1]), index)
             if trained is not None:
-                grad_value.mul_(trained)
-        return grad_x, grad_value, None, None, None, None
+                grad_value = grad_value * trained
+        return grad_x, grad_value, None, None, None, None, None
 
 
 def attach_inplace(
@@ -167,15 +176,24 @@ def inplace_training(
     """`attach_inplace` for the length of a block, however it ends. Yields the layers.
 
     The model's modes (train or eval, and use_cache, which the Trainer switches off) come back too.
+    The model, or modules of it, may be compiled; it must then be called as a whole.
     """
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
     layers = attach_inplace(model, modules, selections)
     head = model.get_output_embeddings()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def write_values(*forward: Any) -> None:
+        for layer in layers.values():
+            layer.write_values_()
+
+    hook = model.register_forward_pre_hook(write_values)
     try:
         if type(head) is nn.Linear:
             model.set_output_embeddings(FrozenLinear(head))
         yield layers
     finally:
+        hook.remove()
         if type(head) is nn.Linear:
             model.set_output_embeddings(head)
         detach_inplace(model, modules, layers)
