@@ -131,6 +131,42 @@ def test_recomputing_changes_no_gradient(family, what):
         assert_close(found, expected, 1e-6)
 
 
+def test_one_backward_through_two_forwards():
+    model, ids = random_model("llama"), torch.randint(VOCABULARY, (2, 9))
+    with training(model, 2) as layers:
+        randomise(layers)
+        _, expected = grads_of(model, layers, ids)
+        model.zero_grad()
+        losses = [model(ids, labels=ids, use_cache=False).loss for _ in range(2)]
+        sum(losses).backward()
+        found = {name: layer.value.grad / 2 for name, layer in layers.items()}
+    assert_close(found, expected, 1e-6)
+
+
+def test_a_backward_after_the_values_have_changed_is_refused():
+    model, ids = random_model("llama"), torch.randint(VOCABULARY, (2, 9))
+    with training(model, 2) as layers:
+        loss = model(ids, labels=ids, use_cache=False).loss
+        randomise(layers)
+        model(ids)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_values_set_behind_autograds_back_reach_the_next_forward():
+    model, ids = random_model("llama"), torch.randint(VOCABULARY, (2, 9))
+    with training(model, 2) as layers:
+        first = model(ids).logits
+        for layer in layers.values():
+            layer.value.data += 0.1  # as some optimizers do
+        second = model(ids).logits
+        assert not torch.equal(first, second)
+        randomise(layers, 0)
+        for layer in layers.values():
+            layer.value.data += 0.1
+        assert torch.equal(model(ids).logits, second)
+
+
 def saved_bytes(model, ids):
     """Bytes of distinct storages that the backward of a forward would read, parameters apart."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}

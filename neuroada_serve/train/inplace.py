@@ -62,22 +62,29 @@ class InplaceLinear(nn.Module):
         return _linear(x, self.value, self.weight, self.bias, *where, self.transposed)
 
     @torch.no_grad()
-    def write_values_(self) -> None:
-        """Write round(W0 + value) into the weight, if the values have changed since."""
-        if self._written == self.value._version:
+    def write_values_(self, always: bool = False) -> None:
+        """Write round(W0 + value) into the weight, if the values have changed since.
+
+        Changes through `value.data` go unnoticed: for these there is `always`.
+        """
+        changed = self._written != self.value._version
+        if not changed and not always:
             return
         merged = self._original.to(self.value.dtype) + self.value.flatten()
         self._write(merged.to(self.weight.dtype))
+        if changed:  # a backward of what was before is refused, but forwards may share one
+            torch.autograd.graph.increment_version(self.weight)
         self._written = self.value._version
 
     @torch.no_grad()
     def restore_(self) -> None:
         """Write the original entries back, bit for bit. The values stay as they are."""
         self._write(self._original)
+        torch.autograd.graph.increment_version(self.weight)
         self._written = -1
 
-    def _write(self, values: Tensor) -> None:
-        write_entries_(self.weight.detach().view(-1), self._positions, values)
+    def _write(self, entries: Tensor) -> None:
+        write_entries_(self.weight.data.view(-1), self._positions, entries)
 
 
 class FrozenLinear(nn.Module):
@@ -185,7 +192,7 @@ def inplace_training(
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def write_values(*forward: Any) -> None:
         for layer in layers.values():
-            layer.write_values_()
+            layer.write_values_(always=True)
 
     hook = model.register_forward_pre_hook(write_values)
     try:
