@@ -24,8 +24,8 @@ SLOT_BYTES = 128  # a GPU reads lines of this size
 _MOST_ORIGINALS = 8  # planes whose base weights are kept at hand
 # So many consecutive tokens of one adapter are multiplied by a weight that holds its values; fewer
 # go through `bypass_add_`. By `bench/choices.py` on the CPU. On an H200 (`bench/gpu.py`), in
-# Llama-3-8B's shape, a run costs 2.3 ms a forward, a token without one 5 us at k=1 and 21 us at
-# k=8: they meet at 500 and at 110 tokens.
+# Llama-3-8B's shape, a token without a run costs 6 us at k=1 and 22 us at k=8, and a run 2 to
+# 10 ms: hundreds of small launches, at the mercy of the host.
 RUN_TOKENS = {"cpu": 192, "cuda": 256}
 
 

@@ -105,7 +105,7 @@ class BypassSite:
         for part, token_slots in batch.calls(self.name):
             whole = part.table.d_out == self._d_out
             rows = y if whole else y[:, part.rows]
-            bypass_add_(rows, tokens, part.table, token_slots, after_product=True)
+            bypass_add_(rows, tokens, part.table, token_slots)
         return y.view(*x.shape[:-1], -1)
 
     def _multiply_runs(self, x: Tensor, batch: BankBatch) -> Tensor:

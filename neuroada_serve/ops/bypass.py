@@ -115,13 +115,7 @@ def bypass_add_reference(
     return (y.float() + (token_values * gathered).sum(-1)).to(y.dtype)
 
 
-def bypass_add_(
-    y: Tensor,
-    x: Tensor,
-    table: BypassTable,
-    token_slots: TokenSlots,
-    after_product: bool = False,
-) -> None:
+def bypass_add_(y: Tensor, x: Tensor, table: BypassTable, token_slots: TokenSlots) -> None:
     """Add each token's adapter bypass to a frozen linear's output, in place.
 
     Semantics, with s = token_slots.slots[t] and m = token_slots.merged_slot, where NO_SLOT and
@@ -133,8 +127,6 @@ def bypass_add_(
         x: [num_tokens, d_in], same dtype and device as y.
         table: index [d_out, k] and bypass [num_slots, d_out, k].
         token_slots: num_tokens slots, each NO_SLOT or in [0, num_slots).
-        after_product: the device's last launch wrote y and nothing else that is read here; on
-            CUDA this one may then begin beside it.
 
     Raises:
         ShapeError: names the shapes that disagree.
@@ -151,12 +143,7 @@ def bypass_add_(
         return
     if x.is_cuda and triton_bypass.HAS_TRITON:
         slots, merged_slot = token_slots.on_device
-        d_in, k = x.shape[1], table.index.shape[1]
-        tile = triton_bypass.bypass_tile(num_tokens, k, d_in, x.element_size())
-        settled = after_product and token_slots.static is not None  # so are the slots
-        if settled and triton_bypass.can_start_early(x.device):
-            tile = tile.started_early
-        triton_bypass.bypass_add_triton_(y, x, table.index, table.bypass, slots, merged_slot, tile)
+        triton_bypass.bypass_add_triton_(y, x, table.index, table.bypass, slots, merged_slot)
         return
     launch = table.cpu_launch
     if launch is not None and x.dtype == y.dtype == table.dtype:

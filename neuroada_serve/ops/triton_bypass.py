@@ -19,7 +19,7 @@ Importing this file needs no Triton; calling its functions does (`HAS_TRITON`).
 from __future__ import annotations  # kernels are defined, not run, where Triton is absent
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -59,13 +59,10 @@ class BypassTile:
     warps: int = 4
     early: bool = False
 
-    @property
-    def started_early(self) -> BypassTile:
-        return self if self.way == "lanes" else replace(self, early=True)
-
 
 # (fewest tokens, largest k, tile): the first row that fits is taken. Winners of `bench/gpu.py` on
-# an H200, Llama-3-8B's shapes, 1 to 256 tokens; that of lanes from its prefill.
+# an H200, Llama-3-8B's shapes, 1 to 256 tokens; that of lanes from its prefill. Starting early
+# gains a tenth beside one GEMM, but nothing in a model's step.
 _TILES: tuple[tuple[int, int, BypassTile], ...] = (
     (8, 1, BypassTile("staged", rows=1024, warps=8)),
     (512, 1 << 30, BypassTile("lanes", rows=64, lanes=64, warps=8)),
@@ -80,11 +77,6 @@ def bypass_tile(num_tokens: int, k: int, d_in: int, element_size: int) -> Bypass
     if found.way == "staged" and _power_of_two(d_in) * element_size > _STAGE_BYTES:
         return BypassTile("lanes", rows=64, lanes=16, warps=4)
     return found
-
-
-def can_start_early(device: torch.device) -> bool:
-    """Whether a launch on this device may begin before the one ahead of it has ended."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def bypass_add_triton_(
