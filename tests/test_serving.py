@@ -17,8 +17,10 @@ from openai import OpenAI
 from tiny import adapter_for
 
 from neuroada_serve import save_adapter
+from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import resolve_model
+from neuroada_serve.train.publish import Publisher
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 QUESTION = {
@@ -67,9 +69,9 @@ def client(server):
         yield client
 
 
-def ask(client: OpenAI, model: str, **more) -> str:
+def ask(client: OpenAI, model: str, question: str | None = None, **more) -> str:
     more = {"temperature": 0, "max_tokens": 48} | more
-    messages = [{"role": "user", "content": QUESTION[model]}]
+    messages = [{"role": "user", "content": QUESTION[question or model]}]
     answer = client.chat.completions.create(model=model, messages=messages, **more)
     assert answer.model == model
     return answer.choices[0].message.content
@@ -178,3 +180,13 @@ def test_broken_adapters_are_refused_by_name_and_serving_goes_on(
     assert num_named >= 60
     assert {name: ask(client, name) for name in expected} == expected
     assert "broken" not in [model.id for model in client.models.list()]
+
+
+def test_adapters_are_published_from_training_as_new_versions(server, client, adapter_dir):
+    url, _ = server
+    publish = Publisher(url, adapter_dir / "fresh")
+    publish(load_adapter(EXAMPLES / "adapters" / "triage"))
+    assert ask(client, "fresh", "triage") == ask(client, "triage")
+    publish(load_adapter(EXAMPLES / "adapters" / "sql"))
+    assert ask(client, "fresh", "sql") == ask(client, "sql")
+    httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "fresh"}).raise_for_status()
