@@ -63,12 +63,31 @@ def magnitude_index(weight: Tensor, k: int) -> Tensor:
     if not 1 <= k <= d_in:
         raise ShapeError(f"k={k} must be within 1..d_in, and a weight here has d_in={d_in}")
     index = torch.empty(d_out, k, dtype=torch.int32, device=weight.device)
-    # |W| as float32 has a sign bit of 0, so its bits order as its values do; the inverted column
-    # below them breaks ties.
-    inverted_column = torch.arange(d_in - 1, -1, -1, device=weight.device)
+    columns = torch.arange(d_in, device=weight.device)
     rows = max(1, _CHUNK_ENTRIES // d_in)
     for start in range(0, d_out, rows):
-        magnitude = weight[start : start + rows].detach().abs().float().contiguous()
-        key = (magnitude.view(torch.int32).long() << 32) | inverted_column
+        key = _sort_key(weight[start : start + rows].detach(), columns)
         index[start : start + rows] = key.topk(k, dim=1, sorted=True).indices.int()
     return index
+
+
+def magnitude_order(weight: Tensor, index: Tensor) -> Tensor:
+    """What brings the columns of an index into the order that `magnitude_index` gives.
+
+    Args:
+        weight: [d_out, d_in].
+        index: [d_out, k] int64, distinct within a row.
+
+    Returns:
+        order: [d_out, k] int64; index.gather(1, order) is in order.
+    """
+    key = _sort_key(weight.detach().gather(1, index), index)
+    return key.argsort(dim=1, descending=True)
+
+
+def _sort_key(weight: Tensor, columns: Tensor) -> Tensor:
+    """int64, larger for the larger |weight|, and for the lower of equal ones' columns, int64."""
+    # |W| as float32 has a sign bit of 0, so its bits order as its values do; the inverted column
+    # below them breaks ties.
+    magnitude = weight.abs().float().contiguous()
+    return (magnitude.view(torch.int32).long() << 32) | (0xFFFFFFFF - columns)

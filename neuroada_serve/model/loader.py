@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,9 @@ def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") ->
             of another shape, or without a place in the model.
     """
     torch_device = find_device(device)
-    with quiet_transformers():
-        try:
-            model, report = load_model(source.path)
-            tokenizer = load_tokenizer(source.path)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ModelError(f"model {source.name!r} cannot be loaded: {reason}") from error
-    if faults := _faults(model, report):
-        raise ModelError(f"model {source.name!r} cannot be loaded: {'; '.join(faults)}")
-    model.eval().requires_grad_(False)
+    model = load_checked(source)
+    with _refusing(source):
+        tokenizer = load_tokenizer(source.path)
     place_(model, torch_device, None if dtype == "auto" else getattr(torch, dtype))
     shapes = {name: matrix_shape(m) for name, m in adaptable_modules(model).items()}
     if not shapes:
@@ -87,6 +81,30 @@ def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") ->
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=int(getattr(text_config, "max_position_embeddings", None) or 1 << 20),
     )
+
+
+def load_checked(source: ModelSource) -> Any:
+    """The model alone, on the host, frozen, refused as `load_base` refuses it.
+
+    Raises:
+        ModelError
+    """
+    with _refusing(source):
+        model, report = load_model(source.path)
+    if faults := _faults(model, report):
+        raise ModelError(f"model {source.name!r} cannot be loaded: {'; '.join(faults)}")
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _refusing(source: ModelSource) -> Iterator[None]:
+    """transformers' errors inside become a ModelError."""
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(f"model {source.name!r} cannot be loaded: {reason}") from error
 
 
 def load_model(path: Path) -> tuple[Any, Mapping[str, Any]]:
