@@ -19,6 +19,7 @@ from rich.table import Table
 from neuroada_serve import uncollected
 from neuroada_serve.benchmark.settings import OfflineConfig, ServingConfig, parse_goodput
 from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig, help_of, parse_bytes
+from neuroada_serve.convert_cli import COMMANDS, convert_app
 from neuroada_serve.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -92,6 +93,11 @@ def _command(
 def _bench_command(function: Callable[..., None]) -> Callable[..., None]:
     """Register `bench_NAME` as `bench NAME`."""
     return _command(function, bench_app, function.__name__.removeprefix("bench_"))
+
+
+app.add_typer(convert_app, name="convert")
+for _name, _function in COMMANDS.items():
+    _command(_function, convert_app, _name)
 
 
 @contextmanager

@@ -206,6 +206,7 @@ def test_every_flag_has_help():
         "merge",
         "inspect",
         "bench",
+        "convert",
     }
     for name, command in commands.items():
         for parameter in command.params:

@@ -1,0 +1,174 @@
+"""`neuroada convert`: adapters of other formats become ours, and ours PEFT's SHiRA."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from neuroada_serve.model.convert import Conversion
+    from neuroada_serve.model.source import ModelSource
+
+convert_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Make an adapter of another format's files, or the other way round.",
+)
+_err = Console(stderr=True)
+_out = Console()
+
+Base = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL", help="The base: a local folder, a .gguf file, demo, or a hub id."
+    ),
+]
+OutDir = Annotated[Path, typer.Option("--out", help="New folder to write.")]
+MostK = Annotated[
+    int | None,
+    typer.Option("--k", help="Keep the k largest values of each row; default: all of them."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(help="Dtype of the values: auto (as stored), bfloat16, float16 or float32."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def official(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder with positions.npy and tunable_para/, or a checkpoint's.",
+        ),
+    ],
+    base: Base,
+    out_dir: OutDir,
+    k: MostK = None,
+    dtype: Dtype = "auto",
+    json_output: Json = False,
+) -> None:
+    """A run of the method's official code. Its pickle is read as data, nothing in it is run."""
+    from neuroada_serve.model.convert import convert_official
+
+    _show(convert_official(_source(base), run, out_dir, k, dtype), out_dir, json_output)
+
+
+def shira(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder that PEFT wrote.")],
+    base: Base,
+    out_dir: OutDir,
+    k: MostK = None,
+    dtype: Dtype = "auto",
+    json_output: Json = False,
+) -> None:
+    """A SHiRA adapter of PEFT."""
+    from neuroada_serve.model.convert import convert_shira
+
+    _show(convert_shira(_source(base), adapter, out_dir, k, dtype), out_dir, json_output)
+
+
+def supertuning(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder that PEFT wrote.")],
+    base: Base,
+    out_dir: OutDir,
+    k: MostK = None,
+    dtype: Dtype = "auto",
+    json_output: Json = False,
+) -> None:
+    """A Super-Tuning adapter of PEFT."""
+    from neuroada_serve.model.convert import convert_supertuning
+
+    _show(convert_supertuning(_source(base), adapter, out_dir, k, dtype), out_dir, json_output)
+
+
+def diff(
+    tuned: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The fine-tuned model, as --base names one.")
+    ],
+    base: Base,
+    out_dir: OutDir,
+    k: Annotated[int, typer.Option(help="Keep the k largest differences of each row.")],
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the values: auto (float32), bfloat16, float16 or float32.")
+    ] = "auto",
+    json_output: Json = False,
+) -> None:
+    """The difference of a fine-tuned model and its base, its largest entries."""
+    from neuroada_serve.model.convert import convert_diff
+
+    result = convert_diff(_source(base), _source(tuned), out_dir, k, dtype)
+    _show(result, out_dir, json_output)
+
+
+def to_shira(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
+    base: Base,
+    out_dir: OutDir,
+) -> None:
+    """Write an adapter as one that PEFT loads, SHiRA."""
+    from neuroada_serve.model.convert import export_shira
+
+    r = export_shira(_source(base), adapter, out_dir)
+    _notify(f"SHiRA adapter with r={r} written to {out_dir}; peft.PeftModel loads it.")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "official": official,
+    "shira": shira,
+    "supertuning": supertuning,
+    "diff": diff,
+    "to-shira": to_shira,
+}
+
+
+def _source(model: str) -> "ModelSource":
+    from neuroada_serve.model.source import resolve_model
+
+    return resolve_model(model, _notify)
+
+
+def _show(result: "Conversion", out_dir: Path, json_output: bool) -> None:
+    for warning in result.warnings:
+        _notify(f"Warning: {warning}.")
+    config = result.adapter.config
+    if json_output:
+        report: dict[str, Any] = {
+            "k": config.k,
+            "entries": result.num_entries,
+            "filled": result.filled,
+            "energy_kept": result.kept_in_all,
+            "energy_kept_by_module": dict(result.kept),
+            "warnings": list(result.warnings),
+        }
+        print(json.dumps(report))
+    else:
+        _out.print(_table(result))
+    _notify(
+        f"Adapter with k={config.k} written to {out_dir}: {result.num_entries:,} entries changed, "
+        f"{result.kept_in_all:.2%} of their energy kept"
+        + (f"; {result.filled:.0%} of its values only fill rows up." if result.filled else ".")
+    )
+
+
+def _table(result: "Conversion") -> Table:
+    """Energy kept, by the endings of module names, and the module that keeps least of it."""
+    groups: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    for name, kept in result.kept.items():
+        groups[name.rpartition(".")[2]][name] = kept
+    table = Table("modules", "number", "energy kept: mean", "lowest", "in")
+    for ending, kept_in in groups.items():
+        lowest = min(kept_in, key=lambda name: kept_in[name])
+        mean = sum(kept_in.values()) / len(kept_in)
+        table.add_row(ending, str(len(kept_in)), f"{mean:.2%}", f"{kept_in[lowest]:.2%}", lowest)
+    return table
+
+
+def _notify(message: str) -> None:
+    _err.print(message, markup=False, highlight=False, soft_wrap=True)
