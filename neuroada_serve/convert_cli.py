@@ -162,7 +162,8 @@ def _table(result: "Conversion") -> Table:
     groups: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for name, kept in result.kept.items():
         groups[name.rpartition(".")[2]][name] = kept
-    table = Table("modules", "number", "energy kept: mean", "lowest", "in")
+    table = Table("modules", "number", "energy kept: mean", "lowest")
+    table.add_column("in", overflow="fold")
     for ending, kept_in in groups.items():
         lowest = min(kept_in, key=lambda name: kept_in[name])
         mean = sum(kept_in.values()) / len(kept_in)

@@ -47,9 +47,23 @@ class Entries:
 
     def largest(self, k: int) -> "Entries":
         """The k of largest |value| in each row; ties to those that come first."""
+        order, rank = self._ranked()
+        return self._of(order[rank < k])
+
+    def energy_by_rank(self, ranks: int) -> Tensor:
+        """[ranks] float64: squared values of all rows' largest entries, of their second largest...
+
+        ranks: at least as many as the fullest row has.
+        """
+        order, rank = self._ranked()
+        squares = self.value[order].double().square()
+        return torch.zeros(ranks, dtype=torch.float64).index_add(0, rank, squares)
+
+    def _ranked(self) -> tuple[Tensor, Tensor]:
+        """Their order by row and falling |value|, and the rank in its row of each in that order."""
         order = self.value.abs().float().argsort(descending=True, stable=True)
         order = order[self.row[order].argsort(stable=True)]
-        return self._of(order[_place_in_row(self.row[order]) < k])
+        return order, _place_in_row(self.row[order])
 
     def most_in_a_row(self) -> int:
         return int(self.row.bincount().max()) if len(self.row) else 0

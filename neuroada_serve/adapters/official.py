@@ -6,6 +6,7 @@ positions["M.weight"] [n, 2] their (row, column). Runs of the `_appr` kind share
 indices.npy [modules, k], and M.weight_new is [d_out, k].
 """
 
+import functools
 import io
 import json
 import math
@@ -185,7 +186,7 @@ def _read_indices(file: Path, source: str) -> Tensor:
     try:
         with file.open("rb") as opened:
             array = np.lib.format.read_array(opened, allow_pickle=False)
-    except ValueError as error:
+    except Exception as error:  # numpy raises tokenize's errors too
         raise AdapterFormatError(source, [f"{INDICES_FILE} is no array: {error}"]) from error
     if array.ndim != 2 or array.dtype.kind not in "iu":
         raise AdapterFormatError(
@@ -206,12 +207,14 @@ def _read_positions(file: Path, source: str) -> dict[str, Tensor]:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, _, dtype = read_header(opened)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # numpy raises tokenize's errors too
         raise AdapterFormatError(source, [f"{POSITIONS_FILE} is no .npy file: {error}"]) from error
     if shape != () or not dtype.hasobject:
         raise AdapterFormatError(source, [f"{POSITIONS_FILE} is an array, not positions by name"])
     try:
-        array = read_pickle(data[opened.tell() :], _PICKLED)
+        # Each storage is read once: a file could ask for the same one a million times.
+        storages = {"torch.storage._load_from_bytes": functools.cache(_storage)}
+        array = read_pickle(data[opened.tell() :], _PICKLED | storages)
     except InertPickleError as error:
         raise AdapterFormatError(
             source, [f"{POSITIONS_FILE} is not read, and nothing in it was run: {error}"]
@@ -272,6 +275,5 @@ _PICKLED: dict[str, Callable[..., object] | None] = {
     "numpy.ndarray": None,
     "numpy.dtype": lambda *_: Stateful(),
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch.storage._load_from_bytes": _storage,
     "collections.OrderedDict": lambda: {},
 }

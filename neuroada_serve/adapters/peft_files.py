@@ -147,7 +147,7 @@ def write_shira(adapter: Adapter, base: BaseSpec, folder: Path) -> int:
     Args:
         adapter: of this base.
         base: for the shapes.
-        folder: must exist.
+        folder: made where it is absent.
 
     Raises:
         UsageError: a module has too few entries in all for so large an r.
@@ -183,6 +183,7 @@ def write_shira(adapter: Adapter, base: BaseSpec, folder: Path) -> int:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    folder.mkdir(parents=True, exist_ok=True)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_durably(folder / WEIGHTS_FILE, weights)
     write_durably(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())

@@ -51,6 +51,8 @@ _DTYPES = {
 }
 _MOST_NAMED = 5  # parameters that a warning names
 _MUCH_LOST = 0.9  # of the energy kept; below it, a warning
+_MUCH_FILLED = 0.5  # of the values; above it, a warning
+_NEARLY_ALL = 0.99  # of the energy
 _RIGHT_BASE = 0.99  # of the entries among the largest weights; below it, a warning
 
 
@@ -74,8 +76,12 @@ class Conversion:
     @property
     def filled(self) -> float:
         """Share of the adapter's values that only fill rows up."""
-        values = sum(int((part.bypass != 0).sum()) for part in self.adapter.modules.values())
-        return 1 - values / self.adapter.nnz
+        return _filled(self.adapter)
+
+
+def _filled(adapter: Adapter) -> float:
+    values = sum(int((part.bypass != 0).sum()) for part in adapter.modules.values())
+    return 1 - values / adapter.nnz
 
 
 @dataclass(frozen=True)
@@ -273,7 +279,6 @@ def export_shira(source: ModelSource, adapter: Path, out: Path) -> int:
     for name, module in adaptable_modules(base.model).items():
         if name in loaded.modules and is_transposed(module):
             raise AdapterError(f"PEFT has no SHiRA for {name}, a {type(module).__name__}")
-    out.mkdir(parents=True, exist_ok=True)
     return write_shira(loaded, base.spec, out)
 
 
@@ -392,6 +397,8 @@ def _written(base: BaseModel, origin: _Origin, out: Path, k: int | None, dtype: 
     kept = {name: _share(kept_energy[name], origin.energy[name]) for name in parts}
     in_all = _share(sum(kept_energy.values()), sum(origin.energy.values()))
     warnings = list(origin.warnings)
+    if not origin.num_entries:
+        warnings.append("all its values are 0: it answers as the base does")
     if in_all < _MUCH_LOST:
         warnings.append(
             f"only {in_all:.1%} of the energy is kept with k={used_k}: answers will differ from "
@@ -417,9 +424,20 @@ def _written(base: BaseModel, origin: _Origin, out: Path, k: int | None, dtype: 
         ),
         parts,
     )
+    if k is None and used_k > 1 and (filled := _filled(adapter)) > _MUCH_FILLED:
+        warnings.append(
+            f"{filled:.0%} of the values only fill rows up to k={used_k}, which the fullest row "
+            f"needs; --k {_enough_k(origin, most)} would keep {_NEARLY_ALL:.0%} of the energy"
+        )
     check_adapter(adapter, base.spec)
     save_adapter(adapter, out)
     return Conversion(adapter, origin.num_entries, kept, in_all, tuple(warnings))
+
+
+def _enough_k(origin: _Origin, most: int) -> int:
+    """The smallest k that keeps nearly all energy."""
+    by_rank = torch.stack([e.energy_by_rank(most) for e in origin.modules.values()]).sum(0)
+    return int((by_rank.cumsum(0) < _NEARLY_ALL * by_rank.sum()).sum()) + 1
 
 
 def _share(part: float, whole: float) -> float:
