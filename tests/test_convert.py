@@ -268,6 +268,16 @@ def test_official_run_without_args_is_read_and_told_of(source, tmp_path):
     assert "it has no args.json" in warning
 
 
+def test_settings_that_are_no_json_are_left_out_of_the_metadata(source, tmp_path):
+    OfficialModel(source, "perCell_mag_add", 1, modules=(Q0,)).save(tmp_path / "run")
+    rewrite_args(tmp_path / "run", lr=math.nan, task="\ud800" + "x" * 1000, deep=[[]])
+    convert_official(source, tmp_path / "run", tmp_path / "out")
+    args = load_adapter(tmp_path / "out").config.metadata["converted_from"]["args"]
+    assert "lr" not in args
+    assert "deep" not in args
+    assert args["task"] == "?" + "x" * 199
+
+
 def test_appr_run_of_layers_with_a_bias_is_refused(tmp_path):
     qwen = save_tiny_model(tmp_path / "base", "qwen2")
     OfficialModel(qwen, "perCell_mag_add_appr", 2, modules=(Q0,)).save(tmp_path / "run")

@@ -5,7 +5,7 @@ of k: the largest |value| of a row where it has more, filled up with zeros where
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ _DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+_LONGEST_TEXT = 200  # of a setting in the metadata
 _MOST_NAMED = 5  # parameters that a warning names
 _MUCH_LOST = 0.9  # of the energy kept; below it, a warning
 _MUCH_FILLED = 0.5  # of the values; above it, a warning
@@ -127,18 +128,13 @@ def convert_official(
                     [f"in an '_appr' run {name} added its bias twice, which an adapter cannot"],
                 )
     peft_type = str(found.args.get("peft_type", ""))
-    recipe = {
-        key: value
-        for key, value in found.args.items()
-        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    }
     origin = _whole(
         base,
         run.name,
         "official",
         found.modules,
-        "magnitude" if peft_type == "perCell_mag_add" else peft_type or "official",
-        {"args": recipe} if recipe else {},
+        "magnitude" if peft_type == "perCell_mag_add" else _as_text(peft_type) or "official",
+        {"args": _recorded(found.args)} if found.args else {},
     )
     if peft_type == "perCell_mag_add":
         share = _share_of_largest(base, found.modules)
@@ -165,7 +161,7 @@ def convert_shira(
     """
     _check_arguments(out, k, dtype)
     modules, config = read_shira(folder)
-    metadata = {key: config.get(key) for key in ("base_model_name_or_path", "r", "mask_type")}
+    metadata = _recorded(config, ("base_model_name_or_path", "r", "mask_type"))
     base = _loaded(source)
     origin = _whole(base, folder.name, "shira", modules, "shira", metadata)
     return _written(base, origin, out, k, dtype)
@@ -204,9 +200,7 @@ def convert_supertuning(
                 "base, they can differ from those that were trained"
             ]
         modules[name] = Entries(places // d_in, places % d_in, value)
-    metadata = {
-        key: files.config.get(key) for key in ("base_model_name_or_path", "sparsity", "select_top")
-    }
+    metadata = _recorded(files.config, ("base_model_name_or_path", "sparsity", "select_top"))
     origin = _whole(base, folder.name, "supertuning", modules, "supertuning", metadata)
     return _written(base, replace(origin, warnings=tuple(warnings)), out, k, dtype)
 
@@ -415,10 +409,10 @@ def _written(base: BaseModel, origin: _Origin, out: Path, k: int | None, dtype: 
             metadata={
                 "converted_from": {
                     "kind": origin.kind,
-                    "name": origin.name,
+                    "name": _as_text(origin.name),
                     "entries": origin.num_entries,
                     "energy_kept": round(in_all, 6),
-                    **{key: value for key, value in origin.metadata.items() if value is not None},
+                    **origin.metadata,
                 }
             },
         ),
@@ -438,6 +432,23 @@ def _enough_k(origin: _Origin, most: int) -> int:
     """The smallest k that keeps nearly all energy."""
     by_rank = torch.stack([e.energy_by_rank(most) for e in origin.modules.values()]).sum(0)
     return int((by_rank.cumsum(0) < _NEARLY_ALL * by_rank.sum()).sum()) + 1
+
+
+def _recorded(found: Mapping[str, Any], keys: Collection[str] | None = None) -> dict[str, Any]:
+    """What of a file's settings an adapter's metadata can hold: texts and finite numbers."""
+    recorded: dict[str, Any] = {}
+    for key, value in found.items():
+        if keys is None or key in keys:
+            if isinstance(value, str):
+                recorded[_as_text(key)] = _as_text(value)
+            elif isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+                recorded[_as_text(key)] = value
+    return recorded
+
+
+def _as_text(text: str) -> str:
+    """At most so many characters, and all of them Unicode."""
+    return text[:_LONGEST_TEXT].encode("utf-8", "replace").decode()
 
 
 def _share(part: float, whole: float) -> float:
