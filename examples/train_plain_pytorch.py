@@ -4,7 +4,7 @@ While `inplace_training` lasts, the model is an ordinary transformers model whos
 parameters are the layers' values; how loss, batches and steps are made is up to you. Afterwards the
 base's weights have their own bits again. Rows are JSON lines with "prompt" and "completion".
 
-    python examples/train_plain_pytorch.py MODEL ROWS.jsonl OUT [--k 1] [--steps 100] [--lr 5e-3]
+    python examples/train_plain_pytorch.py MODEL ROWS.jsonl OUT [--k 1] [--steps 100] [--lr 0.02]
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--k", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
@@ -69,7 +69,8 @@ def main() -> None:
     selections = magnitude_selections(modules, options.k)
 
     with inplace_training(base.model, modules, selections) as layers:
-        # 2. Only the values are trained; the learning rate is 10 to 100 times LoRA's.
+        # 2. Only the values are trained. Their learning rate is 10 to 100 times LoRA's; it falls as
+        # k rises.
         values = [layer.value for layer in layers.values()]
         optimizer = torch.optim.AdamW(values, lr=options.lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.steps)

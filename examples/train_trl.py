@@ -5,7 +5,7 @@ parameters are the layers' values, so TRL's trainer takes it as it is. TRL bring
 processing, the loss on completions alone, logging, accumulation. Rows are JSON lines in one of
 TRL's own shapes, such as "prompt" and "completion", or "messages".
 
-    python examples/train_trl.py MODEL ROWS.jsonl OUT [--k 1] [--steps 100] [--lr 5e-3]
+    python examples/train_trl.py MODEL ROWS.jsonl OUT [--k 1] [--steps 100] [--lr 0.02]
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--k", type=int, default=1)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--batch-size", type=int, default=8)
     options = parser.parse_args()
 
