@@ -13,9 +13,10 @@ gives ours that loss too. "recompute" drops what is cheap to compute again (trai
 "compiled" has torch.compile take each decoder layer.
 
 On the CPU, one process per method: methods take their steps in turn, round by round, so that all
-see the same machine; its peak is that of the resident set above what was there once model and
-method were loaded, of a first process that does nothing else. On CUDA (--llama-8b: random weights
-of Llama-3-8B's shape in bf16), one after the other in this process, by the allocator's peak.
+see the same machine. The peak is that of the resident set above what was there once model and
+method were loaded, over two steps of another process, whose freed memory goes back at once. On
+CUDA (--llama-8b: random weights of Llama-3-8B's shape in bf16), one after the other in this
+process, by the allocator's peak.
 
 Writes training.json and training.png (training_gpu.*) to --out; the last line of stdout is the
 JSON. Not measured: quality (bench/quality.py), several GPUs, quantized bases.
@@ -110,6 +111,10 @@ GPU_METHODS = [
     Method("official", 1),
     Method("official", 20),
     Method("neuroada", 8, recompute="all"),
+    Method("neuroada", 1, recompute="cheap", compiled=True),
+    Method("neuroada", 8, recompute="cheap", compiled=True),
+    Method("neuroada", 1, recompute="all", compiled=True),
+    Method("neuroada", 8, recompute="all", compiled=True),
     Method("lora", 1),
 ]
 
@@ -321,24 +326,16 @@ def _cpu_seconds() -> float:
 class Worker:
     """A method's process, from outside."""
 
-    def __init__(self, method: Method, arguments: list[str]) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "bench.training",
-            *arguments,
-            "--work",
-            json.dumps(asdict(method)),
-        ]
-        # Memory that is freed goes back at once, or the peak would depend on the order of frees.
-        quiet = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    def __init__(self, method: Method, arguments: list[str], trimmed: bool = False) -> None:
+        own = ["--work", json.dumps(asdict(method))]
+        trim = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "bench.training", *arguments, *own],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **quiet},
+            env={**os.environ, **(trim if trimmed else {})},
         )
         self.facts = self._read()
 
@@ -368,19 +365,31 @@ def measure_cpu(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     found: dict[str, Any] = {}
     workers: dict[str, Worker] = {}
     with progress_bar(console) as progress:
-        task = progress.add_task("rounds", total=(args.rounds + 1) * len(CPU_METHODS))
-        for method in CPU_METHODS:
+        task = progress.add_task("steps", total=(args.rounds + 3) * len(args.methods))
+
+        def taken(worker: Worker) -> dict[str, Any]:
+            step = worker.step()
+            progress.advance(task)
+            progress.refresh()
+            return step
+
+        # 1. Memory, one after the other.
+        for method in args.methods:
+            worker = Worker(method, arguments, trimmed=True)
+            peaks = [taken(worker)["extra_bytes"] for _ in range(2)]
+            worker.close()
+            facts = {**worker.facts, "extra_bytes": max(peaks)}
+            found[method.name] = {**facts, "step_s": [], "cpu_s": []}
+
+        # 2. Time, in turn; the first step makes the optimizer's state.
+        for method in args.methods:
             workers[method.name] = Worker(method, arguments)
-            found[method.name] = {**workers[method.name].facts, "step_s": [], "cpu_s": []}
-        for round_number in range(args.rounds + 1):
+            taken(workers[method.name])
+        for _ in range(args.rounds):
             for name, worker in workers.items():
-                step = worker.step()
-                if round_number > 0:  # the first one warms up, and makes the optimizer's state
-                    found[name]["step_s"].append(step["step_s"])
-                    found[name]["cpu_s"].append(step["cpu_s"])
-                found[name]["extra_bytes"] = step["extra_bytes"]
-                progress.advance(task)
-                progress.refresh()
+                step = taken(worker)
+                found[name]["step_s"].append(step["step_s"])
+                found[name]["cpu_s"].append(step["cpu_s"])
         for worker in workers.values():
             worker.close()
     return found
@@ -392,7 +401,7 @@ def measure_cpu(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def measure_cuda(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     deadline = time.monotonic() + 60 * args.minutes
     found: dict[str, Any] = {}
-    for method in GPU_METHODS:
+    for method in args.methods:
         if time.monotonic() > deadline:
             found[method.name] = {"left_out": "no time"}
             continue
@@ -501,7 +510,7 @@ def plot(found: dict[str, Any], made: dict[str, Any], title: str, path: Path) ->
     right.barh(names, [made[name][kind] for name in names], color=colors)
     right.set(xlabel="peak GiB" + ("" if whole else " above what was loaded"))
     for side, form in ((left, "%.3g"), (right, "%.2f")):
-        side.bar_label(side.containers[0], fmt=form, padding=3)
+        side.bar_label(side.containers[0], fmt=form, padding=12)
         side.set_xlim(right=1.15 * side.get_xlim()[1])
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
@@ -519,10 +528,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="with --llama-8b, to try the script")
     parser.add_argument("--minutes", type=float, default=5, help="with --llama-8b, when to stop")
+    parser.add_argument("--only", default="", help="methods, by name, separated by commas")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", help="of the files written; default training or training_gpu")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    chosen = GPU_METHODS if args.llama_8b else CPU_METHODS
+    wanted = {name for name in args.only.split(",") if name}
+    if unknown := wanted - {method.name for method in chosen}:
+        parser.error(f"unknown methods {unknown}; known: {[method.name for method in chosen]}")
+    args.methods = [method for method in chosen if not wanted or method.name in wanted]
     args.rows = args.rows or (8 if args.llama_8b else 4)
     args.width = args.width or (512 if args.llama_8b else 128)
     if args.work:
