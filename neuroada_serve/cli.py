@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -293,22 +293,65 @@ def train(
     ],
     out_dir: Annotated[Path, typer.Option("--out", help="Adapter folder to write.")],
     k: Annotated[int, typer.Option(help=help_of(TrainConfig, "k"))] = 1,
-    lr: Annotated[float | None, typer.Option(help=help_of(TrainConfig, "lr"))] = None,
+    lr: Annotated[str | None, typer.Option(help=help_of(TrainConfig, "lr"))] = None,
     epochs: Annotated[float | None, typer.Option(help=help_of(TrainConfig, "epochs"))] = None,
     max_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "max_steps"))] = None,
     batch_size: Annotated[int, typer.Option(help=help_of(TrainConfig, "batch_size"))] = 8,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help=help_of(TrainConfig, "gradient_accumulation"))
+    ] = 1,
     max_length: Annotated[int, typer.Option(help=help_of(TrainConfig, "max_length"))] = 512,
     eval_fraction: Annotated[float, typer.Option(help=help_of(TrainConfig, "eval_fraction"))] = 0.1,
     eval_data: Annotated[Path | None, typer.Option(help=help_of(TrainConfig, "eval_data"))] = None,
+    eval_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "eval_steps"))] = None,
+    patience: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "patience"))] = None,
+    save_steps: Annotated[int, typer.Option(help=help_of(TrainConfig, "save_steps"))] = 50,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Discard checkpoints instead of going on from them.")
+    ] = False,
+    publish: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Server that loads every improved adapter: http://HOST:PORT, with --out under its "
+            "--adapter-dir.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help=help_of(TrainConfig, "seed"))] = 0,
     warmup_ratio: Annotated[float, typer.Option(help=help_of(TrainConfig, "warmup_ratio"))] = 0.1,
+    schedule: Annotated[str, typer.Option(help=help_of(TrainConfig, "schedule"))] = "linear",
+    weight_decay: Annotated[float, typer.Option(help=help_of(TrainConfig, "weight_decay"))] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help=help_of(TrainConfig, "max_grad_norm"))] = 1.0,
     dtype: Dtype = "auto",
+    bf16: Annotated[bool, typer.Option("--bf16", help=help_of(TrainConfig, "bf16"))] = False,
+    recompute: Annotated[str, typer.Option(help=help_of(TrainConfig, "recompute"))] = "nothing",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help=help_of(TrainConfig, "compile"))
+    ] = False,
+    packing: Annotated[
+        bool, typer.Option("--packing", help=help_of(TrainConfig, "packing"))
+    ] = False,
+    bypass: Annotated[bool, typer.Option("--bypass", help=help_of(TrainConfig, "bypass"))] = False,
+    quantize: Annotated[str, typer.Option(help=help_of(TrainConfig, "quantize"))] = "none",
     plain: Plain = False,
 ) -> None:
     """Train an adapter on JSONL rows; loss on the answers only."""
     config = TrainConfig(
         k=k,
-        lr=lr,
+        lr=_learning_rate(lr),
+        gradient_accumulation=gradient_accumulation,
+        eval_steps=eval_steps,
+        patience=patience,
+        save_steps=save_steps,
+        schedule=cast(Any, schedule),  # TrainConfig checks the words
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        bf16=bf16,
+        recompute=cast(Any, recompute),
+        compile=compile_,
+        packing=packing,
+        bypass=bypass,
+        quantize=cast(Any, quantize),
         epochs=epochs,
         max_steps=max_steps,
         batch_size=batch_size,
@@ -329,7 +372,9 @@ def train(
     from neuroada_serve.train.trainer import train_adapter
 
     base = load_base(resolve_model(model, _notify), config.dtype)
-    report = train_adapter(base, data, out_dir, config, notify=_notify)
+    report = train_adapter(
+        base, data, out_dir, config, notify=_notify, fresh=fresh, publish=publish
+    )
     table = Table("held-out", "before", "after")
     if report.before is not None and report.after is not None:
         table.add_row("loss", f"{report.before.loss:.3f}", f"{report.after.loss:.3f}")
@@ -339,6 +384,15 @@ def train(
         out.print(table)
     _notify(f"Adapter written to {out_dir}; serve it with:")
     _notify(f"  neuroada serve {model} --adapter {out_dir.name}={out_dir}")
+
+
+def _learning_rate(text: str | None) -> Any:
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--lr takes a number or auto, not {text!r}") from None
 
 
 def _existing_file(path: Path) -> None:

@@ -160,12 +160,17 @@ class TrainConfig:
     """One training run."""
 
     k: int = _option(1, "Inputs kept per neuron: trainable values per row of each weight matrix.")
-    lr: float | None = _option(
-        None, "Peak learning rate; default 0.02 / sqrt(k): 0.02 at k=1, 0.007 at k=8."
+    lr: float | Literal["auto"] | None = _option(
+        None,
+        "Peak learning rate; default 0.02 / sqrt(k): 0.02 at k=1, 0.007 at k=8. auto tries a few "
+        "for some steps each and draws lr.png.",
     )
     epochs: float | None = _option(None, "Passes over the training rows; default 1.")
     max_steps: int | None = _option(None, "Optimizer steps; instead of --epochs.")
-    batch_size: int = _option(8, "Rows per optimizer step.")
+    batch_size: int = _option(8, "Rows per batch.")
+    gradient_accumulation: int = _option(
+        1, "Batches per optimizer step: as one batch of so many times the rows, in less memory."
+    )
     max_length: int = _option(512, "Most tokens per row; longer rows are left out and counted.")
     eval_fraction: float = _option(
         0.1, "Share of the rows held out and scored before and after; 0 holds out none."
@@ -173,10 +178,42 @@ class TrainConfig:
     eval_data: Path | None = _option(
         None, "JSONL file of held-out rows; instead of --eval-fraction."
     )
+    eval_steps: int | None = _option(
+        None,
+        "Optimizer steps between scores of the held-out rows; the best values are kept. Default: "
+        "after each pass.",
+    )
+    patience: int | None = _option(
+        None, "Stop after so many scores without a better held-out loss; default never."
+    )
+    save_steps: int = _option(
+        50, "Optimizer steps between checkpoints, from which the same command goes on; 0: none."
+    )
     seed: int = _option(0, "Seed of the split and of the order of rows.")
     warmup_ratio: float = _option(0.1, "Share of the steps in which the learning rate rises.")
+    schedule: Literal["linear", "cosine", "constant"] = _option(
+        "linear", "How the learning rate goes on after that: linear, cosine (both to 0), constant."
+    )
+    weight_decay: float = _option(0.0, "AdamW's, of the values: it draws them back to the base.")
+    max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm; 0: never.")
     dtype: str = _option(
         "auto", "Weight dtype while training: auto (as stored), float32 or bfloat16."
+    )
+    bf16: bool = _option(False, "Compute in bfloat16 (autocast) on weights of float32.")
+    recompute: Literal["nothing", "cheap", "all"] = _option(
+        "nothing",
+        "What the backward computes again to save memory: nothing, cheap (all but products and "
+        "attention) or all (whole layers).",
+    )
+    compile: bool = _option(False, "Let torch.compile take each decoder layer.")
+    packing: bool = _option(
+        False, "Put a batch's rows one behind the other instead of padding them to one length."
+    )
+    bypass: bool = _option(
+        False, "Train beside the weights, not in them: slower, and the base is never written."
+    )
+    quantize: Literal["none", "int8", "nf4"] = _option(
+        "none", "Train beside a base in 8 or 4 bits (bitsandbytes)."
     )
     prompt_format: Literal["chat", "plain"] = _option(
         "chat",
@@ -190,12 +227,25 @@ class TrainConfig:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.prompt_format not in ("chat", "plain"):
             raise UsageError(f"prompt_format must be chat or plain, got {self.prompt_format!r}")
+        for name, allowed in (
+            ("schedule", ("linear", "cosine", "constant")),
+            ("recompute", ("nothing", "cheap", "all")),
+            ("quantize", ("none", "int8", "nf4")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         _at_least(self, k=1, max_steps=1, batch_size=1, max_length=2, seed=0, warmup_ratio=0)
+        _at_least(self, gradient_accumulation=1, eval_steps=1, patience=1, save_steps=0)
+        _at_least(self, weight_decay=0, max_grad_norm=0)
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
         if self.warmup_ratio >= 1:
             raise UsageError(f"warmup_ratio must be below 1, got {self.warmup_ratio}")
-        if self.lr is not None and not 0 < self.lr <= 1:
+        if isinstance(self.lr, str) and self.lr != "auto":
+            raise UsageError(f"lr must be a number or auto, got {self.lr!r}")
+        if isinstance(self.lr, float | int) and not 0 < self.lr <= 1:
             raise UsageError(f"lr must be above 0 and at most 1, got {self.lr}")
         if self.epochs is not None and not self.epochs > 0:
             raise UsageError(f"epochs must be above 0, got {self.epochs}")
@@ -204,5 +254,5 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate used: `lr`, or the default for this k (method: it falls as k rises)."""
-        return self.lr if self.lr is not None else 0.02 / self.k**0.5
+        """`lr`, or the default for this k (method: it falls as k rises); for auto, the default."""
+        return self.lr if isinstance(self.lr, float | int) else 0.02 / self.k**0.5

@@ -99,4 +99,7 @@ def test_what_cannot_be_quantized_is_refused_by_name():
     model = random_model("gpt2")
     with pytest.raises(UsageError, match=r"transformer\.h\.0.*Conv1D"):
         quantize_(model, adaptable_modules(model), "nf4")
+    llama = random_model("llama")
+    with pytest.raises(UsageError, match=r"64 inputs.*has 32.*int8"):
+        quantize_(llama, adaptable_modules(llama), "nf4")
     assert not any(isinstance(module, nn.Linear) for module in adaptable_modules(model).values())

@@ -1,5 +1,6 @@
 """Training: gradients, the base left as it was, and the adapter folder that comes out."""
 
+import copy
 import json
 
 import pytest
@@ -24,9 +25,10 @@ from neuroada_serve.ops import matrix
 from neuroada_serve.train import inplace, trainer
 from neuroada_serve.train.data import Example, load_data
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
+from neuroada_serve.train.loop import LengthGroupedBatches
 from neuroada_serve.train.plot import smoothed
 from neuroada_serve.train.score import answer_logits, collate, score
-from neuroada_serve.train.trainer import LOSS_FILE, LengthGroupedBatches, train_adapter
+from neuroada_serve.train.trainer import LOSS_FILE, train_adapter
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 :+=\n"
 CHAT_TEMPLATE = (
@@ -61,33 +63,42 @@ ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(24)]
 QUICK = TrainConfig(k=2, max_steps=6, eval_fraction=0.25)
 
 
-def _model(kind):
+def _model(kind, dropout=None):
     torch.manual_seed(0)
-    return (LlamaForCausalLM if kind == "llama" else GPT2LMHeadModel)(CONFIGS[kind])
+    config = copy.deepcopy(CONFIGS[kind])
+    if dropout is not None:
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
+    return (LlamaForCausalLM if kind == "llama" else GPT2LMHeadModel)(config)
 
 
-@pytest.fixture(params=["llama"])
-def base(request, tmp_path):
+def make_base(folder, kind, **changed):
     """A tiny random base, loaded from its folder; its tokens are characters."""
-    folder = tmp_path / "tiny"
     vocabulary = {"<unk>": 0, "<end>": 1} | {c: i for i, c in enumerate(CHARACTERS, start=2)}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     PreTrainedTokenizerFast(
         tokenizer_object=characters, eos_token="<end>", chat_template=CHAT_TEMPLATE
     ).save_pretrained(folder)
-    _model(request.param).save_pretrained(folder)
+    _model(kind, **changed).save_pretrained(folder)
     return load_base(ModelSource("tiny", folder), device="cpu")
+
+
+@pytest.fixture(params=["llama"])
+def base(request, tmp_path):
+    return make_base(tmp_path / "tiny", request.param)
 
 
 both_kinds = pytest.mark.parametrize("base", ["llama", "gpt2"], indirect=True)
 
 
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
 def _bits(model):
@@ -417,7 +428,7 @@ def no_training(monkeypatch):
     def run_steps(*args):
         raise AssertionError("it trained")
 
-    monkeypatch.setattr(trainer, "_run_steps", run_steps)
+    monkeypatch.setattr(trainer, "Loop", run_steps)
 
 
 @pytest.mark.usefixtures("no_training")

@@ -32,3 +32,14 @@ def sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file is what `write_durably` leaves when it is killed."""
+    return path.match(".*.tmp-*")
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Delete what writers that were killed have left. Nobody else may be writing there."""
+    for path in filter(is_unfinished, list(directory.glob(".*"))):
+        path.unlink(missing_ok=True)

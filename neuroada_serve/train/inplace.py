@@ -20,6 +20,7 @@ from neuroada_serve.model.loader import is_transposed
 from neuroada_serve.ops.matrix import DenseMatrix, linear
 from neuroada_serve.ops.value_grad import value_grad
 from neuroada_serve.ops.weights import read_entries, write_entries_
+from neuroada_serve.train.quantize import dense_weight
 
 
 class InplaceLinear(nn.Module):
@@ -215,13 +216,12 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def magnitude_selections(modules: Mapping[str, Any], k: int) -> dict[str, Selection]:
-    """The method's own selection for every module, see `magnitude_index`.
+    """The method's own selection for every module, quantized or not, see `magnitude_index`.
 
     Raises:
         ShapeError: k is above a module's d_in.
     """
-    selections = {}
-    for name, module in modules.items():
-        weight = module.weight.t() if is_transposed(module) else module.weight
-        selections[name] = Selection(magnitude_index(weight, k))
-    return selections
+    return {
+        name: Selection(magnitude_index(dense_weight(module), k))
+        for name, module in modules.items()
+    }

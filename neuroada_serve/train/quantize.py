@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_serve.errors import UsageError
+from neuroada_serve.model.loader import is_transposed
 
 Quantize = Literal["none", "int8", "nf4"]
+
+_BLOCK = 64  # weights that share a scale in nf4
 
 
 def quantize_(model: Any, modules: Mapping[str, nn.Module], how: Quantize) -> dict[str, nn.Module]:
@@ -40,6 +43,11 @@ def quantize_(model: Any, modules: Mapping[str, nn.Module], how: Quantize) -> di
             raise UsageError(
                 f"{name} is a {type(module).__name__}; only nn.Linear can be quantized: train this "
                 "base with --quantize none"
+            )
+        if how == "nf4" and module.in_features % _BLOCK:
+            raise UsageError(
+                f"nf4 takes {_BLOCK} inputs at a time, and {name} has {module.in_features}; train "
+                "with --quantize int8"
             )
     quantized = {}
     for name, module in modules.items():
@@ -83,4 +91,4 @@ def dense_weight(module: nn.Module) -> Tensor:
         dense = functional.int8_vectorwise_dequant(values, scales)
         return dense
     plain: Tensor = weight.detach()
-    return plain
+    return plain.t() if is_transposed(module) else plain

@@ -46,6 +46,25 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
+def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch without padding: all rows one behind the other.
+
+    Positions start anew with each row; by them transformers keeps rows from seeing each other.
+
+    Returns:
+        input_ids, labels, position_ids: [1, tokens] int64.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    positions: list[int] = []
+    for example in examples:
+        ids += [*example.prompt_ids, *example.answer_ids]
+        labels += [_NOT_AN_ANSWER] * len(example.prompt_ids) + list(example.answer_ids)
+        positions += range(len(example))
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {name: torch.tensor([values]) for name, values in batch.items()}
+
+
 def answer_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The predictions of a batch's answer tokens, and of no others: the output head is the widest
     layer of a small model, and its logits the largest tensor of any.
@@ -65,7 +84,8 @@ def answer_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor,
     # count it makes the head copy itself once per row.
     hook = model.get_output_embeddings().register_forward_pre_hook(only_predicting)
     try:
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+        logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
     return logits.float(), batch["labels"][is_answer], is_answer
@@ -96,3 +116,17 @@ def score(model: Any, examples: Sequence[Example], batch_size: int) -> Score:
         right[is_answer] = logits.argmax(dim=-1) == targets
         exact += int(right.all(dim=1).sum())
     return Score(loss / tokens, exact / len(by_length))
+
+
+@torch.no_grad()
+def packs(model: Any) -> bool:
+    """Whether rows of a packed batch keep from seeing each other in this model."""
+    model.eval()
+    device = next(model.parameters()).device
+    vocabulary = int(model.config.vocab_size)
+    logits = []
+    for token in (0, 1):  # only the first row differs
+        rows = [Example((token,) * 5, (token,)), Example((2 % vocabulary,) * 5, (0,))]
+        batch = {name: tensor.to(device) for name, tensor in collate_packed(rows).items()}
+        logits.append(answer_logits(model, batch)[0][1])
+    return torch.equal(*logits)

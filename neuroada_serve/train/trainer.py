@@ -1,29 +1,25 @@
 """One training run: rows in, an adapter folder out, the base untouched."""
 
+import hashlib
 import json
 import math
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from neuroada_serve.adapters.durable import write_durably
+from neuroada_serve.adapters.durable import is_unfinished, remove_unfinished, write_durably
 from neuroada_serve.adapters.format import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
     ModuleBypass,
@@ -34,27 +30,43 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.model.loader import BaseModel, adaptable_modules
 from neuroada_serve.model.quiet import quiet_transformers
-from neuroada_serve.train.data import DataReport, Example, load_data
-from neuroada_serve.train.inplace import InplaceLinear, inplace_training, magnitude_selections
-from neuroada_serve.train.plot import loss_curve
-from neuroada_serve.train.score import Score, answer_logits, collate, score
+from neuroada_serve.train.bypass import bypass_training
+from neuroada_serve.train.checkpoint import Checkpoint, Checkpoints
+from neuroada_serve.train.data import DataReport, TrainingData, load_data
+from neuroada_serve.train.inplace import inplace_training, magnitude_selections
+from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, selections_of
+from neuroada_serve.train.lr_finder import LearningRates, find_learning_rate
+from neuroada_serve.train.plot import learning_rate_plot, loss_curve
+from neuroada_serve.train.publish import Publisher
+from neuroada_serve.train.quantize import quantize_
+from neuroada_serve.train.score import Score, packs, score
 
 LOSS_FILE = "loss.png"
+LOG_FILE = "loss.jsonl"
+LR_FILE = "lr.png"
 FILE_DTYPE = torch.bfloat16
 
 _EXTRA = ("accelerate", "matplotlib")
-_MAX_GRAD_NORM = 1.0
+# What decides neither a step nor what is kept of it, so that it may change between two attempts.
+_NOT_OF_THE_RUN = ("save_steps", "eval_data")
 
-Notify = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out rows' score after `step` steps, of the values as a file would hold them."""
+
+    step: int
+    score: Score
 
 
 @dataclass(frozen=True)
 class TrainReport:
     """What a run made, and how it went.
 
-    adapter: as written to `out`. steps: optimizer steps. seconds: of the steps alone.
-    losses: mean over each step's batch, nats per answer token.
+    adapter: as written to `out`. steps: optimizer steps taken. seconds: of those of this process.
+    losses: mean over each step, nats per answer token.
     before, after: the base's and the adapter's score on the held-out rows; None without any.
+    evaluations: in order, the one kept among them. best_step: whose values the adapter has.
     """
 
     adapter: Adapter
@@ -65,6 +77,8 @@ class TrainReport:
     losses: tuple[float, ...]
     before: Score | None
     after: Score | None
+    evaluations: tuple[Evaluation, ...]
+    best_step: int
 
 
 def train_adapter(
@@ -73,12 +87,18 @@ def train_adapter(
     out: Path,
     config: TrainConfig,
     notify: Notify = lambda message: None,
+    *,
+    fresh: bool = False,
+    publish: str | None = None,
 ) -> TrainReport:
-    """Train an adapter of `base` on the rows in `data` and write it, with loss.png, to `out`.
+    """Train an adapter of `base` on the rows in `data` and write it, with its curves, to `out`.
 
     The base's weights change while it runs and have their original bits afterwards, however it
-    ends; `out` is touched only when everything has succeeded. On one device with one thread count,
-    the same base, data and config give the same adapter, byte for byte.
+    ends; only `quantize` replaces its layers for good. `out` is touched when everything has
+    succeeded, or with `publish` whenever the held-out loss has improved. On one device with one
+    thread count, the same base, data and config give the same adapter, byte for byte, also when
+    the run was interrupted: its checkpoints lie in `NAME.training` beside `out`, and the same call
+    goes on from the newest that is whole.
 
     Args:
         base: as loaded; not in use by an engine.
@@ -86,73 +106,348 @@ def train_adapter(
         out: a new folder, an empty one, or that of an adapter, which is then replaced.
         notify: told in a sentence what goes on. A progress bar shows on stderr where that is a
             terminal.
+        fresh: discard checkpoints instead of going on from them.
+        publish: address of a server that loads every improved adapter, see `train.publish`.
 
     Raises:
-        UsageError: before training, if `config`, `out` or this installation does not allow it;
-            while training, if the loss stops being a number.
+        UsageError: before training, if `config`, `out` or this installation does not allow it, or
+            checkpoints are of another run; while training, if the loss stops being a number or a
+            file cannot be written.
         DataError: rows at fault.
     """
     # 1. Everything that can be refused is refused before anything is computed.
     _check_extra()
-    _check_out(out)
+    _check_place(out)
     _check_fits(base, config)
     loaded = load_data(base, data, config)
     notify(f"{loaded.report}.")
-    batches = LengthGroupedBatches([len(e) for e in loaded.train], config.batch_size, config.seed)
-    steps = config.max_steps or max(1, round((config.epochs or 1) * len(batches)))
+    publisher = None if publish is None else Publisher(publish, out)
+    checkpoints = Checkpoints(
+        out.absolute().parent / f"{out.absolute().name}.training", _identity(base, loaded, config)
+    )
+    if fresh:
+        checkpoints.remove()
+    resumed = checkpoints.newest(notify)
+    _check_contents(out, resumed is not None)
 
-    def score_heldout(what: str, next_step: int) -> Score | None:
-        if not loaded.heldout:
+    modules: Mapping[str, Any] = adaptable_modules(base.model)
+    assert modules.keys() == base.spec.shapes.keys(), "the model is in use by an engine"
+    beside = config.bypass or config.quantize != "none"
+    if config.quantize != "none":
+        modules = quantize_(base.model, modules, config.quantize)
+    if resumed is None:
+        selections = magnitude_selections(modules, config.k)
+    else:
+        selections = selections_of(resumed, modules)
+    attach = bypass_training if beside else inplace_training
+    with quiet_transformers(), attach(base.model, modules, selections) as layers:
+        run = _Run(base, loaded, data.name, layers, config, out, publisher, notify)
+        if config.packing and not packs(base.model):
+            raise UsageError(
+                "rows of a packed batch see each other in this base's attention; train without "
+                "--packing"
+            )
+
+        # 2. Where it begins: anew, with a learning rate sought for, or where it was interrupted.
+        searched: LearningRates | None = None
+        if resumed is not None:
+            if resumed.state["lr_search"] is not None:
+                searched = LearningRates(**resumed.state["lr_search"])
+            run.restore(resumed)
+            notify(f"Going on from step {resumed.step}, from {checkpoints.folder}.")
+        else:
+            run.before = run.score("the base", 1)
+            if config.lr == "auto":
+                searched = find_learning_rate(base.model, layers, loaded, config, notify)
+        if searched is not None:
+            config = replace(config, lr=searched.best)
+
+        # 3. The steps.
+        loop = Loop(base.model, layers, loaded.train, config, _steps(config, loaded))
+        if resumed is not None:
+            loop.restore(resumed)
+        run.begin(loop, checkpoints, searched)
+        count = sum(selections[name].nnz for name in layers)
+        notify(f"Training {count:,} values for {run.steps} steps, lr {config.peak_lr:.2g}.")
+        started = time.perf_counter()
+        if not run.is_over:  # it may have been interrupted just before the adapter was written
+            loop.run(run.after_step, notify)
+        seconds = time.perf_counter() - started
+        adapter = run.finish()
+
+    # 4. The folder.
+    try:
+        remove_unfinished(out)
+        save_adapter(adapter, out)
+        title = f"{out.name}: {base.spec.name}, k={config.k}, lr {config.peak_lr:.2g}"
+        points = [(one.step, one.score) for one in run.evaluations]
+        curve = loss_curve(loop.losses, run.before, points, run.best_step, title)
+        write_durably(out / LOSS_FILE, curve)
+        write_durably(out / LOG_FILE, run.log().encode())
+        if searched is not None:
+            write_durably(out / LR_FILE, learning_rate_plot(searched))
+    except OSError as error:
+        raise UsageError(
+            f"the adapter cannot be written to {out}: {error.strerror}; make room, and the same "
+            f"command goes on from {checkpoints.folder}"
+        ) from error
+    if publisher is not None:
+        run.publish(adapter)
+    checkpoints.remove()
+    return TrainReport(
+        adapter,
+        out,
+        loaded.report,
+        loop.done,
+        seconds,
+        tuple(loop.losses),
+        run.before,
+        run.after,
+        tuple(run.evaluations),
+        run.best_step,
+    )
+
+
+class _Run:
+    """What happens around the steps: scores, the best values, checkpoints, the adapter.
+
+    before: the base's score. evaluations: so far.
+    best_step: the step with the lowest held-out loss; without held-out rows the last.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        data: TrainingData,
+        data_name: str,
+        layers: Layers,
+        config: TrainConfig,
+        out: Path,
+        publisher: Publisher | None,
+        notify: Notify,
+    ) -> None:
+        self._base, self._data, self._layers = base, data, layers
+        self._data_name = data_name
+        self._config, self._out = config, out
+        self._publisher, self._notify = publisher, notify
+        self.before: Score | None = None
+        self.evaluations: list[Evaluation] = []
+        self.best_step = 0
+        self._best: dict[str, Tensor] = {}  # values, as a file would hold them
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        if state["before"] is not None:
+            self.before = Score(**state["before"])
+        self.evaluations = [
+            Evaluation(one["step"], Score(**one["score"])) for one in state["evaluations"]
+        ]
+        self.best_step = state["best_step"]
+        best = {name: checkpoint.tensors.get(f"{name}.best") for name in self._layers}
+        self._best = {name: values for name, values in best.items() if values is not None}
+
+    def begin(self, loop: Loop, checkpoints: Checkpoints, searched: "LearningRates | None") -> None:
+        """Take part in the steps of a loop."""
+        self._loop, self._checkpoints, self._searched = loop, checkpoints, searched
+        if searched is not None:
+            self._config = replace(self._config, lr=searched.best)
+        self.steps = _steps(self._config, self._data)
+        self._per_pass = loop.batches.per_pass
+
+    # --- after every step ------------------------------------------------------------------------
+
+    def after_step(self) -> bool:
+        """Score, keep, save, as the step asks for; whether to stop."""
+        done, config = self._loop.done, self._config
+        per_pass = max(1, self._per_pass // config.gradient_accumulation)
+        if done == self.steps or done % (config.eval_steps or per_pass) == 0:
+            self._evaluate(done)
+        if config.save_steps and (self.is_over or done % config.save_steps == 0):
+            self._save()
+        return self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are taken, or patience is."""
+        if self._loop.done == self.steps:
+            return True
+        since = sum(one.step > self.best_step for one in self.evaluations)
+        return self._config.patience is not None and since >= self._config.patience
+
+    def _evaluate(self, step: int) -> None:
+        with self._rounded():
+            found = self.score("the adapter", step + 1)
+            if found is None:
+                return
+            known = [one.score.loss for one in self.evaluations]
+            self.evaluations.append(Evaluation(step, found))
+            self._notify(f"Held-out loss after step {step}: {found.loss:.4f}.")
+            if known and found.loss >= min(known):
+                return
+            self.best_step, self._best = step, self._file_values()
+        if self._publisher is not None and step != self.steps:  # the last is, at the end
+            self.publish(self.adapter())
+
+    def _save(self) -> None:
+        here = self._loop.checkpoint()
+        best = {f"{name}.best": values for name, values in self._best.items()}
+        state = {
+            **here.state,
+            "before": None if self.before is None else asdict(self.before),
+            "evaluations": [asdict(one) for one in self.evaluations],
+            "best_step": self.best_step,
+            "lr_search": None if self._searched is None else asdict(self._searched),
+        }
+        self._checkpoints.save(Checkpoint(here.step, {**here.tensors, **best}, state))
+
+    def publish(self, adapter: Adapter) -> None:
+        """Hand an adapter to the server. Training goes on where that fails."""
+        assert self._publisher is not None
+        try:
+            self._publisher(adapter)
+            self._notify(f"Published {self._out.name}, step {self.best_step}.")
+        except UsageError as error:
+            self._notify(f"Not published: {error}.")
+
+    # --- scores and values -----------------------------------------------------------------------
+
+    def score(self, what: str, next_step: int) -> Score | None:
+        """Of the held-out rows, by the values as they are; None without any.
+
+        Raises:
+            UsageError: the loss is not a number.
+        """
+        if not self._data.heldout:
             return None
-        notify(f"Scoring {what} on {len(loaded.heldout)} held-out rows.")
-        found = score(base.model, loaded.heldout, config.batch_size)
+        self._notify(f"Scoring {what} on {len(self._data.heldout)} held-out rows.")
+        found = score(self._base.model, self._data.heldout, self._config.batch_size)
         if not math.isfinite(found.loss):
-            raise _diverged(next_step, config.peak_lr)
+            raise diverged(next_step, self._config.peak_lr)
         return found
 
-    modules = adaptable_modules(base.model)
-    assert modules.keys() == base.spec.shapes.keys(), "the model is in use by an engine"
-    selections = magnitude_selections(modules, config.k)
-    with quiet_transformers(), inplace_training(base.model, modules, selections) as layers:
-        before = score_heldout("the base", next_step=1)
+    @property
+    def after(self) -> Score | None:
+        """Of the values kept."""
+        return next((e.score for e in self.evaluations if e.step == self.best_step), None)
 
-        # 2. The steps.
-        count = sum(layer.value.numel() for layer in layers.values())
-        notify(f"Training {count:,} values for {steps} steps, lr {config.peak_lr:.2g}.")
-        started = time.perf_counter()
-        losses = _run_steps(base, layers, loaded.train, batches, steps, config, notify)
-        seconds = time.perf_counter() - started
-
-        # 3. The values as the file will hold them: what is scored is what will be served.
-        for layer in layers.values():
-            with torch.no_grad():
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        """The values as the file will hold them: what is scored is what will be served."""
+        exact = {name: layer.value.detach().clone() for name, layer in self._layers.items()}
+        with torch.no_grad():
+            for layer in self._layers.values():
                 layer.value.copy_(layer.value.to(FILE_DTYPE))
-        after = score_heldout("the adapter", next_step=steps + 1)
-        parts = {
-            name: ModuleBypass(layer.index.cpu(), layer.value.detach().to("cpu", FILE_DTYPE))
-            for name, layer in layers.items()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, layer in self._layers.items():
+                    layer.value.copy_(exact[name])
+
+    def _file_values(self) -> dict[str, Tensor]:
+        return {
+            name: layer.value.detach().to(FILE_DTYPE).cpu() for name, layer in self._layers.items()
         }
 
-    if before is not None and after is not None and after.loss > before.loss:
-        notify(
-            f"The held-out loss rose from {before.loss:.3f} to {after.loss:.3f}: try a --lr below "
-            f"{config.peak_lr:.2g}, or more rows."
+    def finish(self) -> Adapter:
+        """The adapter of the values kept, told of."""
+        if not self.evaluations:
+            self.best_step, self._best = self._loop.done, self._file_values()
+        elif self.best_step != self._loop.done:
+            self._notify(f"Keeping the values of step {self.best_step}: they scored best.")
+        before, after = self.before, self.after
+        if before is not None and after is not None and after.loss > before.loss:
+            self._notify(
+                f"The held-out loss rose from {before.loss:.3f} to {after.loss:.3f}: try a --lr "
+                f"below {self._config.peak_lr:.2g}, or more rows."
+            )
+        return self.adapter()
+
+    def adapter(self) -> Adapter:
+        """Of the best values so far."""
+        parts = {
+            name: ModuleBypass(layer.index.cpu(), self._best[name])
+            for name, layer in self._layers.items()
+        }
+        config = AdapterConfig(
+            base_model_name_or_path=self._base.spec.name,
+            base_fingerprint=self._base.spec.fingerprint,
+            k=self._config.k,
+            target_modules=tuple(sorted({name.rpartition(".")[2] for name in parts})),
+            metadata={"recipe": self._recipe(), "scores": self._scores()},
         )
-    adapter_config = AdapterConfig(
-        base_model_name_or_path=base.spec.name,
-        base_fingerprint=base.spec.fingerprint,
-        k=config.k,
-        target_modules=tuple(sorted({name.rpartition(".")[2] for name in modules})),
-        metadata={
-            "recipe": _recipe(base, data, config, loaded.report, steps, len(batches)),
-            "scores": _scores(loaded.report, before, after),
-        },
-    )
-    adapter = make_adapter(adapter_config, parts)
-    save_adapter(adapter, out)
-    title = f"{out.name}: {base.spec.name}, k={config.k}, lr {config.peak_lr:.2g}"
-    write_durably(out / LOSS_FILE, loss_curve(losses, before, after, title))
-    return TrainReport(adapter, out, loaded.report, steps, seconds, losses, before, after)
+        return make_adapter(config, parts)
+
+    def log(self) -> str:
+        """JSON lines: the loss of every step, and every score."""
+        lines: list[dict[str, Any]] = [
+            {"step": step, "loss": loss} for step, loss in enumerate(self._loop.losses, start=1)
+        ]
+        if self.before is not None:
+            lines.append({"step": 0, "heldout": asdict(self.before)})
+        lines += [{"step": e.step, "heldout": asdict(e.score)} for e in self.evaluations]
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
+    def _recipe(self) -> dict[str, Any]:
+        config, report = self._config, self._data.report
+        recipe = {
+            "data": self._data_name,
+            "rows": report.rows,
+            "train_rows": report.train_rows,
+            "too_long_rows": report.too_long,
+            "heldout": f"{config.eval_fraction:g} of the rows"
+            if config.eval_data is None
+            else config.eval_data.name,
+            "k": config.k,
+            "lr": config.peak_lr,
+            "warmup_ratio": config.warmup_ratio,
+            "schedule": config.schedule,
+            "steps": self._loop.done,
+            "kept_step": self.best_step,
+            "epochs": round(self._loop.done * config.gradient_accumulation / self._per_pass, 3),
+            "batch_size": config.batch_size,
+            "gradient_accumulation": config.gradient_accumulation,
+            "max_length": config.max_length,
+            "seed": config.seed,
+            "dtype": str(self._base.dtype).removeprefix("torch."),
+            "prompt_format": config.prompt_format if self._base.has_chat_template else "plain",
+            "versions": {n: version(n) for n in ("neuroada-serve", "torch", "transformers")},
+        }
+        plain = TrainConfig()
+        for name in ("weight_decay", "max_grad_norm", "bf16", "packing", "bypass", "quantize"):
+            if getattr(config, name) != getattr(plain, name):
+                recipe[name] = getattr(config, name)
+        if self._searched is not None:
+            recipe["lr_search"] = asdict(self._searched)
+        return recipe
+
+    def _scores(self) -> dict[str, Any]:
+        scores: dict[str, Any] = {"heldout_rows": self._data.report.heldout_rows}
+        if self.before is not None and self.after is not None:
+            scores["before"] = asdict(self.before)
+            scores["after"] = asdict(self.after)
+            scores["exact_match_by"] = "teacher forcing"
+        return scores
+
+
+def _steps(config: TrainConfig, data: TrainingData) -> int:
+    """Optimizer steps of a run."""
+    per_pass = math.ceil(len(data.train) / config.batch_size) / config.gradient_accumulation
+    return config.max_steps or max(1, round((config.epochs or 1) * per_pass))
+
+
+def _identity(base: BaseModel, data: TrainingData, config: TrainConfig) -> dict[str, Any]:
+    """All that decides what a run does, as JSON holds it."""
+    rows = hashlib.sha256()
+    for side in (data.train, data.heldout):
+        rows.update(repr([(e.prompt_ids, e.answer_ids) for e in side]).encode())
+    of_run = {n: v for n, v in asdict(config).items() if n not in _NOT_OF_THE_RUN}
+    return of_run | {
+        "rows": rows.hexdigest()[:16],
+        "base": base.spec.fingerprint,
+        "weights": str(base.dtype),
+        "device": base.device.type,
+    }
 
 
 # --- what is refused beforehand ----------------------------------------------------------------
@@ -166,16 +461,26 @@ def _check_extra() -> None:
         )
 
 
-def _check_out(out: Path) -> None:
+def _check_place(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give --out a folder for the adapter")
-    if out.is_dir() and any(out.iterdir()) and not _is_adapter_folder(out):
-        raise UsageError(
-            f"{out} is not empty and holds no NeuroAda adapter; give --out a new folder"
-        )
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"{out} cannot be written: {existing} is no folder you may write to")
+
+
+def _check_contents(out: Path, resumed: bool) -> None:
+    """Only what is an adapter of ours may be replaced, and what this run was killed at writing."""
+    if not out.is_dir() or _is_adapter_folder(out):
+        return
+    ours = (WEIGHTS_FILE, CONFIG_FILE, LOSS_FILE, LOG_FILE, LR_FILE)
+    others = [path.name for path in out.iterdir() if not is_unfinished(path)]
+    if resumed:
+        others = [name for name in others if name not in ours]
+    if others:
+        raise UsageError(
+            f"{out} is not empty and holds no NeuroAda adapter; give --out a new folder"
+        )
 
 
 def _is_adapter_folder(folder: Path) -> bool:
@@ -196,225 +501,3 @@ def _check_fits(base: BaseModel, config: TrainConfig) -> None:
             "float16 gradients vanish without loss scaling; train with --dtype bfloat16 or "
             "float32, the adapter can be served in any dtype"
         )
-
-
-# --- the steps ---------------------------------------------------------------------------------
-
-
-class LengthGroupedBatches(Sampler[list[int]]):
-    """Batches of row numbers: rows of like length together, yet in random order.
-
-    Rows are shuffled, sorted by length within windows of a few batches, cut into batches, and the
-    batches are shuffled. Each pass draws anew; the same seed gives the same passes.
-    """
-
-    # In batches. A wide window saves padding, but rows of one length are often of one kind, and
-    # steps of one kind train worse. Tokens computed per token of data, rows of very mixed length:
-    # 1.86 at window 1, 1.29 at 4, 1.08 at 16; held-out loss after 40 steps of SQL, one seed: 0.150,
-    # 0.150 and 0.202.
-    _WINDOW = 4
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths = lengths
-        self._batch_size = batch_size
-        self._random = Random(seed)
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._lengths) / self._batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        rows = list(range(len(self._lengths)))
-        self._random.shuffle(rows)
-        window = self._WINDOW * self._batch_size
-        grouped = [
-            row
-            for start in range(0, len(rows), window)
-            for row in sorted(rows[start : start + window], key=self._lengths.__getitem__)
-        ]
-        size = self._batch_size
-        batches = [grouped[start : start + size] for start in range(0, len(grouped), size)]
-        self._random.shuffle(batches)
-        yield from batches
-
-
-def _run_steps(
-    base: BaseModel,
-    layers: dict[str, InplaceLinear],
-    examples: Sequence[Example],
-    batches: LengthGroupedBatches,
-    steps: int,
-    config: TrainConfig,
-    notify: Notify,
-) -> tuple[float, ...]:
-    """Run the optimizer; the layers' values are trained in place. Returns each step's loss."""
-    optimizer = torch.optim.AdamW(
-        [layer.value for layer in layers.values()], lr=config.peak_lr, weight_decay=0.0
-    )
-    warmup = min(int(config.warmup_ratio * steps), steps - 1)
-
-    def share_of_peak(step: int) -> float:  # up to 1 at step `warmup`, then down; never 0
-        return min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-    with tempfile.TemporaryDirectory() as scratch, _Progress(steps, notify) as progress:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            max_steps=steps,
-            per_device_train_batch_size=config.batch_size,
-            learning_rate=config.peak_lr,
-            max_grad_norm=_MAX_GRAD_NORM,
-            seed=config.seed,
-            use_cpu=base.device.type == "cpu",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        )
-        # More GPUs would each get a replica by DataParallel, without the values written into it.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        trainer = _ValueTrainer(
-            model=base.model,
-            args=arguments,
-            train_dataset=examples,
-            callbacks=[progress.callback],
-            optimizers=(optimizer, scheduler),
-            batches=batches,
-            losses=progress.losses,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    if not all(bool(layer.value.isfinite().all()) for layer in layers.values()):
-        raise _diverged(steps + 1, config.peak_lr)
-    return tuple(progress.losses)
-
-
-class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """transformers' Trainer with our batches and a loss over answer tokens alone."""
-
-    def __init__(
-        self, *, batches: LengthGroupedBatches, losses: list[float], **others: Any
-    ) -> None:
-        super().__init__(**others)
-        self._batches = batches
-        self._losses = losses  # grows by one each step
-
-    def get_train_dataloader(self) -> DataLoader[Example]:
-        return DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=collate)
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Tensor:
-        """Mean loss per answer token of the batch."""
-        logits, targets, _ = answer_logits(model, inputs)
-        loss = F.cross_entropy(logits, targets)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise _diverged(len(self._losses) + 1, self.args.learning_rate)
-        self._losses.append(value)
-        return loss
-
-
-def _diverged(step: int, lr: float) -> UsageError:
-    """The loss that step `step`, from 1, starts from is not a number."""
-    if step == 1:  # nothing has been trained yet
-        return UsageError("the base's own loss is not a number; try --dtype float32")
-    return UsageError(
-        f"training diverged: the loss is not a number after step {step - 1}; "
-        f"try a --lr below {lr:.2g}"
-    )
-
-
-class _Progress:
-    """Shows the steps: a bar on stderr where that is a terminal, else a sentence now and then."""
-
-    _SENTENCES = 10
-
-    def __init__(self, steps: int, notify: Notify) -> None:
-        console = Console(stderr=True)
-        self.losses: list[float] = []
-        self.callback = _StepCallback(self._show)
-        self._notify = notify
-        self._steps = steps
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("training", total=steps, loss="-")
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def _show(self) -> None:
-        done = len(self.losses)
-        recent = self.losses[-10:]
-        loss = f"{sum(recent) / len(recent):.3f}"
-        self._bar.update(self._task, completed=done, loss=loss)
-        every = math.ceil(self._steps / self._SENTENCES)
-        if self._bar.disable and (done % every == 0 or done == self._steps):
-            self._notify(f"Step {done} of {self._steps}, loss {loss}.")
-
-
-class _StepCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Calls back after every optimizer step."""
-
-    def __init__(self, show: Callable[[], None]) -> None:
-        self._show = show
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._show()
-
-
-# --- what the file says of the run -------------------------------------------------------------
-
-
-def _recipe(
-    base: BaseModel,
-    data: Path,
-    config: TrainConfig,
-    report: DataReport,
-    steps: int,
-    steps_per_epoch: int,
-) -> dict[str, Any]:
-    return {
-        "data": data.name,
-        "rows": report.rows,
-        "train_rows": report.train_rows,
-        "too_long_rows": report.too_long,
-        "heldout": f"{config.eval_fraction:g} of the rows"
-        if config.eval_data is None
-        else config.eval_data.name,
-        "k": config.k,
-        "lr": config.peak_lr,
-        "warmup_ratio": config.warmup_ratio,
-        "steps": steps,
-        "epochs": round(steps / steps_per_epoch, 3),
-        "batch_size": config.batch_size,
-        "max_length": config.max_length,
-        "seed": config.seed,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "prompt_format": config.prompt_format if base.has_chat_template else "plain",
-        "versions": {name: version(name) for name in ("neuroada-serve", "torch", "transformers")},
-    }
-
-
-def _scores(report: DataReport, before: Score | None, after: Score | None) -> dict[str, Any]:
-    scores: dict[str, Any] = {"heldout_rows": report.heldout_rows}
-    if before is not None and after is not None:
-        scores["before"] = asdict(before)
-        scores["after"] = asdict(after)
-        scores["exact_match_by"] = "teacher forcing"
-    return scores
