@@ -1,0 +1,206 @@
+"""bench/quality.py: its rows, its methods and its plan on a toy model; once the whole script."""
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import quality
+from neuroada_serve.errors import DataError, UsageError
+from neuroada_serve.model.loader import load_base
+
+CPU = torch.device("cpu")
+SIZES = ["--train-rows", "12", "--tune-rows", "4", "--eval-rows", "4"]
+RUN = ["--steps", "2", "--tune-steps", "1", "--batch", "4", "--eval-batch", "4", "--device", "cpu"]
+SHORT = ["--seeds", "2", "--lr-values", "2", "--max-new-tokens", "3"]
+
+
+def choice_row(number: int, answer: str, options: str = "true/false") -> dict:
+    return {
+        "instruction": f"Is {number} even?\n\nAnswer format: {options}",
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+    }
+
+
+def sum_row(number: int) -> dict:
+    text = f"{number} and one are {number + 1}"
+    return {"instruction": f"{number} + 1?", "input": "", "output": text, "answer": f"{number + 1}"}
+
+
+def save_data(folder: Path) -> Path:
+    folder.mkdir()
+    files = {task.train for task in quality.TASKS.values()}
+    files |= {file for task in quality.TASKS.values() for file, _ in task.evals.values()}
+    for file in files:
+        start = 0 if file.endswith("train") else 100
+        is_sum = file in quality.TASKS["math"].train or file in ("MultiArith.test", "AddSub.test")
+        rows = [
+            sum_row(i) if is_sum else choice_row(i, "false" if i % 2 else "true")
+            for i in range(start, start + 30)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{file}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def prepared(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    rows = folder / "rows.json.gz"
+    data = save_data(folder / "data")
+    flags = ["--base", str(source.path), "--data", str(data), "--prepare", str(rows)]
+    assert quality.main([*flags, *SIZES]) == 0
+    return rows
+
+
+def rows_of(prepared: Path) -> list[dict]:
+    return quality.load_prepared(prepared)["tasks"]["commonsense"]["train"]
+
+
+def test_options_part_where_their_answers_do(source):
+    base = load_base(source, device="cpu")
+    row = quality.encode(base, choice_row(1, "ending2", "ending1/ending2/ending3"), "choice")
+    text = base.tokenizer.decode(row["a"][: row["at"]])
+    assert text == "the correct answer is ending"
+    assert base.tokenizer.decode(row["o"]) == "123"
+    assert row["a"][row["at"]] == row["o"][row["y"]]
+
+
+def test_answer_outside_its_options_is_refused(source):
+    base = load_base(source, device="cpu")
+    with pytest.raises(DataError, match="none of"):
+        quality.encode(base, choice_row(1, "maybe"), "choice")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("so 1,234.5 in all", 1234.5), ("3 - 5 is -2.", -2.0), ("none", None)]
+)
+def test_last_number_is_the_answer(text, number):
+    assert quality.last_number(text) == number
+
+
+def test_choice_is_what_full_scoring_of_every_option_prefers(source, prepared):
+    base = load_base(source, device="cpu")
+    rows = quality.load_prepared(prepared)["tasks"]["commonsense"]["evals"]["BoolQ"]["rows"]
+    right = 0
+    for row in rows:
+        scores = []
+        for option in row["o"]:
+            ids = torch.tensor([row["p"] + row["a"][: row["at"]] + [option]])
+            logits = base.model(ids).logits.float().log_softmax(-1)
+            scores.append(logits[0, -2, option].item())
+        right += scores.index(max(scores)) == row["y"]
+    assert quality.score(base.model, rows, 3)["accuracy"] == right / len(rows)
+
+
+@pytest.mark.parametrize("name", quality.METHODS)
+def test_every_method_lowers_the_loss_of_what_it_trains_on(source, prepared, name):
+    base = load_base(source, device="cpu")
+    rows = rows_of(prepared)[:4]
+    before = quality.score(base.model, rows, 4)["loss"]
+    method = quality.METHODS[name]
+    for count, losses in quality.train(base.model, method, [rows] * 12, 1, method.usual_lr):
+        after = quality.score(base.model, rows, 4)["loss"]
+        assert count > 0
+        assert losses[0] == pytest.approx(before, rel=0.02)
+    assert after < before - 0.05
+
+
+def test_lora_has_about_the_parameters_of_its_k(source):
+    modules = quality.adaptable_modules(load_base(source, device="cpu").model)
+    shapes = [quality.matrix_shape(module) for module in modules.values()]
+    wanted = 64 * sum(d_out for d_out, _ in shapes)
+    found = quality.METHODS["lora-8x-k8"].rank(modules) * sum(map(sum, shapes))
+    assert found == pytest.approx(wanted, rel=0.05)
+
+
+def test_same_seed_gives_the_same_batches_and_another_does_not(prepared):
+    rows = rows_of(prepared)
+    one, same, other = (quality.batches_of(rows, 4, 7, seed) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+    assert len(one) == 7
+
+
+def test_lr_is_the_best_tuned_and_failed_runs_do_not_count():
+    plan = quality.Plan([("math", "full")], settings())
+    low, high = settings().grid("full")
+    assert plan.best_lr("math", "full") is None
+    for lr, loss in ((low, None), (high, 2.0)):
+        job = quality.Job("math", "full", "tune", quality.TUNING_SEED, lr, 1)
+        plan.records[job.key] = {"tune_loss": loss}
+    assert plan.best_lr("math", "full") == high
+    assert high / low == pytest.approx(4)
+
+
+def test_final_runs_wait_for_tuning():
+    plan = quality.Plan([("math", "full")], settings())
+    taken = []
+    while (job := plan.next_job()) is not None:
+        taken.append(job.phase)
+    assert taken == ["base", "tune", "tune"]
+    assert sum(math.isnan(job.lr) for job in plan.jobs()) == 2
+
+
+def settings() -> quality.Settings:
+    return quality.Settings(2, 1, 4, 4, 2, 2, 4.0, 3, "auto")
+
+
+def test_runs_file_survives_a_cut_line_and_refuses_other_settings(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    quality.RunsFile(path, {"identity": 1}).append({"key": "a"})
+    with path.open("a") as file:
+        file.write('{"key": "b", "tu')
+    runs = quality.RunsFile(path, {"identity": 1})
+    runs.append({"key": "c"})
+    assert [record["key"] for record in quality.read_runs(path)[1]] == ["a", "c"]
+    with pytest.raises(UsageError, match="other settings"):
+        quality.RunsFile(path, {"identity": 2})
+
+
+def script(*flags: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, quality.__file__, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_parts_stop_resume_and_merge_into_one_report(source, prepared, tmp_path):
+    common = ["--base", source.path, "--prepared", prepared, *RUN, *SHORT]
+    common += ["--methods", "neuroada-k8,lora-r1", "--tasks", "math,commonsense"]
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    none = json.loads(script(*common, "--out", first, "--minutes", 0).stdout.splitlines()[-1])
+    assert none["runs"] == []
+    assert len(none["left_out"]) == 2 + 4 * (2 + 2)
+    for number, out in ((1, first), (2, second)):
+        script(*common, "--part", f"{number}/2", "--out", out)
+    parts = [path.with_suffix(".runs.jsonl") for path in (first, second)]
+    done = script("--merge", *parts, "--out", tmp_path / "both.json")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((tmp_path / "both.json").read_text())
+    assert result["errors"] == {}
+    assert result["left_out"] == []
+    assert (tmp_path / "both.png").stat().st_size > 0
+    trained = [row for row in result["summary"] if row["method"] != "base"]
+    assert len(trained) == 4
+    for row in trained:
+        assert row["seeds"] == 2
+        assert row["lr"] in row["grid"]
+        assert row["edge"]
+        scores = row["evals"]["MultiArith" if row["task"] == "math" else "BoolQ"]
+        assert 0 <= scores["accuracy"]["min"] <= scores["accuracy"]["max"] <= 1
