@@ -287,8 +287,8 @@ def train(
     data: Annotated[
         Path,
         typer.Option(
-            help='JSONL rows: {"prompt", "completion"}, {"messages"} or '
-            '{"instruction", "input", "output"}.'
+            help="Rows: .jsonl, .json, .csv, .tsv or .parquet, with prompt and completion; "
+            "messages; instruction, input and output; question and answer; or text and label."
         ),
     ],
     out_dir: Annotated[Path, typer.Option("--out", help="Adapter folder to write.")],
@@ -301,6 +301,13 @@ def train(
         int, typer.Option(help=help_of(TrainConfig, "gradient_accumulation"))
     ] = 1,
     max_length: Annotated[int, typer.Option(help=help_of(TrainConfig, "max_length"))] = 512,
+    too_long: Annotated[str, typer.Option(help=help_of(TrainConfig, "too_long"))] = "skip",
+    columns: Annotated[
+        str, typer.Option(metavar="KEY=COLUMN,...", help=help_of(TrainConfig, "columns"))
+    ] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what the rows are, and train nothing.")
+    ] = False,
     eval_fraction: Annotated[float, typer.Option(help=help_of(TrainConfig, "eval_fraction"))] = 0.1,
     eval_data: Annotated[Path | None, typer.Option(help=help_of(TrainConfig, "eval_data"))] = None,
     eval_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "eval_steps"))] = None,
@@ -335,7 +342,7 @@ def train(
     quantize: Annotated[str, typer.Option(help=help_of(TrainConfig, "quantize"))] = "none",
     plain: Plain = False,
 ) -> None:
-    """Train an adapter on JSONL rows; loss on the answers only."""
+    """Train an adapter on rows of questions and answers; loss on the answers only."""
     config = TrainConfig(
         k=k,
         lr=_learning_rate(lr),
@@ -356,6 +363,8 @@ def train(
         max_steps=max_steps,
         batch_size=batch_size,
         max_length=max_length,
+        too_long=cast(Any, too_long),
+        columns=_columns(columns),
         eval_fraction=eval_fraction,
         eval_data=eval_data,
         seed=seed,
@@ -372,6 +381,11 @@ def train(
     from neuroada_serve.train.trainer import train_adapter
 
     base = load_base(resolve_model(model, _notify), config.dtype)
+    if check:
+        from neuroada_serve.train.data import load_data
+
+        _notify(f"{load_data(base, data, config).report}.")
+        return
     report = train_adapter(
         base, data, out_dir, config, notify=_notify, fresh=fresh, publish=publish
     )
@@ -384,6 +398,17 @@ def train(
         out.print(table)
     _notify(f"Adapter written to {out_dir}; serve it with:")
     _notify(f"  neuroada serve {model} --adapter {out_dir.name}={out_dir}")
+
+
+def _columns(text: str) -> dict[str, str]:
+    """prompt=question,completion=reply as a mapping."""
+    columns = {}
+    for part in filter(None, text.split(",")):
+        key, equals, column = part.partition("=")
+        if not equals or not key or not column:
+            raise UsageError(f"--columns takes KEY=COLUMN,KEY=COLUMN, not {text!r}")
+        columns[key.strip()] = column.strip()
+    return columns
 
 
 def _learning_rate(text: str | None) -> Any:

@@ -171,7 +171,14 @@ class TrainConfig:
     gradient_accumulation: int = _option(
         1, "Batches per optimizer step: as one batch of so many times the rows, in less memory."
     )
-    max_length: int = _option(512, "Most tokens per row; longer rows are left out and counted.")
+    max_length: int = _option(512, "Most tokens per row.")
+    too_long: Literal["skip", "cut"] = _option(
+        "skip",
+        "Longer rows: skip leaves them out, cut takes their prompt's beginning off; both counted.",
+    )
+    columns: Mapping[str, str] = _option(
+        {}, "Our keys for the data's columns, such as prompt=question,completion=reply."
+    )
     eval_fraction: float = _option(
         0.1, "Share of the rows held out and scored before and after; 0 holds out none."
     )
@@ -231,6 +238,7 @@ class TrainConfig:
             ("schedule", ("linear", "cosine", "constant")),
             ("recompute", ("nothing", "cheap", "all")),
             ("quantize", ("none", "int8", "nf4")),
+            ("too_long", ("skip", "cut")),
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(

@@ -32,7 +32,7 @@ def test_host_work_is_what_forward_and_sampling_leave(tmp_path):
 def test_training_steps_of_methods_are_measured(tmp_path):
     source = save_tiny_model(tmp_path / "model")
     flags = [str(source.path), "--rounds", "1", "--rows", "2", "--width", "12", "--out", tmp_path]
-    flags += ["--only", "neuroada k=8,official k=8,mask k=8"]
+    flags += ["--only", "neuroada k=8;official k=8;mask k=8"]
     command = [sys.executable, "-m", "bench.training", *flags]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, cwd=SCRIPT.parent.parent

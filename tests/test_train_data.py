@@ -103,7 +103,7 @@ def _assistant(content):
         ("{", "not valid JSON (Expecting property name enclosed in double quotes, column 2)"),
         ("[" * 100_000, "no JSON that can be read"),
         ("[1]", "must be a JSON object, not list"),
-        ({"question": "a", "answer": "b"}, "has keys ['answer', 'question']"),
+        ({"query": "a", "answer": "b"}, "has keys ['answer', 'query']"),
         ({"prompt": "a", "completion": " "}, "completion is empty"),
         ({"prompt": "", "completion": "b"}, "prompt is empty"),
         ({"prompt": 3, "completion": "b"}, "prompt must be a string, not int"),
@@ -209,7 +209,9 @@ def test_long_rows_are_left_out_and_counted(tmp_path):
     assert [len(e) for e in data.train] == [7, 8]
     assert (data.report.rows, data.report.too_long, data.report.tokens) == (4, 2, 15)
     assert (
-        str(data.report) == "4 rows: 2 to train on, 0 held out, 2 left out as too long; 15 tokens"
+        str(data.report)
+        == "4 rows: 2 to train on, 0 held out, 2 left out as too long; 15 tokens, 4 of them in answers, "
+        "the longest row 8; 100% of the answers are 'b'"
     )
 
 

@@ -1,9 +1,11 @@
-"""Rows in: a JSON-lines file of questions and answers becomes token ids to train and score on.
+"""Rows in: a file of questions and answers becomes token ids to train and score on.
 
-A row is a JSON object of one of three shapes; other keys are ignored:
-    {"messages": [{"role", "content"}, ...]}      the last message is the assistant's answer
-    {"prompt", "completion"}
-    {"instruction", "output"}, with "input" if there is one
+`train/rows.py` reads the file. A row has keys of one of these shapes; others are ignored:
+    messages [{"role", "content"}, ...]      the last message is the assistant's answer
+    prompt, completion
+    instruction, output, and input if there is one
+    question, answer
+    text (or sentence), label                the label's name is the answer
 
 With prompt_format "chat", and a base that has a chat template, the prompt goes through the template
 (a `prompt`, or an instruction with its input below it, as one user message). Otherwise it is plain
@@ -12,7 +14,8 @@ text: a `prompt` as it is, the contents of the other shapes with a line break af
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,19 @@ from neuroada_serve.errors import DataError, RequestError
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.prompt import encode_chat, encode_text
 from neuroada_serve.model.quiet import quiet_transformers
+from neuroada_serve.train.rows import Faults, RecordFault, read_records
 
-MAX_FAULTS = 10
-
-_SHAPES = '{"messages"}, {"prompt", "completion"} or {"instruction", "input", "output"}'
+_SHAPES = (
+    '{"messages"}, {"prompt", "completion"}, {"instruction", "input", "output"}, '
+    '{"question", "answer"} or {"text", "label"}'
+)
+_MUCH_ALIKE = 0.5  # share of one answer from which it is told
+_PAIRS = (
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("text", "label"),
+    ("sentence", "label"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,19 +73,41 @@ class Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of a file's rows. tokens: of the rows used, prompts and answers together."""
+    """What became of a file's rows, told before anything is trained.
+
+    too_long: left out. cut: whose prompts lost their beginning. tokens: of the rows used, prompts
+    and answers together; answer_tokens: those that are trained on or scored. longest: tokens of
+    the longest row used. duplicates: rows that repeat an earlier one to the letter.
+    most_frequent: (an answer, its share of the training rows).
+    """
 
     rows: int
     train_rows: int
     heldout_rows: int
     too_long: int
+    cut: int
     tokens: int
+    answer_tokens: int
+    longest: int
+    duplicates: int
+    most_frequent: tuple[str, float]
 
     def __str__(self) -> str:
         text = f"{self.rows} rows: {self.train_rows} to train on, {self.heldout_rows} held out"
         if self.too_long:
             text += f", {self.too_long} left out as too long"
-        return f"{text}; {self.tokens} tokens"
+        if self.cut:
+            text += f", {self.cut} prompts cut at their beginning"
+        text += (
+            f"; {self.tokens} tokens, {self.answer_tokens} of them in answers, the longest row "
+            f"{self.longest}"
+        )
+        if self.duplicates:
+            text += f"; {self.duplicates} rows repeat others to the letter"
+        answer, share = self.most_frequent
+        if share >= _MUCH_ALIKE:
+            text += f"; {share:.0%} of the answers are {answer[:40]!r}"
+        return text
 
 
 @dataclass(frozen=True)
@@ -91,18 +125,19 @@ def load_data(base: BaseModel, path: Path, config: TrainConfig) -> TrainingData:
     Raises:
         DataError: names the file and the lines at fault, or says why no row is left to train on.
     """
-    rows = read_rows(path)
+    rows = read_rows(path, config.columns)
     if config.eval_data is None:
         train_rows, heldout_rows = split_rows(rows, config.eval_fraction, config.seed)
     else:
-        train_rows, heldout_rows = rows, read_rows(config.eval_data)
+        train_rows, heldout_rows = rows, read_rows(config.eval_data, config.columns)
         _refuse_shared_prompts(path, train_rows, config.eval_data, heldout_rows)
     most = min(config.max_length, base.max_model_len)
     train = _encode_rows(base, path, train_rows, config.prompt_format)
     heldout = _encode_rows(base, config.eval_data or path, heldout_rows, config.prompt_format)
 
-    short_train = tuple(e for e in train if len(e) <= most)
-    short_heldout = tuple(e for e in heldout if len(e) <= most)
+    cuts = config.too_long == "cut"
+    short_train = tuple(_fitted(train, most, cuts))
+    short_heldout = tuple(_fitted(heldout, most, cuts))
     if not short_train:
         raise DataError(
             f"{path}: every training row is longer than {most} tokens, the shortest has "
@@ -114,39 +149,63 @@ def load_data(base: BaseModel, path: Path, config: TrainConfig) -> TrainingData:
             )
         )
     used = short_train + short_heldout
+    all_rows = [*train_rows, *heldout_rows]
+    answers = Counter(row.answer for row in train_rows)
+    [(answer, count)] = answers.most_common(1)
     report = DataReport(
-        rows=len(train_rows) + len(heldout_rows),
+        rows=len(all_rows),
         train_rows=len(short_train),
         heldout_rows=len(short_heldout),
-        too_long=len(train_rows) + len(heldout_rows) - len(used),
+        too_long=len(all_rows) - len(used),
+        cut=sum(len(e) > most for e in (*train, *heldout)) - (len(all_rows) - len(used)),
         tokens=sum(map(len, used)),
+        answer_tokens=sum(len(e.answer_ids) for e in used),
+        longest=max(map(len, used)),
+        duplicates=len(all_rows) - len({(row.text, row.answer) for row in all_rows}),
+        most_frequent=(answer, count / len(train_rows)),
     )
     return TrainingData(short_train, short_heldout, report)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSON-lines file; blank lines are skipped.
+def _fitted(examples: Iterable[Example], most: int, cuts: bool) -> Iterable[Example]:
+    """Those of at most so many tokens; longer ones without their prompt's beginning, if `cuts`."""
+    for example in examples:
+        room = most - len(example.answer_ids)
+        if len(example) <= most:
+            yield example
+        elif cuts and room >= 1:
+            yield Example(example.prompt_ids[-room:], example.answer_ids)
+
+
+def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of a file, see `read_records`.
+
+    Args:
+        columns: our keys -> the file's, as {"prompt": "question", "completion": "reply"}.
 
     Raises:
         DataError: no such file, no rows, or rows of no known shape; the first faults are listed.
     """
-    try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read: {error.strerror}") from error
     rows = []
-    faults = _Faults(path)
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    faults = Faults(path)
+    for number, record in read_records(path):
         try:
-            rows.append(_row(number, line))
-        except _RowFault as fault:
+            if isinstance(record, RecordFault):
+                raise record
+            rows.append(_row(number, _renamed(record, columns or {})))
+        except RecordFault as fault:
             faults.add(number, str(fault))
     faults.raise_if_any()
     if not rows:
-        raise DataError(f"data file {path} has no rows; it needs one JSON object a line: {_SHAPES}")
+        raise DataError(f"data file {path} has no rows; it needs some of {_SHAPES}")
     return rows
+
+
+def _renamed(raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    if missing := sorted(set(columns.values()) - raw.keys()):
+        raise RecordFault(f"has no {', '.join(missing)}, which --columns names")
+    own = {key: raw[theirs] for key, theirs in columns.items()}
+    return own if columns else dict(raw)
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -238,7 +297,7 @@ def _encode_rows(
     base: BaseModel, path: Path, rows: Iterable[Row], prompt_format: str
 ) -> list[Example]:
     examples = []
-    faults = _Faults(path)
+    faults = Faults(path)
     with quiet_transformers():  # the tokenizer warns of rows that we are about to leave out
         for row in rows:
             try:
@@ -249,74 +308,51 @@ def _encode_rows(
     return examples
 
 
-# --- one line ----------------------------------------------------------------------------------
+# --- one row -----------------------------------------------------------------------------------
 
 
-class _RowFault(Exception):
-    """What is wrong with one line."""
-
-
-class _Faults:
-    """The faults of a file: the first in full, the rest as a number."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._shown: list[str] = []
-        self._more = 0
-
-    def add(self, line: int, fault: str) -> None:
-        if len(self._shown) < MAX_FAULTS:
-            self._shown.append(f"  line {line}: {fault}")
-        else:
-            self._more += 1
-
-    def raise_if_any(self) -> None:
-        if not self._shown:
-            return
-        count = len(self._shown) + self._more
-        lines = [f"{self._path} has {count} unusable {'row' if count == 1 else 'rows'}:"]
-        lines += self._shown
-        if self._more:
-            lines.append(f"  and {self._more} more")
-        raise DataError("\n".join(lines))
-
-
-def _row(number: int, line: bytes) -> Row:
-    try:
-        raw = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise _RowFault("not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise _RowFault(
-            f"not valid JSON ({error.msg}, column {error.colno}); each line must be one JSON object"
-        ) from None
-    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
-        raise _RowFault("no JSON that can be read") from None
-    if not isinstance(raw, dict):
-        raise _RowFault(f"must be a JSON object, not {type(raw).__name__}: {_SHAPES}")
+def _row(number: int, raw: dict[str, Any]) -> Row:
     if "messages" in raw:
         return _row_of_messages(number, raw["messages"])
-    if "prompt" in raw and "completion" in raw:
-        prompt = _text(raw, "prompt")
-        return Row(number, (_user(prompt),), prompt, _text(raw, "completion"))
     if "instruction" in raw and "output" in raw:
         prompt = _text(raw, "instruction")
         if raw.get("input") not in (None, ""):
             prompt += "\n" + _text(raw, "input")
         return Row(number, (_user(prompt),), prompt + "\n", _text(raw, "output"))
-    raise _RowFault(f"has keys {sorted(raw)}; expected {_SHAPES}")
+    found = [(p, a) for p, a in _PAIRS if p in raw and a in raw]
+    if len(found) > 1:
+        names = " and ".join(f"{p}, {a}" for p, a in found)
+        raise RecordFault(f"could be read as {names}; say which with --columns")
+    if not found:
+        raise RecordFault(
+            f"has keys {sorted(raw)}; expected {_SHAPES}, or name yours, as in "
+            "--columns prompt=question,completion=reply"
+        )
+    [(question, answer)] = found
+    prompt = _text(raw, question)
+    if answer == "label":
+        return Row(number, (_user(prompt),), prompt + "\n", _label(raw[answer]))
+    after = "" if question == "prompt" else "\n"
+    return Row(number, (_user(prompt),), prompt + after, _text(raw, answer))
+
+
+def _label(value: Any) -> str:
+    """A label's name; numbers and booleans are names too."""
+    if isinstance(value, bool | int):
+        return str(value)
+    return _text({"label": value}, "label")
 
 
 def _row_of_messages(number: int, messages: Any) -> Row:
     if not isinstance(messages, list) or len(messages) < 2:
-        raise _RowFault("messages must be a list of at least a question and an answer")
+        raise RecordFault("messages must be a list of at least a question and an answer")
     for position, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _RowFault(f'messages[{position}] must be an object {{"role", "content"}}')
+            raise RecordFault(f'messages[{position}] must be an object {{"role", "content"}}')
         _string(message, "content", f"messages[{position}].")
     if messages[-1]["role"] != "assistant":
         role = messages[-1]["role"]
-        raise _RowFault(f"the last message must have role 'assistant', not {role!r}")
+        raise RecordFault(f"the last message must have role 'assistant', not {role!r}")
     *question, last = messages
     answer = _text(last, "content", f"messages[{len(question)}].")
     text = "".join(f"{message['content']}\n" for message in question)
@@ -330,16 +366,16 @@ def _user(content: str) -> dict[str, Any]:
 def _text(raw: dict[str, Any], key: str, path: str = "") -> str:
     value = _string(raw, key, path)
     if not value.strip():
-        raise _RowFault(f"{path}{key} is empty")
+        raise RecordFault(f"{path}{key} is empty")
     return value
 
 
 def _string(raw: dict[str, Any], key: str, path: str = "") -> str:
     value = raw.get(key)
     if not isinstance(value, str):
-        raise _RowFault(f"{path}{key} must be a string, not {type(value).__name__}")
+        raise RecordFault(f"{path}{key} must be a string, not {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _RowFault(f"{path}{key} has half a surrogate pair, which is no text") from None
+        raise RecordFault(f"{path}{key} has half a surrogate pair, which is no text") from None
     return value
