@@ -10,13 +10,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "neuroada_serve"
 # Lower floors first; within a floor a room imports only from rooms earlier in the list.
 # A name stands for a module or for all modules of a package that are not listed themselves.
 FLOORS: list[list[str]] = [
-    ["errors", "config", "request", "metrics"],
+    ["errors", "config", "request", "metrics", "intervals"],
     [
         "ops",
         "adapters.durable",
         "adapters.extents",
         "adapters.readiness",
         "adapters.format",
+        "adapters.card",
         "adapters.reader",
         "adapters.select",
         "adapters.entries",

@@ -84,6 +84,7 @@ def test_train_then_eval_then_generate(model, tmp_path):
     result = run("train", model.path, "--data", data, "--out", out, *flags)
     assert result.exit_code == 0, result.output
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "held out in training" in (out / "README.md").read_text()
     scored = run("eval", model.path, "--adapter", out, "--data", data, "--limit", 4, "--json")
     assert scored.exit_code == 0, scored.output
     scores = json.loads(scored.stdout)

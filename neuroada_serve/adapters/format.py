@@ -262,6 +262,12 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     write_durably(directory / CONFIG_FILE, config)
 
 
+def save_config(config: AdapterConfig, path: str | os.PathLike[str]) -> None:
+    """Write an adapter directory's config alone, durably. The weights there must be what it says;
+    the digest is theirs and does not change."""
+    write_durably(Path(path) / CONFIG_FILE, _config_json(config).encode())
+
+
 def adapter_files(adapter: Adapter) -> tuple[bytes, bytes]:
     """What `save_adapter` writes: the weights file and the config file."""
     header, data = _header_and_data(adapter.config, adapter.modules)

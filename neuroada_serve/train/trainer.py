@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuroada_serve.adapters.card import write_card
 from neuroada_serve.adapters.durable import is_unfinished, remove_unfinished, write_durably
 from neuroada_serve.adapters.format import (
     CONFIG_FILE,
@@ -184,6 +185,7 @@ def train_adapter(
         curve = loss_curve(loop.losses, run.before, points, run.best_step, title)
         write_durably(out / LOSS_FILE, curve)
         write_durably(out / LOG_FILE, run.log().encode())
+        write_card(out, adapter.config)
         if searched is not None:
             write_durably(out / LR_FILE, learning_rate_plot(searched))
     except OSError as error:

@@ -1,0 +1,221 @@
+"""An adapter's model card: README.md in its folder, made of its config.
+
+A config is anybody's text. In the card its strings stand in code spans and code blocks, in table
+cells as character references, without control characters: they show as they are and are never
+Markdown, HTML or shell.
+"""
+
+import json
+import math
+import re
+import shlex
+import unicodedata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from neuroada_serve.adapters.durable import write_durably
+from neuroada_serve.adapters.format import AdapterConfig
+from neuroada_serve.intervals import wilson
+
+CARD_FILE = "README.md"
+
+_BEGIN = "<!-- neuroada: written anew by training and by `neuroada eval --save`, up to the end -->"
+_END = "<!-- neuroada: end -->"
+# Lines of their own: within one a config may say the same.
+_OURS = re.compile(rf"^{re.escape(_BEGIN)}$.*?^{re.escape(_END)}$", re.MULTILINE | re.DOTALL)
+_MOST_CHARACTERS = 300  # shown of one string
+_MOST_ENTRIES = 60  # shown of one mapping
+_MAX_CARD_BYTES = 1 << 20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def model_card(config: AdapterConfig, name: str = "my-adapter") -> str:
+    """A model card in Markdown: what the adapter is, its recipe, its scores, how to serve it, and a
+    licence for the author to fill in.
+
+    Args:
+        name: of the adapter, for its heading and its command lines.
+    """
+    front = "---\nlibrary_name: neuroada-serve\ntags: [neuroada]\n"
+    if _HUB_ID.fullmatch(config.base_model_name_or_path):
+        front += f"base_model: {config.base_model_name_or_path}\n"
+    licence = "Licence: *for the author to fill in; that of the base applies as well.*\n"
+    return f"{front}---\n\n# {_cell(name)}\n\n{licence}\n{_made_part(config, name)}\n"
+
+
+def write_card(folder: Path, config: AdapterConfig) -> bool:
+    """Write an adapter folder's card, durably; False where there is one that is not ours.
+
+    Of a card that is there only the part between the two comments is written anew: what its author
+    has put around it stays. A README.md without them is left alone.
+    """
+    path, name = folder / CARD_FILE, folder.resolve().name
+    card = model_card(config, name)
+    if path.exists():
+        if path.stat().st_size > _MAX_CARD_BYTES:
+            return False
+        try:
+            old = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            return False
+        ours = _OURS.search(old)
+        if ours is None:
+            return False
+        card = old[: ours.start()] + _made_part(config, name) + old[ours.end() :]
+    write_durably(path, card.encode())
+    return True
+
+
+def _made_part(config: AdapterConfig, name: str) -> str:
+    parts = [_facts(config), *_recipe(config.metadata), *_scores(config.metadata)]
+    parts.append(_commands(config, name))
+    return "\n\n".join([_BEGIN, *parts, _END])
+
+
+def _facts(config: AdapterConfig) -> str:
+    lines = [
+        "A NeuroAda adapter: a few extra values in every neuron of a frozen base model.",
+        "",
+        f"- base: {_code(config.base_model_name_or_path)}",
+        f"- base fingerprint: {_code(config.base_fingerprint)}",
+        f"- k: {config.k} values per neuron",
+        f"- selection: {_code(config.selection)}",
+        f"- modules: {_code(', '.join(config.target_modules))}",
+    ]
+    return "\n".join(lines)
+
+
+def _recipe(metadata: Mapping[str, Any]) -> Iterator[str]:
+    recipe = metadata.get("recipe")
+    if not isinstance(recipe, Mapping) or not recipe:
+        return
+    entries = list(recipe.items())
+    lines = [f"- {_code(key)}: {_code(value)}" for key, value in entries[:_MOST_ENTRIES]]
+    if len(entries) > _MOST_ENTRIES:
+        lines.append(f"- and {len(entries) - _MOST_ENTRIES} more in `adapter_config.json`")
+    yield "## Training\n\n" + "\n".join(lines)
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+
+def _scores(metadata: Mapping[str, Any]) -> Iterator[str]:
+    scores = metadata.get("scores")
+    if not isinstance(scores, Mapping):
+        return
+    rows = [*_training_scores(scores), *_evaluations(scores)][:_MOST_ENTRIES]
+    if not rows:
+        return
+    lines = ["| data | rows | score | base | adapter |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    yield (
+        "## Scores\n\nIn brackets: 95 % intervals, Wilson's of shares of rows, else bootstrap.\n\n"
+        + "\n".join(lines)
+    )
+
+
+def _training_scores(scores: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Of the rows that training held out, as it left them in the config."""
+    rows, before, after = (scores.get(key) for key in ("heldout_rows", "before", "after"))
+    if not _is_count(rows) or not isinstance(before, Mapping) or not isinstance(after, Mapping):
+        return
+    by = scores.get("exact_match_by")
+    how = f" ({_cell(by)})" if isinstance(by, str) else ""
+    for key, words in (("loss", "loss per answer token"), ("exact_match", f"exact match{how}")):
+        if _is_number(before.get(key)) and _is_number(after.get(key)):
+            cells = [
+                _share(value, rows) if key == "exact_match" else _figure(value)
+                for value in (before[key], after[key])
+            ]
+            yield ["held out in training", str(rows), words, *cells]
+
+
+def _evaluations(scores: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Of `neuroada eval --save`."""
+    evaluated = scores.get("evaluated")
+    if not isinstance(evaluated, Mapping):
+        return
+    for data, found in evaluated.items():
+        if not isinstance(found, Mapping) or not isinstance(found.get("adapter"), Mapping):
+            continue
+        base = found.get("base")
+        for metric, score in found["adapter"].items():
+            other = base.get(metric) if isinstance(base, Mapping) else None
+            rows = found.get("rows")
+            shown = str(rows) if _is_count(rows) else "?"
+            name = _cell(str(metric).replace("_", " "))
+            yield [_cell(data), shown, name, _with_interval(other), _with_interval(score)]
+
+
+def _with_interval(score: Any) -> str:
+    if not isinstance(score, Mapping) or not _is_number(score.get("value")):
+        return "-"
+    if not _is_number(score.get("low")) or not _is_number(score.get("high")):
+        return _figure(score["value"])
+    return f"{_figure(score['value'])} [{_figure(score['low'])}, {_figure(score['high'])}]"
+
+
+def _share(value: float, rows: int) -> str:
+    if not 0 <= value <= 1:
+        return _figure(value)
+    low, high = wilson(round(value * rows), rows)
+    return f"{_figure(value)} [{_figure(low)}, {_figure(high)}]"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= 1e300 and math.isfinite(value)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 53
+
+
+def _commands(config: AdapterConfig, name: str) -> str:
+    base = _clean(config.base_model_name_or_path)
+    base = "BASE" if not base or base.startswith("-") else shlex.quote(base)
+    folder = _clean(name)
+    served = folder if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", folder) else "my-adapter"
+    path = shlex.quote(f"./{folder}")
+    return "\n".join(
+        [
+            "## Use",
+            "",
+            "```bash",
+            f"neuroada serve {base} --adapter {served}={path}",
+            f'neuroada generate {base} --adapter {path} "What to ask."',
+            "```",
+            "",
+            "The server speaks OpenAI's protocol; the adapter's name is the `model` of a request.",
+        ]
+    )
+
+
+# --- anybody's text ----------------------------------------------------------------------------
+
+
+def _clean(value: Any) -> str:
+    """As one line without control, direction and half characters, cut to a length."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(text[: 4 * _MOST_CHARACTERS].split())
+    text = "".join(c for c in text if not unicodedata.category(c).startswith("C"))
+    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
+
+
+def _code(value: Any) -> str:
+    """A code span, in which nothing has a meaning but its own fence."""
+    text = _clean(value) or " "
+    fence = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _cell(value: Any) -> str:
+    """Text for a heading or a table cell: all that might have a meaning as character references."""
+    return re.sub(r"[^\w \-./+%=,]|_", lambda found: f"&#{ord(found[0])};", _clean(value))
