@@ -4,10 +4,10 @@ import gc
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -444,31 +444,130 @@ Adapter = Annotated[Path | None, typer.Option(help="Adapter folder; default: the
 def _eval(
     model: Model,
     data: Annotated[Path, typer.Option(help="JSONL rows, in the shapes that train reads.")],
-    adapter: Adapter = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]PATH", help="Adapter folder to score. Repeatable."),
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Score the base beside the adapters.")
+    ] = True,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="loss, exact_match, number, choice_likelihood, choice_generation or f1. "
+            "Repeatable. Default: loss, with number where the rows have an answer key and all "
+            "answers are numbers, else exact_match, and choice_likelihood where options are given "
+            "or the rows have an answer key and few answers.",
+        ),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            help="Options of rows without any of their own: true,false. Default: all answers of "
+            "the data, if few."
+        ),
+    ] = None,
+    answer_key: Annotated[
+        str | None,
+        typer.Option(help="Key of the answer that counts; default: answer, beside output."),
+    ] = None,
+    trigger: Annotated[
+        str | None,
+        typer.Option(
+            help="What the answer stands behind; default 'the correct answer is ' where rows have "
+            "an answer key."
+        ),
+    ] = None,
+    pick: Annotated[
+        str, typer.Option(help="Which option counts of those a text names: first or last.")
+    ] = "first",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of an answer. Default: 4 more than the right one; at least 32 for "
+            "choice_generation and f1, 512 for number."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Most rows to use, from the top; default: all.")
     ] = None,
+    out_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Write the scores there as JSON, with predictions by row and plots beside it.",
+        ),
+    ] = None,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="Put the scores into each adapter's config and README.md."),
+    ] = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
     dtype: Dtype = "auto",
     plain: Plain = False,
 ) -> None:
-    """Score a base or an adapter: loss and exact match on the answers of JSONL rows."""
+    """Score a base and adapters on the answers of JSONL rows, in one run."""
     _existing_file(data)
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit must be at least 1, got {limit}")
+    folders = _adapters_to_score(adapter or [])
+    if save and not folders:
+        raise UsageError("--save puts scores into adapters; name one with --adapter")
+    if not base and not folders:
+        raise UsageError("--no-base leaves nothing to score; name an --adapter")
 
-    from neuroada_serve.evaluation import evaluate
+    from neuroada_serve.evaluation import report
+    from neuroada_serve.evaluation.run import EvalSettings, evaluate
 
-    llm, name = _llm_with(model, adapter, dtype)
-    scores = evaluate(llm, data, name, limit=limit, plain=plain, console=err)
+    settings = EvalSettings(
+        metrics=None if metric is None else tuple(dict.fromkeys(metric)),
+        answer_key=answer_key,
+        trigger=trigger,
+        choices=None if choices is None else _words(choices),
+        pick=cast(Any, pick),  # EvalSettings checks the words
+        max_tokens=max_tokens,
+        limit=limit,
+        prompt_format="plain" if plain else "chat",
+    )
+    if out_file is not None:
+        report.check_out(out_file)
+    with _for_good():
+        from neuroada_serve.engine.llm import LLM
+
+        llm = LLM(model, folders, dtype=dtype, notify=_notify)
+    subjects = [*([report.BASE] if base else []), *folders]
+    asked = [*([None] if base else []), *folders]
+    found = evaluate(llm, data, asked, settings, console=err)
+    if out_file is not None:
+        written = report.write_results(found, subjects, model, data, out_file, _notify)
+        _notify("Written: " + ", ".join(map(str, written)))
+    if save:
+        of_base, of_adapters = found.results[:base], found.results[base:]
+        for folder, result in zip(folders.values(), of_adapters, strict=True):
+            report.save_scores(folder, result, next(iter(of_base), None), data, _notify)
+            _notify(f"Scores saved in {folder}")
     if json_output:
-        print(json.dumps(asdict(scores)))
+        first = found.results[min(int(base), len(found.results) - 1)]  # adapter, else the base
+        flat = {name: score.value for name, score in first.scores.items()}
+        whole = report.document(found, subjects, model, data)
+        print(json.dumps({"rows": found.rows, **flat, **whole}))
         return
-    table = Table("rows", "loss per answer token", "exact match", title=str(adapter or model))
-    table.add_row(str(scores.rows), f"{scores.loss:.4f}", f"{scores.exact_match:.3f}")
-    out.print(table)
+    out.print(report.score_table(found, subjects, f"{data.name}, {found.rows} rows"))
+
+
+def _adapters_to_score(flags: list[str]) -> dict[str, Path]:
+    """The folders of --adapter PATH or NAME=PATH by name; without one, their folder's."""
+    folders: dict[str, Path] = {}
+    for flag in flags:
+        name, separator, path = flag.partition("=")
+        if not separator or Path(flag).exists():
+            name, path = Path(flag).resolve().name, flag
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name) or not path:
+            raise UsageError(f"--adapter {flag!r}: write NAME={path}, NAME of letters and digits")
+        if name in folders or name == "base":
+            raise UsageError(f"two models are called {name!r}: name one, --adapter NAME={path}")
+        folders[name] = Path(path)
+    return folders
 
 
 @_command

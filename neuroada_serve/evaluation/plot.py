@@ -1,0 +1,94 @@
+"""The pictures of an evaluation."""
+
+import io
+from collections.abc import Mapping
+from textwrap import fill
+from typing import Any
+
+from neuroada_serve.evaluation.run import Confusion, Score
+
+_COLOURS = ("#9db8d9", "#1f4e8c", "#c8501e", "#e3a98d", "#4d7f5c", "#b9a037", "#7a5a8f")
+_LINE_LETTERS = 18  # of a score's name
+_MOST_LETTERS = 24  # of a name in a picture
+
+
+def score_bars(scores: Mapping[str, Mapping[str, Score]], title: str) -> bytes:
+    """A PNG of all shares and F1s, a group of bars for each, with their 95 % intervals.
+
+    Args:
+        scores: subject -> score name -> score; losses are left out.
+    """
+    names = [name for name in next(iter(scores.values())) if name != "loss"]
+    figure, axes = _new_figure(max(8, 1 + len(names) * max(1.1, len(scores) * 0.45)))
+    width = 0.8 / len(scores)
+    for number, (subject, its) in enumerate(scores.items()):
+        at = [i + (number - (len(scores) - 1) / 2) * width for i in range(len(names))]
+        values = [its[name].value for name in names]
+        below = [max(0.0, its[name].value - its[name].low) for name in names]
+        above = [max(0.0, its[name].high - its[name].value) for name in names]
+        axes.bar(
+            at,
+            values,
+            width * 0.92,
+            yerr=(below, above),
+            capsize=3,
+            color=_COLOURS[number % len(_COLOURS)],
+            ecolor="#444444",
+            label=_short(subject),
+        )
+        for x, value, reach in zip(at, values, above, strict=True):
+            axes.text(x, min(value + reach, 1) + 0.01, f"{value:.2f}", ha="center", fontsize=8)
+    words = [fill(name.replace("_", " "), _LINE_LETTERS) for name in names]
+    axes.set_xticks(range(len(names)), words, fontsize=8)
+    axes.set(ylabel="score, with its 95 % interval", title=_plain(title))
+    axes.set_ylim(0, 1.08)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def confusion_plot(confusion: Confusion, title: str) -> bytes:
+    """A PNG of a confusion matrix: shares of each right answer as colour, counts as numbers. The
+    column "none" is there where a row had no choice."""
+    none = any(row[-1] for row in confusion.counts)
+    counts = [row if none else row[:-1] for row in confusion.counts]
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    columns = [*map(_short, confusion.labels), *(["none"] if none else [])]
+    side = 3 + 0.55 * len(columns)
+    figure, axes = _new_figure(max(5, side), max(4, side - 1))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            colour = "white" if shares[i][j] > 0.5 else "#222222"
+            axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
+    turned = 45 if sum(map(len, columns)) > 40 else 0
+    axes.set_xticks(range(len(columns)), columns, rotation=turned)
+    axes.set_yticks(range(len(confusion.labels)), list(map(_short, confusion.labels)))
+    axes.set(xlabel="chosen", ylabel="right", title=_plain(title))
+    return _png(figure)
+
+
+def _new_figure(width: float = 8, height: float = 4.5) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # of the train extra; no pyplot, so no global state
+
+    figure = Figure(figsize=(min(width, 30), min(height, 30)), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Any) -> bytes:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
+
+
+def _short(name: str) -> str:
+    cut = name if len(name) <= _MOST_LETTERS else name[: _MOST_LETTERS - 1] + "…"
+    return _plain(cut)
+
+
+def _plain(text: str) -> str:
+    """Not read as a formula, nor as more than one line."""
+    return " ".join(text.split()).replace("$", r"\$")

@@ -1,0 +1,145 @@
+"""What is asked of the model, what is right, and what it may choose from.
+
+Rows are those that training reads. Beside its answer a row may have
+    "answer"    the part of `output` that counts, as in the data sets of the method's paper, where
+                `output` is "the correct answer is true" and `answer` is "true"
+    "choices"   the options, a list of two or more texts, one of which is right
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from neuroada_serve.errors import DataError
+from neuroada_serve.evaluation.exact import after_trigger
+from neuroada_serve.train.data import Row, read_rows
+
+PAPER_TRIGGER = "the correct answer is "
+PAPER_KEY = "answer"
+MAX_LABELS = 20  # distinct answers of a file that are still a classification
+
+_GZIP = b"\x1f\x8b"
+_FORMAT = re.compile(r"Answer format: *(\S+(?:/\S+)+)\s*$")  # how the paper's rows name options
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row to be scored on.
+
+    right: the answer, as metrics compare it; labelled where it is the row's key of its own.
+    options: distinct, `right` among them; empty where the row has none. given: by the row or the
+        caller, not collected from the data.
+    lead: what the model is to say before an option, such as "the correct answer is ".
+    """
+
+    row: Row
+    right: str
+    labelled: bool
+    options: tuple[str, ...]
+    given: bool
+    lead: str
+    trigger: str
+
+
+def read_questions(
+    path: Path,
+    *,
+    answer_key: str | None = None,
+    trigger: str | None = None,
+    choices: Sequence[str] | None = None,
+) -> list[Question]:
+    """The questions of a data file.
+
+    Args:
+        answer_key: of the answer that counts; default "answer", in rows that have it beside
+            "output".
+        trigger: what an answer stands behind, in texts that have it; default "the correct answer
+            is " for rows with such a key, else none.
+        choices: the options of all rows that bring none of their own. Default: those that a row of
+            the paper ends with ("Answer format: true/false"), else all distinct answers of the
+            file, if there are at most 20, and two rows to each.
+
+    Raises:
+        DataError: rows at fault; names the line.
+    """
+    rows = read_rows(path)
+    extras = _extras(path, rows)
+    if answer_key is not None and not any(answer_key in extra for extra in extras):
+        raise DataError(f"{path}: no row has the key {answer_key!r}; leave out --answer-key")
+    questions = []
+    for row, extra in zip(rows, extras, strict=True):
+        label = _label(path, row, extra, answer_key)
+        marks = trigger if trigger is not None else "" if label is None else PAPER_TRIGGER
+        right = (after_trigger(row.answer, marks) if label is None else label).strip()
+        options = _own_choices(path, row, extra) or tuple(choices or ())
+        given = bool(options)
+        if not options and label is not None and (named := _FORMAT.search(row.text)):
+            options = tuple(named[1].split("/"))
+            options = options if right in options else ()
+        lead = marks if row.answer.startswith(marks) else ""
+        questions.append(Question(row, right, label is not None, options, given, lead, marks))
+    distinct = sorted({question.right for question in questions})
+    if 2 <= len(distinct) <= MAX_LABELS and 2 * len(distinct) <= len(questions):
+        questions = [q if q.options else replace(q, options=tuple(distinct)) for q in questions]
+    for question in questions:
+        _check(path, question)
+    return questions
+
+
+def _extras(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The JSON object of each row; empty for rows of files that are no JSON lines."""
+    data = path.read_bytes()
+    if data.startswith(_GZIP):
+        data = gzip.decompress(data)
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    found = []
+    for row in rows:
+        try:
+            raw = json.loads(lines[row.line - 1])
+        except (ValueError, RecursionError, IndexError):
+            raw = None
+        known = isinstance(raw, dict) and ("messages" in raw or row.answer in raw.values())
+        found.append(raw if known else {})
+    return found
+
+
+def _label(path: Path, row: Row, extra: dict[str, Any], answer_key: str | None) -> str | None:
+    key = answer_key or PAPER_KEY
+    if key not in extra or (answer_key is None and "output" not in extra):
+        return None
+    value = extra[key]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if answer_key is None:
+            return None
+        raise DataError(f"{path} line {row.line}: {key} must be a text or a number")
+    if not str(value).strip():
+        raise DataError(f"{path} line {row.line}: {key} is empty")
+    return str(value)
+
+
+def _own_choices(path: Path, row: Row, extra: dict[str, Any]) -> tuple[str, ...]:
+    choices = extra.get("choices")
+    if choices is None:
+        return ()
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"{path} line {row.line}: choices must be a list of texts")
+    if len(choices) < 2:
+        raise DataError(f"{path} line {row.line}: choices must be two or more")
+    return tuple(choice.strip() for choice in choices)
+
+
+def _check(path: Path, question: Question) -> None:
+    where = f"{path} line {question.row.line}"
+    options = question.options
+    if not all(options):
+        raise DataError(f"{where}: one of the choices is empty")
+    if len(set(options)) < len(options):
+        raise DataError(f"{where}: the choices {list(options)} name one twice")
+    if options and question.right not in options:
+        raise DataError(
+            f"{where}: the answer {question.right[:80]!r} is none of the choices {list(options)}"
+        )
