@@ -1,11 +1,13 @@
 """README's commands, run as they stand there (but for pip, which is how the tests got here)."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def test_demo_runs(clone):
 
 
 def test_training_commands_run(clone):
-    block = block_with("neuroada train")
+    block = block_with("triage.py --out rows")
     shown = run("\n".join(line for line in block.splitlines() if "pip install" not in line), clone)
     assert "exact match" in shown
     assert (clone / "my-triage" / "loss.png").is_file()
@@ -65,18 +67,16 @@ def test_python_example_runs(clone):
     assert re.search(r"^triage \w+ stop$", result.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("serve", "requests", "expected"),
-    [
-        ("--adapter sql=", "/v1/chat/completions", "SELECT"),
-        ("--allow-runtime-adapters", "load_lora_adapter", "added successfully"),
-    ],
-)
-def test_serve_and_curl(clone, serve, requests, expected):
+@contextmanager
+def served(command, cwd):
+    """A server of README's command, ready, for the length of a block."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "-c", f"exec {block_with(serve)}"]
     with subprocess.Popen(
-        command, cwd=clone, env=environment, stderr=subprocess.PIPE, text=True
+        ["bash", "-c", f"exec {command}"],
+        cwd=cwd,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as server:
         assert server.stderr is not None
         seen = []
@@ -89,11 +89,38 @@ def test_serve_and_curl(clone, serve, requests, expected):
         reader = threading.Thread(target=server.stderr.read, daemon=True)
         reader.start()
         try:
-            assert expected in run(block_with(requests), clone)
+            yield
         finally:
             server.send_signal(signal.SIGINT)
             assert server.wait(30) == 0
             reader.join(5)
+
+
+@pytest.mark.parametrize(
+    ("serve", "requests", "expected"),
+    [
+        ("--adapter sql=", "/v1/chat/completions", "SELECT"),
+        ("--allow-runtime-adapters", "load_lora_adapter", "added successfully"),
+    ],
+)
+def test_serve_and_curl(clone, serve, requests, expected):
+    with served(block_with(serve), clone):
+        assert expected in run(block_with(requests), clone)
+
+
+def test_a_spreadsheet_becomes_a_served_adapter_with_two_commands(clone):
+    """With fewer steps than README's: it shows that the commands work, not what they teach."""
+    train, serve = block_with("tickets.csv").splitlines()
+    assert train.count("--epochs 3") == 1
+    assert "exact match" in run(train.replace("--epochs 3", "--max-steps 3"), clone)
+    with served(serve, clone):
+        answer = run(
+            "curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json'"
+            """ -d '{"model": "team", "prompt": "My parcel is lost.", "max_tokens": 4}'""",
+            clone,
+        )
+    assert json.loads(answer)["model"] == "team"
+    assert json.loads(answer)["usage"]["completion_tokens"] >= 1
 
 
 def test_every_listed_file_is_there_and_every_module_is_listed():

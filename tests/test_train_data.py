@@ -210,8 +210,8 @@ def test_long_rows_are_left_out_and_counted(tmp_path):
     assert (data.report.rows, data.report.too_long, data.report.tokens) == (4, 2, 15)
     assert (
         str(data.report)
-        == "4 rows: 2 to train on, 0 held out, 2 left out as too long; 15 tokens, 4 of them in answers, "
-        "the longest row 8; 100% of the answers are 'b'"
+        == "4 rows: 2 to train on, 0 held out, 2 left out as too long; 15 tokens, 4 of them in "
+        "answers, the longest row 8; 100% of the answers are 'b'"
     )
 
 

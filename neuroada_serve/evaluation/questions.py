@@ -6,10 +6,8 @@ Rows are those that training reads. Beside its answer a row may have
     "choices"   the options, a list of two or more texts, one of which is right
 """
 
-import gzip
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ PAPER_TRIGGER = "the correct answer is "
 PAPER_KEY = "answer"
 MAX_LABELS = 20  # distinct answers of a file that are still a classification
 
-_GZIP = b"\x1f\x8b"
 _FORMAT = re.compile(r"Answer format: *(\S+(?:/\S+)+)\s*$")  # how the paper's rows name options
 
 
@@ -67,7 +64,7 @@ def read_questions(
         DataError: rows at fault; names the line.
     """
     rows = read_rows(path)
-    extras = _extras(path, rows)
+    extras = [row.raw for row in rows]
     if answer_key is not None and not any(answer_key in extra for extra in extras):
         raise DataError(f"{path}: no row has the key {answer_key!r}; leave out --answer-key")
     questions = []
@@ -90,24 +87,7 @@ def read_questions(
     return questions
 
 
-def _extras(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The JSON object of each row; empty for rows of files that are no JSON lines."""
-    data = path.read_bytes()
-    if data.startswith(_GZIP):
-        data = gzip.decompress(data)
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    found = []
-    for row in rows:
-        try:
-            raw = json.loads(lines[row.line - 1])
-        except (ValueError, RecursionError, IndexError):
-            raw = None
-        known = isinstance(raw, dict) and ("messages" in raw or row.answer in raw.values())
-        found.append(raw if known else {})
-    return found
-
-
-def _label(path: Path, row: Row, extra: dict[str, Any], answer_key: str | None) -> str | None:
+def _label(path: Path, row: Row, extra: Mapping[str, Any], answer_key: str | None) -> str | None:
     key = answer_key or PAPER_KEY
     if key not in extra or (answer_key is None and "output" not in extra):
         return None
@@ -121,7 +101,7 @@ def _label(path: Path, row: Row, extra: dict[str, Any], answer_key: str | None) 
     return str(value)
 
 
-def _own_choices(path: Path, row: Row, extra: dict[str, Any]) -> tuple[str, ...]:
+def _own_choices(path: Path, row: Row, extra: Mapping[str, Any]) -> tuple[str, ...]:
     choices = extra.get("choices")
     if choices is None:
         return ()

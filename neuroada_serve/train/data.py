@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,14 @@ class Row:
     messages: the conversation before the answer, as sent to the chat template.
     text: the same as a plain prompt.
     answer: what the model should say.
+    raw: all of the file's row.
     """
 
     line: int
     messages: tuple[dict[str, Any], ...]
     text: str
     answer: str
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]
         try:
             if isinstance(record, RecordFault):
                 raise record
-            rows.append(_row(number, _renamed(record, columns or {})))
+            row = _row(number, _renamed(record, columns or {}))
+            rows.append(replace(row, raw=record))
         except RecordFault as fault:
             faults.add(number, str(fault))
     faults.raise_if_any()
