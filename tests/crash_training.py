@@ -33,7 +33,7 @@ CONFIG = TrainConfig(
     lr=0.01,
 )
 ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(24)]
-FILES = ("adapter_model.safetensors", "adapter_config.json", "loss.jsonl", "loss.png")
+FILES = ("adapter_model.safetensors", "adapter_config.json", "loss.jsonl", "README.md", "loss.png")
 
 
 class Events:
@@ -80,7 +80,7 @@ def attempt(base, folder: Path, out: Path, kill_at: int | None) -> int:
 def contents(out: Path) -> list[bytes]:
     assert not out.with_name(f"{out.name}.training").exists(), "checkpoints are left"
     assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
-    return [(out / name).read_bytes().replace(out.name.encode(), b"") for name in FILES[:3]]
+    return [(out / name).read_bytes().replace(out.name.encode(), b"") for name in FILES[:4]]
 
 
 def main() -> None:

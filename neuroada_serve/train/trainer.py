@@ -103,7 +103,7 @@ def train_adapter(
 
     Args:
         base: as loaded; not in use by an engine.
-        data: JSON lines, see `train.data`.
+        data: a file of rows, see `train.data`.
         out: a new folder, an empty one, or that of an adapter, which is then replaced.
         notify: told in a sentence what goes on. A progress bar shows on stderr where that is a
             terminal.
@@ -248,7 +248,7 @@ class _Run:
         best = {name: checkpoint.tensors.get(f"{name}.best") for name in self._layers}
         self._best = {name: values for name, values in best.items() if values is not None}
 
-    def begin(self, loop: Loop, checkpoints: Checkpoints, searched: "LearningRates | None") -> None:
+    def begin(self, loop: Loop, checkpoints: Checkpoints, searched: LearningRates | None) -> None:
         """Take part in the steps of a loop."""
         self._loop, self._checkpoints, self._searched = loop, checkpoints, searched
         if searched is not None:
