@@ -46,6 +46,7 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -444,16 +445,16 @@ def _add_lora(model: Any, modules: Mapping[str, Any], rank: int, seed: int) -> l
 
     torch.manual_seed(seed)
     conv = any(map(is_transposed, modules.values()))
-    get_peft_model(
-        model,
-        LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            lora_dropout=0.0,
-            target_modules=list(modules),
-            fan_in_fan_out=conv,
-        ),
-    )  # changes the model in place, with float32 parameters
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=list(modules),
+        fan_in_fan_out=conv,
+    )
+    with warnings.catch_warnings():  # peft asks for a name that transformers gives up
+        warnings.simplefilter("ignore", FutureWarning)
+        get_peft_model(model, config)  # changes the model in place, with float32 parameters
     found = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.dtype == torch.float32 for parameter in found)
     return found
@@ -716,6 +717,8 @@ def run_all(
     done: Callable[[dict[str, Any]], None],
 ) -> None:
     """Run what the plan has over worker processes; `done` is told each record as it comes."""
+    if not plan.left_out() or time.monotonic() >= deadline:
+        return
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, Any] = {}
     for _ in range(workers):
@@ -768,19 +771,18 @@ class RunsFile:
             if found["identity"] != header["identity"]:
                 raise UsageError(f"{path} is of other settings or rows; move it or change --out")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a")
-        if self._file.tell() == 0:
-            self._write(header)
-        elif not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")
+        self._path = path
+        if not path.exists() or not path.stat().st_size:
+            self.append(header)
+        elif not path.read_bytes().endswith(b"\n"):  # cut short by a kill
+            with path.open("a") as file:
+                file.write("\n")
 
     def append(self, record: Mapping[str, Any]) -> None:
-        self._write(record)
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(plain(record), allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._path.open("a") as file:
+            file.write(json.dumps(plain(record), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_runs(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -17,7 +17,6 @@ from bench import quality
 from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import load_base
 
-CPU = torch.device("cpu")
 SIZES = ["--train-rows", "12", "--tune-rows", "4", "--eval-rows", "4"]
 RUN = ["--steps", "2", "--tune-steps", "1", "--batch", "4", "--eval-batch", "4", "--device", "cpu"]
 SHORT = ["--seeds", "2", "--lr-values", "2", "--max-new-tokens", "3"]
@@ -173,25 +172,22 @@ def test_runs_file_survives_a_cut_line_and_refuses_other_settings(tmp_path):
         quality.RunsFile(path, {"identity": 2})
 
 
-def script(*flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, quality.__file__, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def test_parts_stop_resume_and_merge_into_one_report(source, prepared, tmp_path):
+def test_parts_stop_resume_and_merge_into_one_report(source, prepared, tmp_path, capsys):
     common = ["--base", source.path, "--prepared", prepared, *RUN, *SHORT]
     common += ["--methods", "neuroada-k8,lora-r1", "--tasks", "math,commonsense"]
-    first, second = tmp_path / "first.json", tmp_path / "second.json"
-    none = json.loads(script(*common, "--out", first, "--minutes", 0).stdout.splitlines()[-1])
+    outs = [tmp_path / "first.json", tmp_path / "second.json"]
+    assert quality.main([str(flag) for flag in [*common, "--out", outs[0], "--minutes", 0]]) == 0
+    none = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert none["runs"] == []
     assert len(none["left_out"]) == 2 + 4 * (2 + 2)
-    for number, out in ((1, first), (2, second)):
-        script(*common, "--part", f"{number}/2", "--out", out)
-    parts = [path.with_suffix(".runs.jsonl") for path in (first, second)]
-    done = script("--merge", *parts, "--out", tmp_path / "both.json")
-    result = json.loads(done.stdout.splitlines()[-1])
+    for number, out in enumerate(outs, 1):
+        flags = [*common, "--part", f"{number}/2", "--out", out]
+        command = [sys.executable, quality.__file__, *map(str, flags)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    parts = [str(out.with_suffix(".runs.jsonl")) for out in outs]
+    assert quality.main(["--merge", *parts, "--out", str(tmp_path / "both.json")]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads((tmp_path / "both.json").read_text())
     assert result["errors"] == {}
     assert result["left_out"] == []
