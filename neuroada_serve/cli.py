@@ -293,6 +293,12 @@ def train(
     ],
     out_dir: Annotated[Path, typer.Option("--out", help="Adapter folder to write.")],
     k: Annotated[int, typer.Option(help=help_of(TrainConfig, "k"))] = 1,
+    selection: Annotated[str, typer.Option(help=help_of(TrainConfig, "selection"))] = "magnitude",
+    index_file: Annotated[
+        Path | None, typer.Option(help=help_of(TrainConfig, "index_file"))
+    ] = None,
+    selection_rows: Annotated[int, typer.Option(help=help_of(TrainConfig, "selection_rows"))] = 256,
+    coverage: Annotated[float, typer.Option(help=help_of(TrainConfig, "coverage"))] = 1.0,
     lr: Annotated[str | None, typer.Option(help=help_of(TrainConfig, "lr"))] = None,
     epochs: Annotated[float | None, typer.Option(help=help_of(TrainConfig, "epochs"))] = None,
     max_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "max_steps"))] = None,
@@ -345,12 +351,16 @@ def train(
     """Train an adapter on rows of questions and answers; loss on the answers only."""
     config = TrainConfig(
         k=k,
+        selection=cast(Any, selection),  # TrainConfig checks the words
+        index_file=index_file,
+        selection_rows=selection_rows,
+        coverage=coverage,
         lr=_learning_rate(lr),
         gradient_accumulation=gradient_accumulation,
         eval_steps=eval_steps,
         patience=patience,
         save_steps=save_steps,
-        schedule=cast(Any, schedule),  # TrainConfig checks the words
+        schedule=cast(Any, schedule),
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
         bf16=bf16,

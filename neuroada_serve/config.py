@@ -160,6 +160,16 @@ class TrainConfig:
     """One training run."""
 
     k: int = _option(1, "Inputs kept per neuron: trainable values per row of each weight matrix.")
+    selection: Literal["magnitude", "reverse", "random", "gradient", "custom"] = _option(
+        "magnitude",
+        "Which inputs: magnitude (largest weights), reverse (smallest), random, gradient (largest, "
+        "over training rows) or custom (--index-file).",
+    )
+    index_file: Path | None = _option(
+        None, "Safetensors file with M.index [d_out, k] for every module M, for --selection custom."
+    )
+    selection_rows: int = _option(256, "Training rows whose gradient selects.")
+    coverage: float = _option(1.0, "Share of the neurons, drawn by the seed, that get values.")
     lr: float | Literal["auto"] | None = _option(
         None,
         "Peak learning rate; default 0.02 / sqrt(k): 0.02 at k=1, 0.007 at k=8. auto tries a few "
@@ -235,6 +245,7 @@ class TrainConfig:
         if self.prompt_format not in ("chat", "plain"):
             raise UsageError(f"prompt_format must be chat or plain, got {self.prompt_format!r}")
         for name, allowed in (
+            ("selection", ("magnitude", "reverse", "random", "gradient", "custom")),
             ("schedule", ("linear", "cosine", "constant")),
             ("recompute", ("nothing", "cheap", "all")),
             ("quantize", ("none", "int8", "nf4")),
@@ -245,6 +256,15 @@ class TrainConfig:
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
         _at_least(self, k=1, max_steps=1, batch_size=1, max_length=2, seed=0, warmup_ratio=0)
+        if (self.selection == "custom") != (self.index_file is not None):
+            raise UsageError("--selection custom and --index-file belong together")
+        if self.selection == "gradient" and self.quantize != "none":
+            raise UsageError(
+                "a quantized base has no gradient to select by; take another selection"
+            )
+        if not 0 < self.coverage <= 1:
+            raise UsageError(f"coverage must be above 0 and at most 1, got {self.coverage}")
+        _at_least(self, selection_rows=1)
         _at_least(self, gradient_accumulation=1, eval_steps=1, patience=1, save_steps=0)
         _at_least(self, weight_decay=0, max_grad_norm=0)
         if self.seed >= 2**32:

@@ -5,6 +5,7 @@ at the base alone, so every adapter of one base shares one index, and the index 
 the beginning of that of a larger k.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,15 +60,45 @@ def magnitude_index(weight: Tensor, k: int) -> Tensor:
     Raises:
         ShapeError: k is outside 1..d_in.
     """
-    d_out, d_in = weight.shape
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    return _largest(weight.shape, k, weight, lambda rows: _sort_key(rows, columns))
+
+
+def smallest_index(weight: Tensor, k: int) -> Tensor:
+    """Columns of the k smallest |weight| of each row, smallest first, ties to the lower column.
+
+    Arguments and result as of `magnitude_index`.
+    """
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    last = columns.flip(0)  # the lower column of equals is to come first, here too
+    return _largest(weight.shape, k, weight, lambda rows: -_sort_key(rows, last))
+
+
+def random_index(d_out: int, d_in: int, k: int, seed: int) -> Tensor:
+    """k columns of each row at random, [d_out, k] int32 on the CPU: the same for any device.
+
+    Raises:
+        ShapeError: k is outside 1..d_in.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    empty = torch.empty(d_out, 0)
+    return _largest(
+        (d_out, d_in), k, empty, lambda rows: torch.rand(len(rows), d_in, generator=generator)
+    )
+
+
+def _largest(
+    shape: Sequence[int], k: int, weight: Tensor, key: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Columns of the k largest keys of each row; key: some rows of the weight -> [rows, d_in]."""
+    d_out, d_in = shape
     if not 1 <= k <= d_in:
         raise ShapeError(f"k={k} must be within 1..d_in, and a weight here has d_in={d_in}")
     index = torch.empty(d_out, k, dtype=torch.int32, device=weight.device)
-    columns = torch.arange(d_in, device=weight.device)
     rows = max(1, _CHUNK_ENTRIES // d_in)
     for start in range(0, d_out, rows):
-        key = _sort_key(weight[start : start + rows].detach(), columns)
-        index[start : start + rows] = key.topk(k, dim=1, sorted=True).indices.int()
+        found = key(weight[start : start + rows].detach()).topk(k, dim=1, sorted=True)
+        index[start : start + rows] = found.indices.int()
     return index
 
 

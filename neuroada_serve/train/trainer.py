@@ -34,13 +34,14 @@ from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.train.bypass import bypass_training
 from neuroada_serve.train.checkpoint import Checkpoint, Checkpoints
 from neuroada_serve.train.data import DataReport, TrainingData, load_data
-from neuroada_serve.train.inplace import inplace_training, magnitude_selections
+from neuroada_serve.train.inplace import inplace_training
 from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, selections_of
 from neuroada_serve.train.lr_finder import LearningRates, find_learning_rate
 from neuroada_serve.train.plot import learning_rate_plot, loss_curve
 from neuroada_serve.train.publish import Publisher
 from neuroada_serve.train.quantize import quantize_
 from neuroada_serve.train.score import Score, packs, score
+from neuroada_serve.train.selection import select
 
 LOSS_FILE = "loss.png"
 LOG_FILE = "loss.jsonl"
@@ -137,7 +138,7 @@ def train_adapter(
     if config.quantize != "none":
         modules = quantize_(base.model, modules, config.quantize)
     if resumed is None:
-        selections = magnitude_selections(modules, config.k)
+        selections = select(base.model, modules, loaded.train, config, notify)
     else:
         selections = selections_of(resumed, modules)
     attach = bypass_training if beside else inplace_training
@@ -376,6 +377,7 @@ class _Run:
             base_fingerprint=self._base.spec.fingerprint,
             k=self._config.k,
             target_modules=tuple(sorted({name.rpartition(".")[2] for name in parts})),
+            selection=self._config.selection,
             metadata={"recipe": self._recipe(), "scores": self._scores()},
         )
         return make_adapter(config, parts)
@@ -416,7 +418,17 @@ class _Run:
             "versions": {n: version(n) for n in ("neuroada-serve", "torch", "transformers")},
         }
         plain = TrainConfig()
-        for name in ("weight_decay", "max_grad_norm", "bf16", "packing", "bypass", "quantize"):
+        if config.selection == "gradient":
+            recipe["selection_rows"] = config.selection_rows
+        for name in (
+            "coverage",
+            "weight_decay",
+            "max_grad_norm",
+            "bf16",
+            "packing",
+            "bypass",
+            "quantize",
+        ):
             if getattr(config, name) != getattr(plain, name):
                 recipe[name] = getattr(config, name)
         if self._searched is not None:
@@ -444,6 +456,7 @@ def _identity(base: BaseModel, data: TrainingData, config: TrainConfig) -> dict[
     for side in (data.train, data.heldout):
         rows.update(repr([(e.prompt_ids, e.answer_ids) for e in side]).encode())
     of_run = {n: v for n, v in asdict(config).items() if n not in _NOT_OF_THE_RUN}
+    of_run["index_file"] = None if config.index_file is None else str(config.index_file)
     return of_run | {
         "rows": rows.hexdigest()[:16],
         "base": base.spec.fingerprint,
