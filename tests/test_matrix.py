@@ -131,6 +131,8 @@ def test_processor_without_onednns_bf16_gets_our_own_blocks(monkeypatch):
 @kernels
 def test_our_blocks_are_onednns():
     weight = random_weight(130, 96)
+    if not OneDnnMatrix(random_weight(64, 64)).in_blocks_of_64:
+        pytest.skip("oneDNN packs in another way for this processor, as it does for AMX")
     assert torch.equal(BlockMatrix(weight).entries, OneDnnMatrix(weight).entries)
 
 
