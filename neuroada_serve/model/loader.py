@@ -200,6 +200,12 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in place of the one of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
 def matrix_shape(module: Any) -> tuple[int, int]:
     """(d_out, d_in)."""
     rows, columns = module.weight.shape

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuroada_serve.adapters.select import Selection
+from neuroada_serve.model.loader import replace_module
 from neuroada_serve.ops.value_grad import value_grad
 
 
@@ -94,16 +95,11 @@ def bypass_training(
     model.requires_grad_(False)
     try:
         for name, layer in layers.items():
-            _replace(model, name, layer)
+            replace_module(model, name, layer)
         yield layers
     finally:
         for name, module in modules.items():
-            _replace(model, name, module)
+            replace_module(model, name, module)
         model.train(training)
         if use_cache is not None:
             model.config.use_cache = use_cache
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_serve.adapters.select import Selection, magnitude_index
-from neuroada_serve.model.loader import is_transposed
+from neuroada_serve.model.loader import is_transposed, replace_module
 from neuroada_serve.ops.matrix import DenseMatrix, linear
 from neuroada_serve.ops.value_grad import value_grad
 from neuroada_serve.ops.weights import read_entries, write_entries_
@@ -164,7 +164,7 @@ def attach_inplace(
     layers = {name: InplaceLinear(module, selections[name]) for name, module in modules.items()}
     model.requires_grad_(False)
     for name, layer in layers.items():
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     return layers
 
 
@@ -174,7 +174,7 @@ def detach_inplace(
     """Undo `attach_inplace`: weights have their original bits again, names their old modules."""
     for name, layer in layers.items():
         layer.restore_()
-        _replace(model, name, modules[name])
+        replace_module(model, name, modules[name])
 
 
 @contextmanager
@@ -208,11 +208,6 @@ def inplace_training(
         model.train(training)
         if use_cache is not None:
             model.config.use_cache = use_cache
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def magnitude_selections(modules: Mapping[str, Any], k: int) -> dict[str, Selection]:

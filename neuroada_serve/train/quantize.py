@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neuroada_serve.errors import UsageError
-from neuroada_serve.model.loader import is_transposed
+from neuroada_serve.model.loader import is_transposed, replace_module
 
 Quantize = Literal["none", "int8", "nf4"]
 
@@ -53,8 +53,7 @@ def quantize_(model: Any, modules: Mapping[str, nn.Module], how: Quantize) -> di
     for name, module in modules.items():
         assert isinstance(module, nn.Linear)
         quantized[name] = _quantized(module, how)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantized[name])
+        replace_module(model, name, quantized[name])
     return quantized
 
 
