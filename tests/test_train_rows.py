@@ -91,11 +91,21 @@ def test_columns_of_other_names_are_named(tmp_path):
         read_rows(tmp_path / "rows.csv", {"prompt": "Ticket", "completion": "Group"})
 
 
-def test_what_could_be_read_in_two_ways_is_refused(tmp_path):
-    row = {"prompt": "p", "completion": "c", "question": "q", "answer": "a"}
+@pytest.mark.parametrize(
+    ("also", "named"),
+    [
+        ({"question": "q", "answer": "a"}, "prompt, completion and question, answer"),
+        ({"instruction": "i", "output": "o"}, "instruction, output and prompt, completion"),
+        ({"messages": []}, "messages and prompt, completion"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(also, named, tmp_path):
+    row = {"prompt": "p", "completion": "c", **also}
     (tmp_path / "rows.jsonl").write_text(as_lines([row]))
-    with pytest.raises(DataError, match="prompt, completion and question, answer; .*--columns"):
+    with pytest.raises(DataError, match=f"{named}; .*--columns"):
         read_rows(tmp_path / "rows.jsonl")
+    columns = {"prompt": "prompt", "completion": "completion"}
+    assert [row.answer for row in read_rows(tmp_path / "rows.jsonl", columns)] == ["c"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +120,9 @@ def test_what_could_be_read_in_two_ways_is_refused(tmp_path):
         ("a.csv", "prompt,completion\na,\n", "line 2: completion is empty"),
         ("a.csv", "prompt,completion\na\0,b\n", "line 2 has a zero byte"),
         ("a.csv", b"prompt,completion\na,b\nstra\xdfe,c\n", "line 3 is not UTF-8.*CSV UTF-8"),
+        ("a.csv", "prompt,completion\n" + "x" * (1 << 24) + "x,b\n", "line 2: .*shorten the cell"),
+        ("a.xlsx", b"PK\x03\x04\xff", "a spreadsheet .*CSV UTF-8"),
+        ("a.jsonl", b'{"prompt": "\xdf"}', "line 1: not UTF-8 text; save the file as UTF-8"),
         ("a.csv", "", "has no rows"),
         ("a.csv", "prompt,completion\n", "has no rows"),
         ("a.json", '{"prompt": "a"}', "must hold a list of objects, not dict"),
@@ -157,6 +170,21 @@ def test_long_prompts_lose_their_beginning(tmp_path):
     assert len(cut) == 6
     assert (loaded.report.cut, loaded.report.too_long, loaded.report.train_rows) == (1, 1, 2)
     assert "1 left out as too long, 1 prompts cut" in str(loaded.report)
+
+
+def test_separators_within_a_quoted_name_do_not_count(tmp_path):
+    (tmp_path / "rows.csv").write_text('"a,b,c";d\n1;2\n')
+    assert list(read_records(tmp_path / "rows.csv")) == [(2, {"a,b,c": "1", "d": "2"})]
+
+
+def test_heldout_prompts_that_cutting_makes_trained_ones_are_told(tmp_path):
+    base = make_base(tmp_path / "tiny", "llama")
+    rows = [{"prompt": f"{c}zzzzzzzz", "completion": "x"} for c in "abcdefghij"]
+    (tmp_path / "rows.jsonl").write_text(as_lines(rows))
+    config = TrainConfig(max_length=6, eval_fraction=0.3, too_long="cut", prompt_format="plain")
+    report = load_data(base, tmp_path / "rows.jsonl", config).report
+    assert report.seen == 3
+    assert "3 held-out prompts, as cut, are trained on: raise --max-length" in str(report)
 
 
 def test_repeated_rows_and_answers_are_told(tmp_path):

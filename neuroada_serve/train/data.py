@@ -32,7 +32,9 @@ _SHAPES = (
     '{"question", "answer"} or {"text", "label"}'
 )
 _MUCH_ALIKE = 0.5  # share of one answer from which it is told
-_PAIRS = (
+_KEYS: tuple[tuple[str, ...], ...] = (  # a row has all keys of one of these
+    ("messages",),
+    ("instruction", "output"),
     ("prompt", "completion"),
     ("question", "answer"),
     ("text", "label"),
@@ -79,7 +81,8 @@ class DataReport:
 
     too_long: left out. cut: whose prompts lost their beginning. tokens: of the rows used, prompts
     and answers together; answer_tokens: those that are trained on or scored. longest: tokens of
-    the longest row used. duplicates: rows that repeat an earlier one to the letter.
+    the longest row used. duplicates: rows that repeat an earlier one to the letter. seen: held-out
+    rows whose prompt, as cut, is trained on.
     most_frequent: (an answer, its share of the training rows).
     """
 
@@ -92,6 +95,7 @@ class DataReport:
     answer_tokens: int
     longest: int
     duplicates: int
+    seen: int
     most_frequent: tuple[str, float]
 
     def __str__(self) -> str:
@@ -106,6 +110,8 @@ class DataReport:
         )
         if self.duplicates:
             text += f"; {self.duplicates} rows repeat others to the letter"
+        if self.seen:
+            text += f"; {self.seen} held-out prompts, as cut, are trained on: raise --max-length"
         answer, share = self.most_frequent
         if share >= _MUCH_ALIKE:
             text += f"; {share:.0%} of the answers are {answer[:40]!r}"
@@ -152,6 +158,7 @@ def load_data(base: BaseModel, path: Path, config: TrainConfig) -> TrainingData:
         )
     used = short_train + short_heldout
     all_rows = [*train_rows, *heldout_rows]
+    trained = {e.prompt_ids for e in short_train}
     answers = Counter(row.answer for row in train_rows)
     [(answer, count)] = answers.most_common(1)
     report = DataReport(
@@ -164,6 +171,7 @@ def load_data(base: BaseModel, path: Path, config: TrainConfig) -> TrainingData:
         answer_tokens=sum(len(e.answer_ids) for e in used),
         longest=max(map(len, used)),
         duplicates=len(all_rows) - len({(row.text, row.answer) for row in all_rows}),
+        seen=sum(e.prompt_ids in trained for e in short_heldout),
         most_frequent=(answer, count / len(train_rows)),
     )
     return TrainingData(short_train, short_heldout, report)
@@ -315,22 +323,22 @@ def _encode_rows(
 
 
 def _row(number: int, raw: dict[str, Any]) -> Row:
-    if "messages" in raw:
-        return _row_of_messages(number, raw["messages"])
-    if "instruction" in raw and "output" in raw:
-        prompt = _text(raw, "instruction")
-        if raw.get("input") not in (None, ""):
-            prompt += "\n" + _text(raw, "input")
-        return Row(number, (_user(prompt),), prompt + "\n", _text(raw, "output"))
-    found = [(p, a) for p, a in _PAIRS if p in raw and a in raw]
+    found = [keys for keys in _KEYS if raw.keys() >= set(keys)]
     if len(found) > 1:
-        names = " and ".join(f"{p}, {a}" for p, a in found)
+        names = " and ".join(", ".join(keys) for keys in found)
         raise RecordFault(f"could be read as {names}; say which with --columns")
     if not found:
         raise RecordFault(
             f"has keys {sorted(raw)}; expected {_SHAPES}, or name yours, as in "
             "--columns prompt=question,completion=reply"
         )
+    if found == [("messages",)]:
+        return _row_of_messages(number, raw["messages"])
+    if found == [("instruction", "output")]:
+        prompt = _text(raw, "instruction")
+        if raw.get("input") not in (None, ""):
+            prompt += "\n" + _text(raw, "input")
+        return Row(number, (_user(prompt),), prompt + "\n", _text(raw, "output"))
     [(question, answer)] = found
     prompt = _text(raw, question)
     if answer == "label":

@@ -23,6 +23,7 @@ from typing import Any
 from neuroada_serve.errors import DataError, UsageError
 
 MAX_FAULTS = 10
+_ZIP = b"PK\x03\x04"  # .xlsx and .ods too
 _MOST_FIELD = 1 << 24  # characters of a CSV cell
 
 
@@ -82,6 +83,8 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | RecordFault
         return _json_rows(path, data)
     if kind == "parquet":
         return _parquet_rows(path, data)
+    if data.startswith(_ZIP):
+        raise DataError(f"{path} is a spreadsheet or another archive; save it as CSV UTF-8")
     return _json_lines(data)
 
 
@@ -95,7 +98,7 @@ def _object(line: bytes) -> dict[str, Any] | RecordFault:
     try:
         raw = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        return RecordFault("not UTF-8 text")
+        return RecordFault("not UTF-8 text; save the file as UTF-8")
     except json.JSONDecodeError as error:
         return RecordFault(
             f"not valid JSON ({error.msg}, column {error.colno}); each line must be one JSON object"
@@ -155,14 +158,15 @@ def _csv_rows(
                 yield line, dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(
-            f"{path} line {line}: {error}; a quote within a quoted cell is written twice"
-        ) from error
+        fix = "a quote within a quoted cell is written twice"
+        if "limit" in str(error):
+            fix = "shorten the cell, or close the quote that it begins with"
+        raise DataError(f"{path} line {line}: {error}; {fix}") from error
 
 
 def _separator(text: str) -> str:
-    """The one that the header has most of."""
-    header = text.partition("\n")[0]
+    """The one that the header has most of, outside quotes."""
+    header = "".join(text.partition("\n")[0].partition("\r")[0].split('"')[::2])
     return max(",;\t", key=header.count)
 
 
