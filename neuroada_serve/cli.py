@@ -292,7 +292,9 @@ def train(
         ),
     ],
     out_dir: Annotated[Path, typer.Option("--out", help="Adapter folder to write.")],
-    k: Annotated[int, typer.Option(help=help_of(TrainConfig, "k"))] = 1,
+    k: Annotated[
+        str, typer.Option(metavar="K|PATTERN=K,...,K", help=help_of(TrainConfig, "k"))
+    ] = "1",
     selection: Annotated[str, typer.Option(help=help_of(TrainConfig, "selection"))] = "magnitude",
     index_file: Annotated[
         Path | None, typer.Option(help=help_of(TrainConfig, "index_file"))
@@ -349,8 +351,10 @@ def train(
     plain: Plain = False,
 ) -> None:
     """Train an adapter on rows of questions and answers; loss on the answers only."""
+    k_others, k_pattern = _k_by_module(k)
     config = TrainConfig(
-        k=k,
+        k=k_others,
+        k_pattern=k_pattern,
         selection=cast(Any, selection),  # TrainConfig checks the words
         index_file=index_file,
         selection_rows=selection_rows,
@@ -408,6 +412,17 @@ def train(
         out.print(table)
     _notify(f"Adapter written to {out_dir}; serve it with:")
     _notify(f"  neuroada serve {model} --adapter {out_dir.name}={out_dir}")
+
+
+def _k_by_module(text: str) -> tuple[int, dict[str, int]]:
+    """8, or q_proj|v_proj=8,1: k of the modules that no pattern matches, and of the patterns'."""
+    *parts, last = text.split(",")
+    if "=" in last:
+        parts, last = [*parts, last], "0"
+    found = [re.fullmatch(r"\s*(\S+?)\s*=\s*(\d+)\s*", part) for part in parts]
+    if not last.strip().isdecimal() or None in found:
+        raise UsageError(f"--k takes a number or PATTERN=K,PATTERN=K,K, not {text!r}")
+    return int(last), {each[1]: int(each[2]) for each in found if each is not None}
 
 
 def _columns(text: str) -> dict[str, str]:

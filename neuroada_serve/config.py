@@ -159,14 +159,26 @@ class ServerConfig:
 class TrainConfig:
     """One training run."""
 
-    k: int = _option(1, "Inputs kept per neuron: trainable values per row of each weight matrix.")
-    selection: Literal["magnitude", "reverse", "random", "gradient", "custom"] = _option(
+    k: int = _option(
+        1,
+        "Inputs kept per neuron: trainable values per row of each weight matrix. By modules: "
+        "'q_proj|v_proj=8,1' gives these two 8 and the others 1, 'q_proj|v_proj=8' trains them "
+        "alone.",
+    )
+    k_pattern: Mapping[str, int] = _option(
+        {},
+        "k of the modules whose name, or its end, a regular expression matches; the first counts.",
+    )
+    selection: Literal["magnitude", "reverse", "random", "gradient", "matrix", "custom"] = _option(
         "magnitude",
         "Which inputs: magnitude (largest weights), reverse (smallest), random, gradient (largest, "
-        "over training rows) or custom (--index-file).",
+        "over training rows), matrix (largest weights of the whole matrix, k per neuron on "
+        "average) or custom (--index-file).",
     )
     index_file: Path | None = _option(
-        None, "Safetensors file with M.index [d_out, k] for every module M, for --selection custom."
+        None,
+        "Safetensors file with M.index [d_out, k] for every module M trained, for --selection "
+        "custom.",
     )
     selection_rows: int = _option(256, "Training rows whose gradient selects.")
     coverage: float = _option(1.0, "Share of the neurons, drawn by the seed, that get values.")
@@ -245,7 +257,7 @@ class TrainConfig:
         if self.prompt_format not in ("chat", "plain"):
             raise UsageError(f"prompt_format must be chat or plain, got {self.prompt_format!r}")
         for name, allowed in (
-            ("selection", ("magnitude", "reverse", "random", "gradient", "custom")),
+            ("selection", ("magnitude", "reverse", "random", "gradient", "matrix", "custom")),
             ("schedule", ("linear", "cosine", "constant")),
             ("recompute", ("nothing", "cheap", "all")),
             ("quantize", ("none", "int8", "nf4")),
@@ -255,7 +267,15 @@ class TrainConfig:
                 raise UsageError(
                     f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        _at_least(self, k=1, max_steps=1, batch_size=1, max_length=2, seed=0, warmup_ratio=0)
+        for pattern, k in self.k_pattern.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"k of {pattern!r}: no regular expression: {error}") from error
+            if k < 0:
+                raise UsageError(f"k of {pattern!r} must be at least 0, got {k}")
+        _at_least(self, k=0 if self.k_pattern else 1)
+        _at_least(self, max_steps=1, batch_size=1, max_length=2, seed=0, warmup_ratio=0)
         if (self.selection == "custom") != (self.index_file is not None):
             raise UsageError("--selection custom and --index-file belong together")
         if self.selection == "gradient" and self.quantize != "none":
@@ -281,6 +301,16 @@ class TrainConfig:
             raise UsageError(f"eval_fraction must be within [0, 1), got {self.eval_fraction}")
 
     @property
+    def most_k(self) -> int:
+        """The largest k of any module."""
+        return max(self.k, *self.k_pattern.values(), 1)
+
+    @property
+    def k_words(self) -> str:
+        """k as --k takes it."""
+        return ",".join([*(f"{p}={k}" for p, k in self.k_pattern.items()), str(self.k)])
+
+    @property
     def peak_lr(self) -> float:
-        """`lr`, or the default for this k (method: it falls as k rises); for auto, the default."""
-        return self.lr if isinstance(self.lr, float | int) else 0.02 / self.k**0.5
+        """`lr`, or the default for the largest k (method: it falls as k rises); so for auto."""
+        return self.lr if isinstance(self.lr, float | int) else 0.02 / self.most_k**0.5

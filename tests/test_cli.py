@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from neuroada_serve import save_adapter
 from neuroada_serve.adapters.format import CONFIG_FILE
 from neuroada_serve.adapters.reader import load_adapter
-from neuroada_serve.cli import app
+from neuroada_serve.cli import _k_by_module, app
 from neuroada_serve.config import ServerConfig
 
 
@@ -212,3 +212,22 @@ def test_every_flag_has_help():
     for name, command in commands.items():
         for parameter in command.params:
             assert parameter.help, (name, parameter.name)
+
+
+@pytest.mark.parametrize(
+    ("text", "k", "pattern"),
+    [
+        ("8", 8, {}),
+        ("q_proj|v_proj=8,1", 1, {"q_proj|v_proj": 8}),
+        (r"layers\.0\..*=4, q_proj=2", 0, {r"layers\.0\..*": 4, "q_proj": 2}),
+    ],
+)
+def test_k_may_be_given_by_module(text, k, pattern):
+    assert _k_by_module(text) == (k, pattern)
+
+
+@pytest.mark.parametrize("text", ["", "many", "q_proj=x,1", "=8", "8,q_proj", "1,2", "-1"])
+def test_k_that_is_not_written_so_is_refused(text, tmp_path):
+    result = run("train", "demo", "--data", "rows.jsonl", "--out", tmp_path / "a", "--k", text)
+    assert result.exit_code == 2
+    assert "--k takes a number or PATTERN=K" in result.stderr

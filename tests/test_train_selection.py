@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from test_inplace import random_model
 from test_train import QUICK, ROWS, make_base, write_rows
 
+from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.adapters.select import magnitude_index, random_index, smallest_index
 from neuroada_serve.config import TrainConfig
@@ -14,7 +15,7 @@ from neuroada_serve.errors import DataError, ShapeError, UsageError
 from neuroada_serve.model.loader import adaptable_modules, is_transposed
 from neuroada_serve.train import trainer
 from neuroada_serve.train.data import Example
-from neuroada_serve.train.selection import gradient_indices, select
+from neuroada_serve.train.selection import entries_by_row, gradient_indices, select
 from neuroada_serve.train.trainer import train_adapter
 
 EXAMPLES = [Example((3, n, 7), (n + 1, 1)) for n in range(10)]
@@ -83,6 +84,33 @@ def test_coverage_leaves_a_share_of_neurons_all_their_entries():
         assert selection.nnz == int(rows.sum()) * 3
 
 
+@pytest.mark.parametrize("selection", ["magnitude", "reverse", "random", "gradient"])
+def test_modules_get_the_k_of_their_pattern(selection):
+    pattern = {r"layers\.1\..*": 1, "q_proj|v_proj": 5, "down_proj": 0}
+    found = selected(random_model("llama"), selection=selection, k_pattern=pattern)
+    for name, part in found.items():
+        k = 1 if ".layers.1." in name else 5 if name.endswith(("q_proj", "v_proj")) else 3
+        assert part.index.shape[1] == 5
+        trained = torch.ones(part.index.shape, dtype=bool) if part.trained is None else part.trained
+        assert torch.equal(trained, (torch.arange(5) < k).expand_as(trained)), name
+    assert "model.layers.0.mlp.down_proj" not in found
+    assert "model.layers.1.mlp.down_proj" in found  # the first pattern that matches counts
+
+
+def test_the_largest_of_the_matrix_are_selected_and_few_of_one_row():
+    weight = torch.tensor([[9.0, -8.0, 7.0, 6.0], [1.0, -5.0, 0.0, 2.0], [3.0, 3.0, 3.0, 0.0]])
+    assert entries_by_row(weight, 2, most=4).tolist() == [4, 1, 1]  # a tie, to the lower column
+    assert entries_by_row(weight, 2, most=3).tolist() == [3, 1, 2]
+    model = random_model("llama")
+    modules = adaptable_modules(model)
+    for name, part in selected(model, selection="matrix").items():
+        size = modules[name].weight.abs()
+        assert part.nnz == 3 * len(size)
+        chosen = torch.zeros_like(size, dtype=bool).scatter(1, part.index.long(), part.trained)
+        others = size.masked_fill(chosen, 0)[chosen.sum(dim=1) < 12]  # of rows that are not full
+        assert size[chosen].min() >= others.max()
+
+
 @pytest.fixture
 def base(tmp_path):
     return make_base(tmp_path / "tiny", "llama")
@@ -93,7 +121,7 @@ def rows(tmp_path):
     return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
-@pytest.mark.parametrize("selection", ["magnitude", "reverse", "random", "gradient"])
+@pytest.mark.parametrize("selection", ["magnitude", "reverse", "random", "gradient", "matrix"])
 def test_every_selection_trains_and_loads(base, rows, tmp_path, selection):
     config = replace(QUICK, selection=selection, coverage=0.5)
     report = train_adapter(base, rows, tmp_path / "out", config)
@@ -111,6 +139,49 @@ def selected_for(base, config, rows):
     loaded = trainer.load_data(base, rows, config)
     modules = adaptable_modules(base.model)
     return select(base.model, modules, loaded.train, config, lambda message: None)
+
+
+@pytest.mark.parametrize(
+    ("k", "targets"),
+    [
+        ((0, {"q_proj|v_proj": 4}), ("q_proj", "v_proj")),
+        (
+            (0, {r"layers\.1\.self_attn\.(q|o)_proj": 4}),
+            ("model.layers.1.self_attn.o_proj", "model.layers.1.self_attn.q_proj"),
+        ),
+    ],
+)
+def test_adapters_of_some_modules_name_them_and_are_served(base, rows, tmp_path, k, targets):
+    config = replace(QUICK, k=k[0], k_pattern=k[1])
+    train_adapter(base, rows, tmp_path / "out", config)
+    adapter = load_adapter(tmp_path / "out", base.spec)
+    assert adapter.config.target_modules == targets
+    llm = LLM(str(tmp_path / "tiny"), {"out": str(tmp_path / "out")}, dtype="float32")
+    [output] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4), "out")
+    expected = logits_of(base, adapter, [5, 6, 7])
+    assert output.token_ids[0] == int(expected.argmax())
+
+
+def logits_of(base, adapter, ids):
+    """Of the last position, with the values added to the weights."""
+    modules = adaptable_modules(base.model)
+    with torch.no_grad():
+        for name, part in adapter.modules.items():
+            modules[name].weight.scatter_add_(1, part.index.long(), part.bypass.float())
+        return base.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [
+        ({"query": 8}, "k of 'query': no such module; the base has down_proj, .*q_proj"),
+        ({".*": 0}, "--k .*=0,2 leaves no module to train"),
+        ({"down_proj": 999}, "k=999 is above d_in"),
+    ],
+)
+def test_patterns_that_fit_no_module_are_refused(base, rows, tmp_path, pattern, fault):
+    with pytest.raises(UsageError, match=fault):
+        train_adapter(base, rows, tmp_path / "out", replace(QUICK, k_pattern=pattern))
 
 
 def test_a_file_selects(base, rows, tmp_path):
@@ -158,6 +229,9 @@ def test_a_file_that_does_not_fit_is_refused(base, rows, tmp_path, spoil, fault)
         ({"selection": "largest"}, "selection must be one of magnitude"),
         ({"selection": "gradient", "quantize": "nf4"}, "no gradient to select by"),
         ({"coverage": 0.0}, "coverage must be above 0"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"k_pattern": {"q_proj": -1}}, "k of 'q_proj' must be at least 0"),
+        ({"k_pattern": {"(": 1}}, "no regular expression"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, fault):

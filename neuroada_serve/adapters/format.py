@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,16 @@ class Adapter:
 def is_target(module: str, targets: tuple[str, ...]) -> bool:
     """Whether a module's name equals one of the targets or ends with '.' and one of them."""
     return any(module == t or module.endswith(f".{t}") for t in targets)
+
+
+def target_modules(modules: Collection[str], of_base: Collection[str]) -> tuple[str, ...]:
+    """The shortest targets that name `modules` and no other module of the base, sorted.
+
+    Those whose last part names others too are named whole.
+    """
+    left_out = {name.rpartition(".")[2] for name in set(of_base) - set(modules)}
+    ends = {name: name.rpartition(".")[2] for name in modules}
+    return tuple(sorted({name if end in left_out else end for name, end in ends.items()}))
 
 
 # adapter_config.json: key -> (type, required). bool is an int to Python, so it is refused apart.

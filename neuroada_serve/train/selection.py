@@ -5,13 +5,18 @@
     reverse     the smallest |W|
     random      any, from the seed
     gradient    the largest |dloss/dW|, summed over training rows before anything is trained
+    matrix      the largest |W| of the whole matrix, k per row on average (Super-Tuning,
+                arXiv:2607.09287), but at most 4 k of one row
     custom      those of a file: M.index [d_out, k] for every module M, as adapters have them
 
-`coverage` leaves entries to a share of the neurons, drawn from the seed.
+k may differ by module, and `coverage` leaves entries to a share of the neurons, drawn from the
+seed. An adapter has rows of one width, so neurons with fewer entries are filled up with entries
+that are not trained and stay 0: they take room in the file and time in serving as others do.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,7 @@ from neuroada_serve.adapters.select import (
     smallest_index,
 )
 from neuroada_serve.config import TrainConfig
-from neuroada_serve.errors import DataError
+from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import is_transposed
 from neuroada_serve.train.data import Example
 from neuroada_serve.train.loop import Notify
@@ -37,6 +42,30 @@ from neuroada_serve.train.quantize import dense_weight
 from neuroada_serve.train.score import answer_logits, collate
 
 _SUM_BYTES = 2 << 30  # of dense gradient sums held at a time
+_MATRIX_MOST = 4  # times k: of the demo's rows, 1 in 100 would have more
+
+
+def k_of_modules(names: Collection[str], config: TrainConfig) -> dict[str, int]:
+    """k of each module that is trained, by `config.k_pattern`, else `config.k`; those of 0 are out.
+
+    A pattern matches a whole name or what follows a dot in it, as PEFT's rank_pattern does.
+
+    Raises:
+        UsageError: a pattern matches none of the names, or nothing is left to train.
+    """
+    found = dict.fromkeys(names, config.k)
+    free = set(names)
+    for pattern, k in config.k_pattern.items():
+        matched = {name for name in names if re.fullmatch(rf"(.*\.)?({pattern})", name)}
+        if not matched:
+            ends = sorted({name.rpartition(".")[2] for name in names})
+            raise UsageError(f"k of {pattern!r}: no such module; the base has {', '.join(ends)}")
+        found.update(dict.fromkeys(matched & free, k))
+        free -= matched
+    found = {name: k for name, k in found.items() if k}
+    if not found:
+        raise UsageError(f"--k {config.k_words} leaves no module to train; give one k above 0")
+    return found
 
 
 def select(
@@ -46,7 +75,7 @@ def select(
     config: TrainConfig,
     notify: Notify,
 ) -> dict[str, Selection]:
-    """A selection for every module, by `config.selection` and `config.coverage`.
+    """A selection for every module trained, all of one width; see the module's docstring.
 
     Args:
         model: the base, nothing attached; left as it is.
@@ -55,30 +84,54 @@ def select(
 
     Raises:
         DataError: the index file does not fit; names the faults.
+        UsageError: see `k_of_modules`.
     """
+    k_of = k_of_modules(modules, config)
+    modules = {name: modules[name] for name in k_of}
+    width = max(k_of.values())
+    counts = {name: torch.tensor([k]) for name, k in k_of.items()}
     if config.selection == "gradient":
         rows = examples[: config.selection_rows]
         notify(f"Selecting by the gradient of {len(rows)} rows.")
-        found = gradient_indices(model, modules, rows, config.k, config.batch_size)
+        found = gradient_indices(model, modules, rows, width, config.batch_size)
     elif config.selection == "custom":
         assert config.index_file is not None
-        found = _from_file(config.index_file, modules, config.k)
-    else:
+        found = _from_file(config.index_file, modules, width)
+    elif config.selection == "random":
         found = {}
         for name, module in modules.items():
-            weight = dense_weight(module)
-            if config.selection == "magnitude":
-                found[name] = magnitude_index(weight, config.k)
-            elif config.selection == "reverse":
-                found[name] = smallest_index(weight, config.k)
-            else:
-                d_out, d_in = weight.shape
-                index = random_index(d_out, d_in, config.k, _seed(config.seed, name))
-                found[name] = index.to(weight.device)
-    return {
-        name: Selection(index, _covered(index, config.coverage, _seed(config.seed, name)))
-        for name, index in found.items()
-    }
+            d_out, d_in = dense_weight(module).shape
+            index = random_index(d_out, d_in, width, _seed(config.seed, name))
+            found[name] = index.to(module.weight.device)
+    elif config.selection == "matrix":
+        narrowest = min(dense_weight(module).shape[1] for module in modules.values())
+        for name, module in modules.items():
+            most = min(_MATRIX_MOST * k_of[name], narrowest)
+            counts[name] = entries_by_row(dense_weight(module), k_of[name], most)
+        width = max(int(count.max()) for count in counts.values())
+        found = {n: magnitude_index(dense_weight(m), width) for n, m in modules.items()}
+    else:
+        rank = magnitude_index if config.selection == "magnitude" else smallest_index
+        found = {name: rank(dense_weight(module), width) for name, module in modules.items()}
+
+    selections = {}
+    for name, index in found.items():  # the best come first, so fewer are a row's beginning
+        covered = _covered(len(index), config.coverage, _seed(config.seed, name))
+        trained = covered[:, None] & (torch.arange(width) < counts[name][:, None].cpu())
+        selections[name] = Selection(index, None if trained.all() else trained.to(index.device))
+    return selections
+
+
+def entries_by_row(weight: Tensor, k: int, most: int) -> Tensor:
+    """How many of the d_out * k largest |weight| of a matrix lie in each row, [d_out] int64.
+
+    Rows take part with their `most` largest alone, k <= most <= d_in. Ties go to the lower row.
+    """
+    d_out = len(weight)
+    index = magnitude_index(weight, most)
+    magnitude = weight.detach().gather(1, index.long()).abs().float().flatten()
+    chosen = magnitude.sort(descending=True, stable=True).indices[: d_out * k]
+    return (chosen // most).bincount(minlength=d_out)
 
 
 def gradient_indices(
@@ -166,15 +219,12 @@ def _from_file(path: Path, modules: Mapping[str, Any], k: int) -> dict[str, Tens
     return found
 
 
-def _covered(index: Tensor, share: float, seed: int) -> Tensor | None:
-    """[d_out, k] bool: all entries of a share of the neurons, at least one of them."""
-    if share >= 1:
-        return None
-    d_out = len(index)
+def _covered(d_out: int, share: float, seed: int) -> Tensor:
+    """[d_out] bool: a share of the neurons, at least one of them."""
     order = torch.randperm(d_out, generator=torch.Generator().manual_seed(seed))
-    trained = torch.zeros(d_out, dtype=torch.bool)
-    trained[order[: max(1, round(share * d_out))]] = True
-    return trained[:, None].expand(index.shape).contiguous().to(index.device)
+    covered = torch.zeros(d_out, dtype=torch.bool)
+    covered[order[: max(1, round(share * d_out))]] = True
+    return covered
 
 
 def _seed(seed: int, name: str) -> int:

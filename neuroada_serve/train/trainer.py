@@ -26,6 +26,7 @@ from neuroada_serve.adapters.format import (
     ModuleBypass,
     make_adapter,
     save_adapter,
+    target_modules,
 )
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
@@ -41,7 +42,7 @@ from neuroada_serve.train.plot import learning_rate_plot, loss_curve
 from neuroada_serve.train.publish import Publisher
 from neuroada_serve.train.quantize import quantize_
 from neuroada_serve.train.score import Score, packs, score
-from neuroada_serve.train.selection import select
+from neuroada_serve.train.selection import k_of_modules, select
 
 LOSS_FILE = "loss.png"
 LOG_FILE = "loss.jsonl"
@@ -139,7 +140,9 @@ def train_adapter(
         modules = quantize_(base.model, modules, config.quantize)
     if resumed is None:
         selections = select(base.model, modules, loaded.train, config, notify)
+        modules = {name: modules[name] for name in selections}
     else:
+        modules = {name: modules[name] for name in k_of_modules(modules, config)}
         selections = selections_of(resumed, modules)
     attach = bypass_training if beside else inplace_training
     with quiet_transformers(), attach(base.model, modules, selections) as layers:
@@ -181,7 +184,7 @@ def train_adapter(
     try:
         remove_unfinished(out)
         save_adapter(adapter, out)
-        title = f"{out.name}: {base.spec.name}, k={config.k}, lr {config.peak_lr:.2g}"
+        title = f"{out.name}: {base.spec.name}, k={config.k_words}, lr {config.peak_lr:.2g}"
         points = [(one.step, one.score) for one in run.evaluations]
         curve = loss_curve(loop.losses, run.before, points, run.best_step, title)
         write_durably(out / LOSS_FILE, curve)
@@ -375,8 +378,8 @@ class _Run:
         config = AdapterConfig(
             base_model_name_or_path=self._base.spec.name,
             base_fingerprint=self._base.spec.fingerprint,
-            k=self._config.k,
-            target_modules=tuple(sorted({name.rpartition(".")[2] for name in parts})),
+            k=next(iter(parts.values())).index.shape[1],
+            target_modules=target_modules(parts, self._base.spec.shapes),
             selection=self._config.selection,
             metadata={"recipe": self._recipe(), "scores": self._scores()},
         )
@@ -402,7 +405,7 @@ class _Run:
             "heldout": f"{config.eval_fraction:g} of the rows"
             if config.eval_data is None
             else config.eval_data.name,
-            "k": config.k,
+            "k": config.k_words if config.k_pattern else config.k,
             "lr": config.peak_lr,
             "warmup_ratio": config.warmup_ratio,
             "schedule": config.schedule,
@@ -508,9 +511,11 @@ def _is_adapter_folder(folder: Path) -> bool:
 
 
 def _check_fits(base: BaseModel, config: TrainConfig) -> None:
-    module, (_, d_in) = min(base.spec.shapes.items(), key=lambda item: item[1][1])
-    if config.k > d_in:
-        raise UsageError(f"k={config.k} is above d_in={d_in} of {module}; the base allows {d_in}")
+    k_of = k_of_modules(base.spec.shapes, config)
+    module = min(k_of, key=lambda name: base.spec.shapes[name][1])
+    d_in, k = base.spec.shapes[module][1], max(k_of.values())
+    if k > d_in:
+        raise UsageError(f"k={k} is above d_in={d_in} of {module}; the base allows {d_in}")
     if base.dtype == torch.float16:
         raise UsageError(
             "float16 gradients vanish without loss scaling; train with --dtype bfloat16 or "
