@@ -392,17 +392,22 @@ def train(
 
     from neuroada_serve.model.loader import load_base
     from neuroada_serve.model.source import resolve_model
+    from neuroada_serve.train.processes import joined
     from neuroada_serve.train.trainer import train_adapter
 
-    base = load_base(resolve_model(model, _notify), config.dtype)
-    if check:
-        from neuroada_serve.train.data import load_data
+    with joined() as processes:
+        notify = _notify if processes.is_first else lambda message: None
+        base = load_base(resolve_model(model, notify), config.dtype)
+        if check:
+            from neuroada_serve.train.data import load_data
 
-        _notify(f"{load_data(base, data, config).report}.")
+            notify(f"{load_data(base, data, config).report}.")
+            return
+        report = train_adapter(
+            base, data, out_dir, config, notify=notify, fresh=fresh, publish=publish
+        )
+    if not processes.is_first:
         return
-    report = train_adapter(
-        base, data, out_dir, config, notify=_notify, fresh=fresh, publish=publish
-    )
     table = Table("held-out", "before", "after")
     if report.before is not None and report.after is not None:
         table.add_row("loss", f"{report.before.loss:.3f}", f"{report.after.loss:.3f}")

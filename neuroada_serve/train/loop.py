@@ -27,6 +27,7 @@ from neuroada_serve.train.bypass import BypassedLinear
 from neuroada_serve.train.checkpoint import Checkpoint
 from neuroada_serve.train.data import Example
 from neuroada_serve.train.inplace import InplaceLinear
+from neuroada_serve.train.processes import Processes, current, unlaunched
 from neuroada_serve.train.recompute import set_recompute
 from neuroada_serve.train.score import answer_logits, collate, collate_packed
 
@@ -44,7 +45,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
     batches are shuffled. Each pass over the rows draws anew; the same seed gives the same batches.
 
     An iteration goes on where the last one ended, and is as long as `len` says: a pass, made a
-    multiple of `multiple`.
+    multiple of `multiple`. Of several processes each gets every `size`th batch.
     """
 
     # In batches. A wide window saves padding, but rows of one length are often of one kind, and
@@ -54,12 +55,18 @@ class LengthGroupedBatches(Sampler[list[int]]):
     _WINDOW = 4
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, multiple: int = 1
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        multiple: int = 1,
+        processes: Processes | None = None,
     ) -> None:
         self._lengths = lengths
         self._batch_size = batch_size
         self._random = Random(seed)
-        self._multiple = multiple
+        self._processes = processes or Processes()
+        self._multiple = multiple * self._processes.size
         self._stream = self._passes()
 
     @property
@@ -68,14 +75,16 @@ class LengthGroupedBatches(Sampler[list[int]]):
         return math.ceil(len(self._lengths) / self._batch_size)
 
     def __len__(self) -> int:
-        return math.ceil(self.per_pass / self._multiple) * self._multiple
+        whole = math.ceil(self.per_pass / self._multiple) * self._multiple
+        return whole // self._processes.size
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(len(self)):
-            yield next(self._stream)
+            dealt = [next(self._stream) for _ in range(self._processes.size)]
+            yield dealt[self._processes.rank]
 
     def skip(self, batches: int) -> None:
-        """Go on `batches` further."""
+        """Go on `batches` further, those of all processes counted."""
         for _ in range(batches):
             next(self._stream)
 
@@ -115,12 +124,14 @@ class Loop:
     ) -> None:
         self._model, self._layers, self._examples = model, layers, examples
         self._config, self._steps = config, steps
+        self._processes = current()
         self.losses: list[float] = []  # nats per answer token, one a step
         self.batches = LengthGroupedBatches(
             [len(e) for e in examples],
             config.batch_size,
             config.seed,
             config.gradient_accumulation,
+            self._processes,
         )
         self._optimizer = torch.optim.AdamW(
             [layer.value for layer in layers.values()],
@@ -150,12 +161,14 @@ class Loop:
         if self.done == self._steps:
             return
         config = self._config
-        with ExitStack() as stack:
+        with unlaunched(), ExitStack() as stack:
             stack.callback(set_recompute(self._model, config.recompute))
             if config.compile:
                 stack.callback(_compile_blocks(self._model))
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            progress = stack.enter_context(_Progress(self._steps, self.losses, notify, title))
+            progress = stack.enter_context(
+                _Progress(self._steps, self.losses, notify, title, self._processes.is_first)
+            )
             arguments = TrainingArguments(
                 output_dir=scratch,
                 max_steps=self._steps - self.done,
@@ -183,6 +196,8 @@ class Loop:
                 batches=self.batches,
                 losses=self.losses,
                 packing=config.packing,
+                values=[layer.value for layer in self._layers.values()],
+                processes=self._processes,
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -235,7 +250,8 @@ class Loop:
             group["lr"] = state["lr"]
         self._scheduler.load_state_dict(dict(state["scheduler"]))
         self.losses[:] = state["losses"]
-        self.batches.skip(self.done * self._config.gradient_accumulation)
+        batches = self._config.gradient_accumulation * self._processes.size
+        self.batches.skip(self.done * batches)
         self._random = {n: tensors[n] for n in (_CPU_RANDOM, _CUDA_RANDOM) if n in tensors}
 
 
@@ -288,6 +304,8 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         batches: LengthGroupedBatches,
         losses: list[float],
         packing: bool,
+        values: Sequence[nn.Parameter],
+        processes: Processes,
         **others: Any,
     ) -> None:
         super().__init__(**others)
@@ -296,6 +314,7 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._collate = collate_packed if packing else collate
         self._losses = losses  # grows by one each step
         self._sum, self._batches_seen = 0.0, 0  # of the step under way
+        self._values, self._processes = values, processes
 
     def get_train_dataloader(self) -> DataLoader[Example]:
         return DataLoader(
@@ -304,6 +323,19 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             collate_fn=self._collate,
             generator=torch.Generator(),  # it draws a number, which must not be of the run's
         )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Answer tokens of a whole step, those of other processes' batches too."""
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        self._processes.sum_([count])
+        return count
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward through a batch; after a step's last, gradients are those of all processes."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self._batches_seen == 0:
+            self._processes.sum_([v.grad for v in self._values if v.grad is not None])
+        return loss
 
     def compute_loss(
         self,
@@ -321,7 +353,9 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self._sum += value
         self._batches_seen += 1
         if self._batches_seen == self.args.gradient_accumulation_steps:
-            self._losses.append(self._sum)
+            total = torch.tensor(self._sum, dtype=torch.float64, device=loss.device)
+            self._processes.sum_([total])
+            self._losses.append(total.item())
             self._sum, self._batches_seen = 0.0, 0
         return loss
 
@@ -362,7 +396,9 @@ class _Progress:
 
     _SENTENCES = 10
 
-    def __init__(self, steps: int, losses: list[float], notify: Notify, title: str) -> None:
+    def __init__(
+        self, steps: int, losses: list[float], notify: Notify, title: str, bar: bool
+    ) -> None:
         console = Console(stderr=True)
         self._notify, self._steps, self._losses = notify, steps, losses
         self._bar = Progress(
@@ -372,7 +408,7 @@ class _Progress:
             TextColumn("loss {task.fields[loss]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not bar or not console.is_terminal,
         )
         self._task = self._bar.add_task(title, total=steps, completed=len(losses), loss="-")
 

@@ -11,6 +11,7 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.train.data import Example, TrainingData
 from neuroada_serve.train.loop import Layers, Loop, Notify
+from neuroada_serve.train.processes import current
 from neuroada_serve.train.score import score
 
 _FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the default
@@ -53,6 +54,7 @@ def find_learning_rate(
             loss = score(model, rows, config.batch_size).loss
         except UsageError:
             loss = math.nan
+        [loss] = current().of_first([loss], next(model.parameters()).device)
         losses.append(loss if math.isfinite(loss) else None)
         told = "diverges" if losses[-1] is None else f"{scored} loss {loss:.4f}"
         notify(f"lr {lr:.2g}: {told} after {_STEPS} steps.")

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +39,7 @@ from neuroada_serve.train.inplace import inplace_training
 from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, selections_of
 from neuroada_serve.train.lr_finder import LearningRates, find_learning_rate
 from neuroada_serve.train.plot import learning_rate_plot, loss_curve
+from neuroada_serve.train.processes import current
 from neuroada_serve.train.publish import Publisher
 from neuroada_serve.train.quantize import quantize_
 from neuroada_serve.train.score import Score, packs, score
@@ -84,12 +85,16 @@ class TrainReport:
     best_step: int
 
 
+def _say_nothing(message: str) -> None:
+    pass
+
+
 def train_adapter(
     base: BaseModel,
     data: Path,
     out: Path,
     config: TrainConfig,
-    notify: Notify = lambda message: None,
+    notify: Notify = _say_nothing,
     *,
     fresh: bool = False,
     publish: str | None = None,
@@ -119,19 +124,24 @@ def train_adapter(
         DataError: rows at fault.
     """
     # 1. Everything that can be refused is refused before anything is computed.
+    processes = current()
+    if not processes.is_first:
+        notify = _say_nothing
     _check_extra()
     _check_place(out)
     _check_fits(base, config)
     loaded = load_data(base, data, config)
     notify(f"{loaded.report}.")
-    publisher = None if publish is None else Publisher(publish, out)
+    publisher = Publisher(publish, out) if publish and processes.is_first else None
     checkpoints = Checkpoints(
         out.absolute().parent / f"{out.absolute().name}.training", _identity(base, loaded, config)
     )
-    if fresh:
+    if fresh and processes.is_first:
         checkpoints.remove()
+    processes.wait()
     resumed = checkpoints.newest(notify)
     _check_contents(out, resumed is not None)
+    processes.wait()  # nobody writes while another reads
 
     modules: Mapping[str, Any] = adaptable_modules(base.model)
     assert modules.keys() == base.spec.shapes.keys(), "the model is in use by an engine"
@@ -141,6 +151,7 @@ def train_adapter(
     if resumed is None:
         selections = select(base.model, modules, loaded.train, config, notify)
         modules = {name: modules[name] for name in selections}
+        processes.share_(one.index for one in selections.values())
     else:
         modules = {name: modules[name] for name in k_of_modules(modules, config)}
         selections = selections_of(resumed, modules)
@@ -174,6 +185,9 @@ def train_adapter(
         run.begin(loop, checkpoints, searched)
         count = sum(selections[name].nnz for name in layers)
         notify(f"Training {count:,} values for {run.steps} steps, lr {config.peak_lr:.2g}.")
+        if processes.size > 1:
+            each = "a batch" if (n := config.gradient_accumulation) == 1 else f"{n} batches"
+            notify(f"{processes.size} processes take {each} a step each.")
         started = time.perf_counter()
         if not run.is_over:  # it may have been interrupted just before the adapter was written
             loop.run(run.after_step, notify)
@@ -181,6 +195,20 @@ def train_adapter(
         adapter = run.finish()
 
     # 4. The folder.
+    report = TrainReport(
+        adapter,
+        out,
+        loaded.report,
+        loop.done,
+        seconds,
+        tuple(loop.losses),
+        run.before,
+        run.after,
+        tuple(run.evaluations),
+        run.best_step,
+    )
+    if not processes.is_first:
+        return report
     try:
         remove_unfinished(out)
         save_adapter(adapter, out)
@@ -200,18 +228,7 @@ def train_adapter(
     if publisher is not None:
         run.publish(adapter)
     checkpoints.remove()
-    return TrainReport(
-        adapter,
-        out,
-        loaded.report,
-        loop.done,
-        seconds,
-        tuple(loop.losses),
-        run.before,
-        run.after,
-        tuple(run.evaluations),
-        run.best_step,
-    )
+    return report
 
 
 class _Run:
@@ -236,6 +253,7 @@ class _Run:
         self._data_name = data_name
         self._config, self._out = config, out
         self._publisher, self._notify = publisher, notify
+        self._processes = current()
         self.before: Score | None = None
         self.evaluations: list[Evaluation] = []
         self.best_step = 0
@@ -265,10 +283,12 @@ class _Run:
     def after_step(self) -> bool:
         """Score, keep, save, as the step asks for; whether to stop."""
         done, config = self._loop.done, self._config
-        per_pass = max(1, self._per_pass // config.gradient_accumulation)
+        batches = config.gradient_accumulation * self._processes.size
+        per_pass = max(1, self._per_pass // batches)
         if done == self.steps or done % (config.eval_steps or per_pass) == 0:
             self._evaluate(done)
-        if config.save_steps and (self.is_over or done % config.save_steps == 0):
+        saves = config.save_steps and self._processes.is_first
+        if saves and (self.is_over or done % config.save_steps == 0):
             self._save()
         return self.is_over
 
@@ -326,7 +346,10 @@ class _Run:
         if not self._data.heldout:
             return None
         self._notify(f"Scoring {what} on {len(self._data.heldout)} held-out rows.")
-        found = score(self._base.model, self._data.heldout, self._config.batch_size)
+        found = Score(math.nan, math.nan)
+        if self._processes.is_first:
+            found = score(self._base.model, self._data.heldout, self._config.batch_size)
+        found = Score(*self._processes.of_first(astuple(found), self._base.device))
         if not math.isfinite(found.loss):
             raise diverged(next_step, self._config.peak_lr)
         return found
@@ -421,6 +444,8 @@ class _Run:
             "versions": {n: version(n) for n in ("neuroada-serve", "torch", "transformers")},
         }
         plain = TrainConfig()
+        if self._processes.size > 1:
+            recipe["processes"] = self._processes.size
         if config.selection == "gradient":
             recipe["selection_rows"] = config.selection_rows
         for name in (
@@ -449,7 +474,8 @@ class _Run:
 
 def _steps(config: TrainConfig, data: TrainingData) -> int:
     """Optimizer steps of a run."""
-    per_pass = math.ceil(len(data.train) / config.batch_size) / config.gradient_accumulation
+    batches = config.gradient_accumulation * current().size
+    per_pass = math.ceil(len(data.train) / config.batch_size) / batches
     return config.max_steps or max(1, round((config.epochs or 1) * per_pass))
 
 
@@ -465,6 +491,7 @@ def _identity(base: BaseModel, data: TrainingData, config: TrainConfig) -> dict[
         "base": base.spec.fingerprint,
         "weights": str(base.dtype),
         "device": base.device.type,
+        "processes": current().size,
     }
 
 
