@@ -1,13 +1,17 @@
 """The `neuroada` command. Heavy imports wait until a command needs them."""
 
+import atexit
 import gc
 import json
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -285,10 +289,12 @@ def _shown_in(progress: "Progress") -> "Callable[[str, int, int], None]":
 def train(
     model: Model,
     data: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="Rows: .jsonl, .json, .csv, .tsv or .parquet, with prompt and completion; "
-            "messages; instruction, input and output; question and answer; or text and label."
+            metavar="FILE|hub:OWNER/NAME:CONFIG@SPLIT",
+            help="Rows: .jsonl, .json, .csv, .tsv or .parquet, or a set of the Hugging Face hub, "
+            "with prompt and completion; messages; instruction, input and output; question and "
+            "answer; or text and label.",
         ),
     ],
     out_dir: Annotated[Path, typer.Option("--out", help="Adapter folder to write.")],
@@ -317,7 +323,7 @@ def train(
         bool, typer.Option("--check", help="Only say what the rows are, and train nothing.")
     ] = False,
     eval_fraction: Annotated[float, typer.Option(help=help_of(TrainConfig, "eval_fraction"))] = 0.1,
-    eval_data: Annotated[Path | None, typer.Option(help=help_of(TrainConfig, "eval_data"))] = None,
+    eval_data: Annotated[str | None, typer.Option(help=help_of(TrainConfig, "eval_data"))] = None,
     eval_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "eval_steps"))] = None,
     patience: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "patience"))] = None,
     save_steps: Annotated[int, typer.Option(help=help_of(TrainConfig, "save_steps"))] = 50,
@@ -380,15 +386,14 @@ def train(
         too_long=cast(Any, too_long),
         columns=_columns(columns),
         eval_fraction=eval_fraction,
-        eval_data=eval_data,
         seed=seed,
         warmup_ratio=warmup_ratio,
         dtype=dtype,
         prompt_format="plain" if plain else "chat",
     )
-    _existing_file(data)
+    data_file = _data_file(data)
     if eval_data is not None:
-        _existing_file(eval_data)
+        config = replace(config, eval_data=_data_file(eval_data))
 
     from neuroada_serve.model.loader import load_base
     from neuroada_serve.model.source import resolve_model
@@ -401,10 +406,10 @@ def train(
         if check:
             from neuroada_serve.train.data import load_data
 
-            notify(f"{load_data(base, data, config).report}.")
+            notify(f"{load_data(base, data_file, config).report}.")
             return
         report = train_adapter(
-            base, data, out_dir, config, notify=notify, fresh=fresh, publish=publish
+            base, data_file, out_dir, config, notify=notify, fresh=fresh, publish=publish
         )
     if not processes.is_first:
         return
@@ -450,9 +455,18 @@ def _learning_rate(text: str | None) -> Any:
         raise UsageError(f"--lr takes a number or auto, not {text!r}") from None
 
 
-def _existing_file(path: Path) -> None:
-    if not path.is_file():
-        raise UsageError(f"no file {str(path)!r}")
+def _data_file(source: str) -> Path:
+    """The file of rows that --data or --eval-data names; a hub's, for as long as we run."""
+    if not source.startswith("hub:"):
+        if not Path(source).is_file():
+            raise UsageError(f"no file {source!r}")
+        return Path(source)
+    from neuroada_serve.train.hub import save_hub_rows
+
+    folder = Path(tempfile.mkdtemp(prefix="neuroada-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _notify(f"Reading {source}.")
+    return save_hub_rows(source, folder)
 
 
 def _llm_with(
@@ -473,7 +487,7 @@ Adapter = Annotated[Path | None, typer.Option(help="Adapter folder; default: the
 @_command
 def _eval(
     model: Model,
-    data: Annotated[Path, typer.Option(help="JSONL rows, in the shapes that train reads.")],
+    data: Annotated[str, typer.Option(help="Rows, as train takes them.")],
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]PATH", help="Adapter folder to score. Repeatable."),
@@ -539,7 +553,7 @@ def _eval(
     plain: Plain = False,
 ) -> None:
     """Score a base and adapters on the answers of JSONL rows, in one run."""
-    _existing_file(data)
+    data_file = _data_file(data)
     folders = _adapters_to_score(adapter or [])
     if save and not folders:
         raise UsageError("--save puts scores into adapters; name one with --adapter")
@@ -567,22 +581,22 @@ def _eval(
         llm = LLM(model, folders, dtype=dtype, notify=_notify)
     subjects = [*([report.BASE] if base else []), *folders]
     asked = [*([None] if base else []), *folders]
-    found = evaluate(llm, data, asked, settings, console=err)
+    found = evaluate(llm, data_file, asked, settings, console=err)
     if out_file is not None:
-        written = report.write_results(found, subjects, model, data, out_file, _notify)
+        written = report.write_results(found, subjects, model, data_file, out_file, _notify)
         _notify("Written: " + ", ".join(map(str, written)))
     if save:
         of_base, of_adapters = found.results[:base], found.results[base:]
         for folder, result in zip(folders.values(), of_adapters, strict=True):
-            report.save_scores(folder, result, next(iter(of_base), None), data, _notify)
+            report.save_scores(folder, result, next(iter(of_base), None), data_file, _notify)
             _notify(f"Scores saved in {folder}")
     if json_output:
         first = found.results[min(int(base), len(found.results) - 1)]  # adapter, else the base
         flat = {name: score.value for name, score in first.scores.items()}
-        whole = report.document(found, subjects, model, data)
+        whole = report.document(found, subjects, model, data_file)
         print(json.dumps({"rows": found.rows, **flat, **whole}))
         return
-    out.print(report.score_table(found, subjects, f"{data.name}, {found.rows} rows"))
+    out.print(report.score_table(found, subjects, f"{data_file.name}, {found.rows} rows"))
 
 
 def _adapters_to_score(flags: list[str]) -> dict[str, Path]:

@@ -205,7 +205,7 @@ class TrainConfig:
         0.1, "Share of the rows held out and scored before and after; 0 holds out none."
     )
     eval_data: Path | None = _option(
-        None, "JSONL file of held-out rows; instead of --eval-fraction."
+        None, "Held-out rows, as --data has them; instead of --eval-fraction."
     )
     eval_steps: int | None = _option(
         None,
