@@ -173,7 +173,7 @@ class TrainConfig:
         "magnitude",
         "Which inputs: magnitude (largest weights), reverse (smallest), random, gradient (largest, "
         "over training rows), matrix (largest weights of the whole matrix, k per neuron on "
-        "average) or custom (--index-file).",
+        "average and at most 4 k in one) or custom (--index-file).",
     )
     index_file: Path | None = _option(
         None,

@@ -5,8 +5,8 @@
     reverse     the smallest |W|
     random      any, from the seed
     gradient    the largest |dloss/dW|, summed over training rows before anything is trained
-    matrix      the largest |W| of the whole matrix, k per row on average (Super-Tuning,
-                arXiv:2607.09287), but at most 4 k of one row
+    matrix      the largest |W| of the whole matrix, k per row on average, as Super-Tuning does
+                (arXiv:2607.09287); but at most 4 k of one row, to which others would be padded
     custom      those of a file: M.index [d_out, k] for every module M, as adapters have them
 
 k may differ by module, and `coverage` leaves entries to a share of the neurons, drawn from the
@@ -42,7 +42,7 @@ from neuroada_serve.train.quantize import dense_weight
 from neuroada_serve.train.score import answer_logits, collate
 
 _SUM_BYTES = 2 << 30  # of dense gradient sums held at a time
-_MATRIX_MOST = 4  # times k: of the demo's rows, 1 in 100 would have more
+_MATRIX_MOST = 4  # times k; bench/LOG.md has what it cuts off
 
 
 def k_of_modules(names: Collection[str], config: TrainConfig) -> dict[str, int]:
