@@ -357,6 +357,34 @@ def test_merge_that_fails_leaves_its_adapter_served_unmerged(llama, monkeypatch,
     engine.adapters.unload("a")  # the failed merge has kept no lease
 
 
+@pytest.mark.parametrize("asked", ["by mode", "by name"])
+def test_room_is_not_taken_from_what_is_being_merged(llama, monkeypatch, asked):
+    source, adapters = llama
+    engine = new_engine(source, adapters)
+    tiers, real = engine.adapters.tiers, WeightMerger.merge
+
+    def merge(merger, values, originals):
+        with tiers._lock:  # as a loader does, for another adapter
+            while tiers._make_room():
+                pass
+        real(merger, values, originals)
+
+    monkeypatch.setattr(WeightMerger, "merge", merge)
+    if asked == "by name":
+        engine.adapters.merge("a")
+    else:
+        engine.adapters.set_merge_mode("a")
+        engine.step()
+    assert engine.merged == "a"
+    assert tiers.num_resident == 1
+    engine.add_request("r", PROMPTS[0], GREEDY, None)
+    tokens = [t for o in run(engine) for t in o.token_ids]
+    model = plain_merged(source, None)
+    assert tokens == plain_generate(model, PROMPTS[0], 12, engine.base.eos_token_ids)
+    engine.adapters.unmerge()
+    engine.adapters.unload("a")  # nothing is held any more
+
+
 def test_weights_that_cannot_be_restored_stop_the_engine(llama, monkeypatch):
     engine = new_engine(*llama)
 

@@ -347,13 +347,20 @@ class AdapterTiers:
 
     def hold(self, version: AdapterVersion) -> None:
         """Keep a version that is READY on the device until `let_go`; counted."""
+        is_held = self.hold_if_ready(version)
+        assert is_held
+
+    def hold_if_ready(self, version: AdapterVersion) -> bool:
+        """Hold a version unless a loader has just taken its room for another one."""
         with self._lock:
-            place = self._places[version]
-            assert place.is_ready
+            place = self._places.get(version)
+            if place is None or not place.is_ready:
+                return False
             if not place.num_holders:
                 self._idle.pop(version, None)
             place.num_holders += 1
             place.is_wanted, place.stays_until = False, 0.0
+            return True
 
     def resident(self, version: AdapterVersion) -> ResidentAdapter:
         """Where a version that is held is."""

@@ -110,9 +110,12 @@ class MergeControl:
             self.put_back()
         elif (lease := self._store.lease_of(wanted)) is not None:
             is_ready = self._tiers.readiness(wanted) is Readiness.READY
-            values = self._tiers.values_at_hand(wanted) if is_ready else None
-            if values is None:
+            if not is_ready or not self._tiers.hold_if_ready(wanted):
                 lease.release()
+                return
+            values = self._tiers.values_at_hand(wanted)
+            if values is None:
+                self._give_back(lease)
                 return
             try:
                 self._put_in(lease, values)
@@ -134,13 +137,20 @@ class MergeControl:
         """
         lease = self._store.acquire(name)
         try:
-            if self._tiers.fetch(lease.version) is not Readiness.READY:
-                raise AdapterUnavailable(
-                    f"no room on the device to merge {name!r} beside the adapters in use"
-                )
-            values = self._tiers.read(lease.version)
+            while True:
+                if self._tiers.fetch(lease.version) is not Readiness.READY:
+                    raise AdapterUnavailable(
+                        f"no room on the device to merge {name!r} beside the adapters in use"
+                    )
+                if self._tiers.hold_if_ready(lease.version):
+                    break
         except BaseException:
             lease.release()
+            raise
+        try:
+            values = self._tiers.read(lease.version)
+        except BaseException:
+            self._give_back(lease)
             raise
         self._put_in(lease, values)
         self._mode = _Mode(name=name)
@@ -159,21 +169,21 @@ class MergeControl:
         self._metrics.num_unmerges += 1
 
     def _put_in(self, lease: Lease, values: AdapterValues) -> None:
-        """Swap an adapter in, whose lease is ours from here on."""
+        """Swap an adapter in. Its lease is ours from here on, and so is the hold on it: a version
+        whose room a loader took while it was written would be in the weights unknown to us."""
         if lease.version is self.version:
-            lease.release()
+            self._give_back(lease)
             return
         started = time.perf_counter()
         plane = self._bank.plane(values.table)
         try:
             self._merger.merge(values, None if plane is None else plane.originals)
         except BaseException:
-            lease.release()
+            self._give_back(lease)
             if not self._merger.is_merged:  # the weights are the base's again
                 self._let_go()
             raise
         self._observe_switch(started, lease.version)
-        self._tiers.hold(lease.version)
         self._let_go()
         self._merged = lease
         self._metrics.num_merges += 1
@@ -182,8 +192,12 @@ class MergeControl:
         """What was merged is so no longer."""
         before, self._merged = self._merged, None
         if before is not None:
-            self._tiers.let_go(before.version)
-            before.release()
+            self._give_back(before)
+
+    def _give_back(self, lease: Lease) -> None:
+        """What was held for merging, and its lease."""
+        self._tiers.let_go(lease.version)
+        lease.release()
 
     def _observe_switch(self, started: float, version: AdapterVersion | None) -> None:
         policy = self._mode.policy
