@@ -18,8 +18,8 @@ def killed_at(folder, which):
 
 
 def test_resumed_runs_give_the_same_bytes(tmp_path):
-    found = killed_at(tmp_path, "3:11")
-    assert len(found["points"]) >= 9
+    found = killed_at(tmp_path, "7:25")
+    assert len(found["points"]) >= 4
     assert all(found["points"].values()), found
 
 
