@@ -324,11 +324,11 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
             generator=torch.Generator(),  # it draws a number, which must not be of the run's
         )
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Answer tokens of a whole step, those of other processes' batches too."""
-        count = super()._get_num_items_in_batch(batch_samples, device)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """A step's batches, and the answer tokens of all processes' batches of that step."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
         self._processes.sum_([count])
-        return count
+        return batches, count
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Backward through a batch; after a step's last, gradients are those of all processes."""
