@@ -32,7 +32,7 @@ def test_host_work_is_what_forward_and_sampling_leave(tmp_path):
 def test_training_steps_of_methods_are_measured(tmp_path):
     source = save_tiny_model(tmp_path / "model")
     flags = [str(source.path), "--rounds", "1", "--rows", "2", "--width", "12", "--out", tmp_path]
-    flags += ["--only", "neuroada k=8;official k=8"]
+    flags += ["--only", "neuroada k=8;official k=8;mask k=8"]
     command = [sys.executable, "-m", "bench.training", *flags]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, cwd=SCRIPT.parent.parent
@@ -41,10 +41,12 @@ def test_training_steps_of_methods_are_measured(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads((tmp_path / "training.json").read_text())
     assert all(one["ok"] for one in result["checks"].values())
-    assert len(result["methods"]) == 2
+    assert len(result["methods"]) == 3
     for name, one in result["methods"].items():
         assert len(one["step_s"]) == 1, name
         assert one["extra_bytes"] >= 0
     ours, official = result["methods"]["neuroada k=8"], result["methods"]["official k=8"]
-    assert ours["parameters"] == official["parameters"]
+    assert (
+        ours["parameters"] == official["parameters"] == result["methods"]["mask k=8"]["parameters"]
+    )
     assert (tmp_path / "training.png").stat().st_size > 1000
