@@ -50,7 +50,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -64,6 +64,8 @@ from torch import Tensor, nn
 
 from neuroada_serve.adapters.select import Selection, magnitude_index
 from neuroada_serve.benchmark.report import environment, plain
+from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.engine import Engine
 from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import (
     BaseModel,
@@ -75,8 +77,9 @@ from neuroada_serve.model.loader import (
 )
 from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.model.source import resolve_model
-from neuroada_serve.train.data import Row, encode_row, end_token_id
-from neuroada_serve.train.inplace import inplace_training, magnitude_selections
+from neuroada_serve.request import SamplingParams
+from neuroada_serve.train.data import Row, encode_row
+from neuroada_serve.train.inplace import InplaceLinear, inplace_training, magnitude_selections
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "neuroada-bench/1"
@@ -85,6 +88,7 @@ GRADIENT_BATCHES = 4
 WARMUP = 0.1
 MAX_GRAD_NORM = 1.0
 TOLERANCE = 1e-3
+_MOST_AT_ONCE = 256  # word problems answered together
 _WINDOW = 4  # batches whose rows are sorted by length together
 _FORMAT = re.compile(r"Answer format: (\S+)\s*$")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
@@ -551,36 +555,47 @@ def score(model: Any, rows: Sequence[Mapping[str, Any]], size: int) -> dict[str,
 
 @torch.no_grad()
 def number_accuracy(
-    base: BaseModel, model: Any, rows: Sequence[Mapping[str, Any]], size: int, max_new_tokens: int
+    base: BaseModel, model: Any, rows: Sequence[Mapping[str, Any]], max_new_tokens: int
 ) -> float:
-    """Share of rows whose greedy answer ends in the right number."""
-    device = next(model.parameters()).device
-    end = end_token_id(base)
-    by_length = sorted(rows, key=lambda row: len(row["p"]))
+    """Share of rows whose greedy answer, by the engine in float32, ends in the right number."""
+    exact = replace(base, model=as_float32(base.model, model), dtype=torch.float32)
+    on_cuda = base.device.type == "cuda"
+    config = EngineConfig(
+        max_num_seqs=min(len(rows), _MOST_AT_ONCE), prefix_cache_memory=0, enforce_eager=on_cuda
+    )
+    engine = Engine(exact, config)
+    texts = [""] * len(rows)
+    for i, row in enumerate(rows):
+        room = engine.max_model_len - len(row["p"])
+        sampling = SamplingParams(max_tokens=min(max_new_tokens, room), temperature=0)
+        engine.add_request(str(i), row["p"], sampling)
+    while engine.has_unfinished:
+        for output in engine.step():
+            texts[int(output.request_id)] += output.text
     right = 0
-    for first in range(0, len(by_length), size):
-        part = by_length[first : first + size]
-        width = max(len(row["p"]) for row in part)
-        input_ids = torch.full((len(part), width), end)
-        mask = torch.zeros_like(input_ids)
-        for i, row in enumerate(part):
-            input_ids[i, width - len(row["p"]) :] = torch.tensor(row["p"])
-            mask[i, width - len(row["p"]) :] = 1
-        with quiet_transformers():
-            out = model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=end,
-                pad_token_id=end,
-            )
-        texts = base.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        for text, row in zip(texts, part, strict=True):
-            number = last_number(text)
-            right += number is not None and abs(number - row["n"]) <= TOLERANCE
+    for text, row in zip(texts, rows, strict=True):
+        number = last_number(text)
+        right += number is not None and abs(number - row["n"]) <= TOLERANCE
     return right / len(rows)
+
+
+def as_float32(plain: Any, trained: Any) -> Any:
+    """A float32 copy of the base that holds what was trained: NeuroAda's and full fine-tuning's
+    weights as training rounded them, LoRA's products added unrounded."""
+    model = copy.deepcopy(plain).float()
+    learned = dict(trained.named_modules())
+    for module in learned.values():
+        if isinstance(module, InplaceLinear):
+            module.write_values_()
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            source = learned[name]
+            if hasattr(source, "lora_A"):
+                weight = getattr(source.get_base_layer(), key).float()
+                parameter.copy_(weight + source.get_delta_weight("default") * (key == "weight"))
+            else:
+                parameter.copy_(getattr(source, key))
+    return model.eval()
 
 
 def last_number(text: str) -> float | None:
@@ -616,14 +631,17 @@ def run_job(
             for name, found in task["evals"].items():
                 record["evals"][name] = score(model, found["rows"], settings.eval_batch)
                 if found["kind"] == "number":
-                    arguments = found["rows"], 4 * settings.eval_batch, settings.max_new_tokens
-                    record["evals"][name]["accuracy"] = number_accuracy(base, model, *arguments)
+                    record["evals"][name]["accuracy"] = number_accuracy(
+                        base, model, found["rows"], settings.max_new_tokens
+                    )
         record["eval_s"] = time.perf_counter() - started - record["train_s"]
 
     if job.phase == "base":
         scores(base.model)
         return record
     model = copy.deepcopy(base.model)
+    if not cuda:  # where rows are short, the fused attention's backward is the slower one
+        model.set_attn_implementation("eager")
     rows = batches_of(task["train"], settings.batch, job.steps, job.seed)
     for count, losses in train(model, METHODS[job.method], rows, job.seed, job.lr):
         record["parameters"], record["train_loss"] = count, [round(loss, 5) for loss in losses]

@@ -1,5 +1,6 @@
 """bench/quality.py: its rows, its methods and its plan on a toy model; once the whole script."""
 
+import copy
 import gzip
 import json
 import math
@@ -200,3 +201,20 @@ def test_parts_stop_resume_and_merge_into_one_report(source, prepared, tmp_path,
         assert row["edge"]
         scores = row["evals"]["MultiArith" if row["task"] == "math" else "BoolQ"]
         assert 0 <= scores["accuracy"]["min"] <= scores["accuracy"]["max"] <= 1
+
+
+@pytest.mark.parametrize("name", ["neuroada-k8", "lora-as-k8", "full"])
+def test_words_are_scored_on_the_weights_as_trained(source, prepared, name):
+    base = load_base(source, device="cpu")
+    model = copy.deepcopy(base.model)
+    batch = rows_of(prepared)[:2]
+    for _ in quality.train(model, quality.METHODS[name], [batch] * 4, seed=1, lr=0.05):
+        exact = quality.as_float32(base.model, model)
+        input_ids = torch.tensor([batch[0]["p"]])
+        with torch.no_grad():
+            expected = model(input_ids=input_ids).logits.float()
+            found = exact(input_ids=input_ids).logits
+            untrained = base.model(input_ids=input_ids).logits.float()
+    assert all(parameter.dtype == torch.float32 for parameter in exact.parameters())
+    error, change = (found - expected).abs().max(), (untrained - expected).abs().max()
+    assert error < 0.1 * change
