@@ -15,7 +15,8 @@ of its grid is flagged: a better one may lie outside.
     full        every parameter, embeddings and norms too, with a float32 master copy
 
 A multiple-choice row is right if, after the answer's beginning that all its options share, the
-right option's next token is the likeliest of the options'. A word problem is right if the last
+right option's next token is the likeliest of the options'. Word problems are answered greedily by
+the engine, from weights of the base's dtype, into which LoRA is merged; one is right if the last
 number of the greedy answer is within 0.001 of the true one. `loss` is that of the reference answer.
 
 Runs are spread over --workers processes, each line of OUT.runs.jsonl is one that is done; started
@@ -557,13 +558,13 @@ def score(model: Any, rows: Sequence[Mapping[str, Any]], size: int) -> dict[str,
 def number_accuracy(
     base: BaseModel, model: Any, rows: Sequence[Mapping[str, Any]], max_new_tokens: int
 ) -> float:
-    """Share of rows whose greedy answer, by the engine in float32, ends in the right number."""
-    exact = replace(base, model=as_float32(base.model, model), dtype=torch.float32)
+    """Share of rows whose greedy answer, by the engine, ends in the right number."""
+    served = replace(base, model=as_weights(base.model, model))
     on_cuda = base.device.type == "cuda"
     config = EngineConfig(
         max_num_seqs=min(len(rows), _MOST_AT_ONCE), prefix_cache_memory=0, enforce_eager=on_cuda
     )
-    engine = Engine(exact, config)
+    engine = Engine(served, config)
     texts = [""] * len(rows)
     for i, row in enumerate(rows):
         room = engine.max_model_len - len(row["p"])
@@ -579,22 +580,21 @@ def number_accuracy(
     return right / len(rows)
 
 
-def as_float32(plain: Any, trained: Any) -> Any:
-    """A float32 copy of the base that holds what was trained: NeuroAda's and full fine-tuning's
-    weights as training rounded them, LoRA's products added unrounded."""
-    model = copy.deepcopy(plain).float()
+def as_weights(plain: Any, trained: Any) -> Any:
+    """A copy of the base that holds what was trained in its weights, rounded to their dtype."""
+    model = copy.deepcopy(plain)
     learned = dict(trained.named_modules())
     for module in learned.values():
         if isinstance(module, InplaceLinear):
             module.write_values_()
     for name, module in model.named_modules():
+        source = learned[name]
+        if hasattr(source, "lora_A"):
+            weight = module.weight.float() + source.get_delta_weight("default").float()
+            module.weight.copy_(weight)
+            continue
         for key, parameter in module.named_parameters(recurse=False):
-            source = learned[name]
-            if hasattr(source, "lora_A"):
-                weight = getattr(source.get_base_layer(), key).float()
-                parameter.copy_(weight + source.get_delta_weight("default") * (key == "weight"))
-            else:
-                parameter.copy_(getattr(source, key))
+            parameter.copy_(getattr(source, key))
     return model.eval()
 
 

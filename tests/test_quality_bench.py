@@ -209,12 +209,12 @@ def test_words_are_scored_on_the_weights_as_trained(source, prepared, name):
     model = copy.deepcopy(base.model)
     batch = rows_of(prepared)[:2]
     for _ in quality.train(model, quality.METHODS[name], [batch] * 4, seed=1, lr=0.05):
-        exact = quality.as_float32(base.model, model)
+        served = quality.as_weights(base.model, model)
         input_ids = torch.tensor([batch[0]["p"]])
         with torch.no_grad():
             expected = model(input_ids=input_ids).logits.float()
-            found = exact(input_ids=input_ids).logits
+            found = served(input_ids=input_ids).logits.float()
             untrained = base.model(input_ids=input_ids).logits.float()
-    assert all(parameter.dtype == torch.float32 for parameter in exact.parameters())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in served.parameters())
     error, change = (found - expected).abs().max(), (untrained - expected).abs().max()
     assert error < 0.1 * change
