@@ -1,14 +1,11 @@
 """The `neuroada` command. Heavy imports wait until a command needs them."""
 
-import atexit
 import gc
 import json
 import math
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +27,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from neuroada_serve.engine.llm import LLM
+    from neuroada_serve.train.rows import Data
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -391,9 +389,9 @@ def train(
         dtype=dtype,
         prompt_format="plain" if plain else "chat",
     )
-    data_file = _data_file(data)
+    rows = _data(data)
     if eval_data is not None:
-        config = replace(config, eval_data=_data_file(eval_data))
+        config = replace(config, eval_data=_data(eval_data))
 
     from neuroada_serve.model.loader import load_base
     from neuroada_serve.model.source import resolve_model
@@ -406,10 +404,10 @@ def train(
         if check:
             from neuroada_serve.train.data import load_data
 
-            notify(f"{load_data(base, data_file, config).report}.")
+            notify(f"{load_data(base, rows, config).report}.")
             return
         report = train_adapter(
-            base, data_file, out_dir, config, notify=notify, fresh=fresh, publish=publish
+            base, rows, out_dir, config, notify=notify, fresh=fresh, publish=publish
         )
     if not processes.is_first:
         return
@@ -455,18 +453,16 @@ def _learning_rate(text: str | None) -> Any:
         raise UsageError(f"--lr takes a number or auto, not {text!r}") from None
 
 
-def _data_file(source: str) -> Path:
-    """The file of rows that --data or --eval-data names; a hub's, for as long as we run."""
+def _data(source: str) -> "Data":
+    """The rows that --data or --eval-data names."""
     if not source.startswith("hub:"):
         if not Path(source).is_file():
             raise UsageError(f"no file {source!r}")
         return Path(source)
-    from neuroada_serve.train.hub import save_hub_rows
+    from neuroada_serve.train.hub import open_hub_rows
 
-    folder = Path(tempfile.mkdtemp(prefix="neuroada-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     _notify(f"Reading {source}.")
-    return save_hub_rows(source, folder)
+    return open_hub_rows(source)
 
 
 def _llm_with(
@@ -552,8 +548,8 @@ def _eval(
     dtype: Dtype = "auto",
     plain: Plain = False,
 ) -> None:
-    """Score a base and adapters on the answers of JSONL rows, in one run."""
-    data_file = _data_file(data)
+    """Score a base and adapters on the answers of rows, in one run."""
+    rows = _data(data)
     folders = _adapters_to_score(adapter or [])
     if save and not folders:
         raise UsageError("--save puts scores into adapters; name one with --adapter")
@@ -581,22 +577,22 @@ def _eval(
         llm = LLM(model, folders, dtype=dtype, notify=_notify)
     subjects = [*([report.BASE] if base else []), *folders]
     asked = [*([None] if base else []), *folders]
-    found = evaluate(llm, data_file, asked, settings, console=err)
+    found = evaluate(llm, rows, asked, settings, console=err)
     if out_file is not None:
-        written = report.write_results(found, subjects, model, data_file, out_file, _notify)
+        written = report.write_results(found, subjects, model, rows, out_file, _notify)
         _notify("Written: " + ", ".join(map(str, written)))
     if save:
         of_base, of_adapters = found.results[:base], found.results[base:]
         for folder, result in zip(folders.values(), of_adapters, strict=True):
-            report.save_scores(folder, result, next(iter(of_base), None), data_file, _notify)
+            report.save_scores(folder, result, next(iter(of_base), None), rows, _notify)
             _notify(f"Scores saved in {folder}")
     if json_output:
         first = found.results[min(int(base), len(found.results) - 1)]  # adapter, else the base
         flat = {name: score.value for name, score in first.scores.items()}
-        whole = report.document(found, subjects, model, data_file)
+        whole = report.document(found, subjects, model, rows)
         print(json.dumps({"rows": found.rows, **flat, **whole}))
         return
-    out.print(report.score_table(found, subjects, f"{data_file.name}, {found.rows} rows"))
+    out.print(report.score_table(found, subjects, f"{rows.name}, {found.rows} rows"))
 
 
 def _adapters_to_score(flags: list[str]) -> dict[str, Path]:

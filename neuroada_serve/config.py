@@ -5,9 +5,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from neuroada_serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from neuroada_serve.train.hub import HubRows
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -204,7 +207,7 @@ class TrainConfig:
     eval_fraction: float = _option(
         0.1, "Share of the rows held out and scored before and after; 0 holds out none."
     )
-    eval_data: Path | None = _option(
+    eval_data: "Path | HubRows | None" = _option(
         None, "Held-out rows, as --data has them; instead of --eval-fraction."
     )
     eval_steps: int | None = _option(

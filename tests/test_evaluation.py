@@ -303,7 +303,7 @@ def test_command_writes_scores_predictions_and_plots(source, folder, write, tmp_
         "value", "low", "high", "rows", "interval"
     }  # fmt: skip
     lines = (tmp_path / "results.predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["line"] for line in lines] == [1, 2, 3] * 3
+    assert [json.loads(line)["number"] for line in lines] == [1, 2, 3] * 3
     assert {"text", "chosen", "loglikelihoods", "points"} <= json.loads(lines[0]).keys()
     plots = sorted(path.name for path in tmp_path.glob("results.*.png"))
     assert "results.scores.png" in plots

@@ -158,8 +158,8 @@ def test_split_is_by_seed_and_not_by_order():
     train, heldout = split_rows(rows, 0.2, seed=1)
     assert (len(train), len(heldout)) == (40, 10)
     again = split_rows(rows[::-1], 0.2, seed=1)[1]
-    assert {r.line for r in again} == {r.line for r in heldout}
-    assert {r.line for r in split_rows(rows, 0.2, seed=2)[1]} != {r.line for r in heldout}
+    assert {r.number for r in again} == {r.number for r in heldout}
+    assert {r.number for r in split_rows(rows, 0.2, seed=2)[1]} != {r.number for r in heldout}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -236,5 +236,5 @@ def test_a_heldout_file_that_repeats_training_prompts_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     rows = [{"prompt": "new", "completion": "x"}, {"prompt": "seen", "completion": "y"}]
     heldout = _file(tmp_path / "other", *rows)
-    with pytest.raises(DataError, match=r"1 prompts .* first on line 2"):
+    with pytest.raises(DataError, match=r"1 prompts .* first in line 2"):
         load_data(_base(), data, TrainConfig(eval_data=heldout))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -9,7 +10,7 @@ from test_cli import run
 from test_train import make_base
 
 from neuroada_serve.errors import DataError, UsageError
-from neuroada_serve.train.hub import save_hub_rows
+from neuroada_serve.train.hub import open_hub_rows
 
 
 @pytest.fixture
@@ -20,6 +21,7 @@ def data_set(tmp_path, monkeypatch):
         "label": datasets.ClassLabel(names=["bad", "good"]),
         "picture": datasets.Image(),
         "day": datasets.Value("date32"),
+        "turns": datasets.List({"tone": datasets.ClassLabel(names=["calm", "loud"])}),
     }
     for split, texts in (("train", ["a", "b", "é"]), ("test", ["c"])):
         columns = {
@@ -27,49 +29,88 @@ def data_set(tmp_path, monkeypatch):
             "label": [0, 1, -1][: len(texts)],
             "picture": [None] * len(texts),
             "day": [None] * len(texts),
+            "turns": [[{"tone": 1}, {"tone": 0}], None, []][: len(texts)],
         }
         made = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
         made.to_parquet(tmp_path / "reviews" / "data" / f"{split}-00000-of-00001.parquet")
     return f"hub:{tmp_path / 'reviews'}"
 
 
-def test_rows_have_their_labels_names(data_set, tmp_path):
-    path = save_hub_rows(data_set, tmp_path)
-    assert path.name == "reviews-train.jsonl"
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+def test_labels_become_names_at_any_depth(data_set):
+    found = open_hub_rows(data_set)
+    assert found.name == f"{data_set.removeprefix('hub:')}@train"
+    numbers, rows = zip(*found.records(), strict=True)
+    assert numbers == (1, 2, 3)
     assert [(row["text"], row["label"]) for row in rows] == [
         ("a", "bad"),
         ("b", "good"),
         ("é", None),
     ]
+    assert [row["turns"] for row in rows] == [[{"tone": "loud"}, {"tone": "calm"}], None, []]
     assert "picture" not in rows[0]
-    assert len(save_hub_rows(f"{data_set}:default@test", tmp_path).read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("behind", "texts"),
+    [("@test", "c"), (":default@test", "c"), ("@train[1:]", "bé"), ("@train[:1]+test", "ac")],
+)
+def test_splits_are_named_as_in_datasets(data_set, behind, texts):
+    found = open_hub_rows(data_set + behind)
+    assert "".join(row["text"] for _, row in found.records()) == texts
+    assert found.name.endswith(behind)
 
 
 @pytest.mark.parametrize(
     ("behind", "fault"),
-    [("@dev", "dev.*train"), (":other", "other.*default"), ("/none", "none")],
+    [("@dev", "dev.*train"), (":other", "other.*default"), ("/none", "none.*OWNER/NAME")],
 )
-def test_what_is_not_there_is_told(data_set, tmp_path, behind, fault):
+def test_what_is_not_there_is_told(data_set, behind, fault):
     with pytest.raises(DataError, match=fault):
-        save_hub_rows(data_set + behind, tmp_path)
+        open_hub_rows(data_set + behind)
 
 
-def test_what_is_not_written_so_or_not_installed_is_told(tmp_path, monkeypatch):
+def test_a_hub_out_of_reach_is_told(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="no route; the hub is out of reach"):
+        open_hub_rows("hub:a/b")
+
+
+def test_a_folder_that_hides_a_set_is_refused(data_set, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="would be read instead"):
+        open_hub_rows("hub:reviews")
+
+
+def test_what_is_not_written_so_or_not_installed_is_told(monkeypatch):
     with pytest.raises(UsageError, match="is not written hub:OWNER/NAME:CONFIG@SPLIT"):
-        save_hub_rows("hub:", tmp_path)
+        open_hub_rows("hub:")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install \"neuroada-serve\[hub\]\""):
-        save_hub_rows("hub:a/b", tmp_path)
+        open_hub_rows("hub:a/b")
 
 
-def test_training_and_scoring_take_them(data_set, tmp_path):
+def test_training_and_scoring_name_the_set_and_the_row(data_set, tmp_path):
     make_base(tmp_path / "tiny", "llama")
-    checked = run(
-        "train", tmp_path / "tiny", "--data", data_set + "@test", "--out", tmp_path / "a",
-        "--eval-data", data_set + "@test", "--check",
-    )  # fmt: skip
-    assert checked.exit_code == 2
-    assert "held-out rows must not be trained on" in checked.stderr
-    scored = run("eval", tmp_path / "tiny", "--data", data_set + "@test", "--json")
-    assert scored.exit_code == 0, scored.stderr
+    one_row = data_set + "@test"
+    train = "train", tmp_path / "tiny", "--out", tmp_path / "a"
+    same = run(*train, "--data", one_row, "--eval-data", one_row, "--check")
+    assert same.exit_code == 2
+    assert f"of {one_row} are in {one_row} too, the first in row 1; held-out rows" in same.stderr
+    no_label = run(*train, "--data", data_set)
+    assert f"{data_set}@train has 1 unusable row:\n  row 3: label" in no_label.stderr
+
+    labelled = data_set + "@train[:2]"
+    trained = run(*train, "--data", labelled, "--eval-data", one_row, "--epochs", "1", "--k", "1")
+    assert trained.exit_code == 0, trained.stderr
+    for split in (labelled, one_row):
+        scored = run(
+            "eval", tmp_path / "tiny", "--data", split, "--adapter", tmp_path / "a", "--save"
+        )
+        assert scored.exit_code == 0, scored.stderr
+    metadata = json.loads(Path(tmp_path / "a" / "adapter_config.json").read_text())["metadata"]
+    names = [split.removeprefix("hub:") for split in (labelled, one_row)]
+    assert [metadata["recipe"]["data"], metadata["recipe"]["heldout"]] == names
+    assert sorted(metadata["scores"]["evaluated"]) == sorted(names)

@@ -127,7 +127,7 @@ def test_what_could_be_read_in_two_ways_is_refused(also, named, tmp_path):
         ("a.csv", "prompt,completion\n", "has no rows"),
         ("a.json", '{"prompt": "a"}', "must hold a list of objects, not dict"),
         ("a.json", '{"prompt": "a"}\n{"prompt": "b"}', "Extra data, line 2; an object a line is"),
-        ("a.json", "[1]", "line 1: must be a JSON object, not int"),
+        ("a.json", "[1]", "row 1: must be a JSON object, not int"),
         ("a.json", "[" * 100_000, "no JSON that can be read"),
         ("a.jsonl.gz", b"no gzip", "is no whole gzip file"),
         ("a.parquet", b"PAR1 no", "is no parquet file"),

@@ -9,12 +9,12 @@ Rows are those that training reads. Beside its answer a row may have
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from neuroada_serve.errors import DataError
 from neuroada_serve.evaluation.exact import after_trigger
 from neuroada_serve.train.data import Row, read_rows
+from neuroada_serve.train.rows import Data, place
 
 PAPER_TRIGGER = "the correct answer is "
 PAPER_KEY = "answer"
@@ -43,13 +43,13 @@ class Question:
 
 
 def read_questions(
-    path: Path,
+    data: Data,
     *,
     answer_key: str | None = None,
     trigger: str | None = None,
     choices: Sequence[str] | None = None,
 ) -> list[Question]:
-    """The questions of a data file.
+    """The questions of a file or of a set on the hub.
 
     Args:
         answer_key: of the answer that counts; default "answer", in rows that have it beside
@@ -61,18 +61,18 @@ def read_questions(
             file, if there are at most 20, and two rows to each.
 
     Raises:
-        DataError: rows at fault; names the line.
+        DataError: rows at fault; names the first.
     """
-    rows = read_rows(path)
+    rows = read_rows(data)
     extras = [row.raw for row in rows]
     if answer_key is not None and not any(answer_key in extra for extra in extras):
-        raise DataError(f"{path}: no row has the key {answer_key!r}; leave out --answer-key")
+        raise DataError(f"{data}: no row has the key {answer_key!r}; leave out --answer-key")
     questions = []
     for row, extra in zip(rows, extras, strict=True):
-        label = _label(path, row, extra, answer_key)
+        label = _label(data, row, extra, answer_key)
         marks = trigger if trigger is not None else "" if label is None else PAPER_TRIGGER
         right = (after_trigger(row.answer, marks) if label is None else label).strip()
-        options = _own_choices(path, row, extra) or tuple(choices or ())
+        options = _own_choices(data, row, extra) or tuple(choices or ())
         given = bool(options)
         if not options and label is not None and (named := _FORMAT.search(row.text)):
             options = tuple(named[1].split("/"))
@@ -83,11 +83,11 @@ def read_questions(
     if 2 <= len(distinct) <= MAX_LABELS and 2 * len(distinct) <= len(questions):
         questions = [q if q.options else replace(q, options=tuple(distinct)) for q in questions]
     for question in questions:
-        _check(path, question)
+        _check(data, question)
     return questions
 
 
-def _label(path: Path, row: Row, extra: Mapping[str, Any], answer_key: str | None) -> str | None:
+def _label(data: Data, row: Row, extra: Mapping[str, Any], answer_key: str | None) -> str | None:
     key = answer_key or PAPER_KEY
     if key not in extra or (answer_key is None and "output" not in extra):
         return None
@@ -95,25 +95,25 @@ def _label(path: Path, row: Row, extra: Mapping[str, Any], answer_key: str | Non
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         if answer_key is None:
             return None
-        raise DataError(f"{path} line {row.line}: {key} must be a text or a number")
+        raise DataError(f"{data} {place(data, row.number)}: {key} must be a text or a number")
     if not str(value).strip():
-        raise DataError(f"{path} line {row.line}: {key} is empty")
+        raise DataError(f"{data} {place(data, row.number)}: {key} is empty")
     return str(value)
 
 
-def _own_choices(path: Path, row: Row, extra: Mapping[str, Any]) -> tuple[str, ...]:
+def _own_choices(data: Data, row: Row, extra: Mapping[str, Any]) -> tuple[str, ...]:
     choices = extra.get("choices")
     if choices is None:
         return ()
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{path} line {row.line}: choices must be a list of texts")
+        raise DataError(f"{data} {place(data, row.number)}: choices must be a list of texts")
     if len(choices) < 2:
-        raise DataError(f"{path} line {row.line}: choices must be two or more")
+        raise DataError(f"{data} {place(data, row.number)}: choices must be two or more")
     return tuple(choice.strip() for choice in choices)
 
 
-def _check(path: Path, question: Question) -> None:
-    where = f"{path} line {question.row.line}"
+def _check(data: Data, question: Question) -> None:
+    where = f"{data} {place(data, question.row.number)}"
     options = question.options
     if not all(options):
         raise DataError(f"{where}: one of the choices is empty")

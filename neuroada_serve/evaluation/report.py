@@ -3,15 +3,16 @@
 The document (`schema` is "neuroada-eval/1"):
 
     date, versions      when, and of which packages
-    model, data, rows   the base, the data file's name, rows scored
+    model, data, rows   the base, the data's name, rows scored
     metrics             as chosen
     scores              subject -> score name -> {"value", "low", "high", "rows", "interval"}; the
                         base is "base", adapters have their names
     digests             adapter -> digest of the version that answered
     confusion           subject -> choice metric -> {"labels", "counts"}, see `run.Confusion`
 
-A line of predictions: {"line", "subject", "prompt", "right", "text", "chosen", "loglikelihoods",
-"points", "loss"}, see `run.Prediction`; what a run did not need is left out.
+A line of predictions: {"number", "subject", "prompt", "right", "text", "chosen", "loglikelihoods",
+"points", "loss"}, see `run.Prediction`; number is the line or row. What a run did not need is left
+out.
 """
 
 import json
@@ -33,6 +34,7 @@ from neuroada_serve.adapters.reader import MAX_CONFIG_BYTES, AdapterReader
 from neuroada_serve.errors import AdapterError, UsageError
 from neuroada_serve.evaluation.plot import confusion_plot, score_bars
 from neuroada_serve.evaluation.run import Evaluation, Result, Score
+from neuroada_serve.train.rows import Data
 
 SCHEMA = "neuroada-eval/1"
 BASE = "base"
@@ -55,7 +57,7 @@ def score_table(evaluation: Evaluation, subjects: Sequence[str], title: str) -> 
 
 
 def document(
-    evaluation: Evaluation, subjects: Sequence[str], model: str, data: Path
+    evaluation: Evaluation, subjects: Sequence[str], model: str, data: Data
 ) -> dict[str, Any]:
     """The run as one JSON object, without its predictions."""
     named = list(zip(subjects, evaluation.results, strict=True))
@@ -102,7 +104,7 @@ def write_results(
     evaluation: Evaluation,
     subjects: Sequence[str],
     model: str,
-    data: Path,
+    data: Data,
     out: Path,
     notify: Callable[[str], None],
 ) -> list[Path]:
@@ -136,7 +138,7 @@ def _prediction_lines(evaluation: Evaluation, subjects: Sequence[str]) -> Iterat
     for subject, result in zip(subjects, evaluation.results, strict=True):
         for said in result.predictions:
             line = {
-                "line": said.question.row.line,
+                "number": said.question.row.number,
                 "subject": subject,
                 "prompt": said.question.row.text,
                 "right": said.question.right,
@@ -151,7 +153,7 @@ def _prediction_lines(evaluation: Evaluation, subjects: Sequence[str]) -> Iterat
 
 
 def _plots(
-    evaluation: Evaluation, subjects: Sequence[str], data: Path, out: Path
+    evaluation: Evaluation, subjects: Sequence[str], data: Data, out: Path
 ) -> dict[Path, bytes]:
     plots = {}
     named = dict(zip(subjects, evaluation.results, strict=True))
@@ -174,7 +176,7 @@ def save_scores(
     folder: Path,
     result: Result,
     base: Result | None,
-    data: Path,
+    data: Data,
     notify: Callable[[str], None],
 ) -> None:
     """Put scores into an adapter's config, at metadata.scores.evaluated[data's name], and into its

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +21,7 @@ from neuroada_serve.intervals import wilson
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import FinishReason, Output, RequestOutput, SamplingParams
 from neuroada_serve.train.data import encode_prompt, encode_row
+from neuroada_serve.train.rows import Data, place
 
 METRICS = ("loss", "exact_match", "number", "choice_likelihood", "choice_generation", "f1")
 PER_TOKEN = "choice_likelihood_per_token"
@@ -152,7 +152,7 @@ def default_metrics(questions: Sequence[Question]) -> tuple[str, ...]:
 
 def evaluate(
     llm: LLM,
-    data: Path,
+    data: Data,
     adapters: Sequence[str | None] = (None,),
     settings: EvalSettings | None = None,
     *,
@@ -253,9 +253,9 @@ class _Task:
     max_tokens: int
 
 
-def _check_metrics(data: Path, questions: Sequence[Question], metrics: Sequence[str]) -> None:
+def _check_metrics(data: Data, questions: Sequence[Question], metrics: Sequence[str]) -> None:
     for question in questions:
-        where = f"{data} line {question.row.line}"
+        where = f"{data} {place(data, question.row.number)}"
         if any(name.startswith("choice_") for name in metrics) and not question.options:
             raise DataError(
                 f'{where} has no options to choose from: give the row "choices": [...], or name '
@@ -268,7 +268,7 @@ def _check_metrics(data: Path, questions: Sequence[Question], metrics: Sequence[
 
 def _encode_all(
     llm: LLM,
-    data: Path,
+    data: Data,
     questions: Sequence[Question],
     metrics: Sequence[str],
     settings: EvalSettings,
@@ -276,7 +276,7 @@ def _encode_all(
     base, most = llm.engine.base, llm.engine.max_model_len
     tasks = []
     for question in questions:
-        where = f"{data} line {question.row.line}"
+        where = f"{data} {place(data, question.row.number)}"
         try:
             task = _encode(base, question, metrics, settings)
         except RequestError as error:

@@ -1,6 +1,6 @@
 """Rows in: a file of questions and answers becomes token ids to train and score on.
 
-`train/rows.py` reads the file. A row has keys of one of these shapes; others are ignored:
+`train/rows.py` reads it. A row has keys of one of these shapes; others are ignored:
     messages [{"role", "content"}, ...]      the last message is the assistant's answer
     prompt, completion
     instruction, output, and input if there is one
@@ -17,7 +17,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from neuroada_serve.config import TrainConfig
@@ -25,7 +24,7 @@ from neuroada_serve.errors import DataError, RequestError
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.prompt import encode_chat, encode_text
 from neuroada_serve.model.quiet import quiet_transformers
-from neuroada_serve.train.rows import Faults, RecordFault, read_records
+from neuroada_serve.train.rows import Data, Faults, RecordFault, place, read_records
 
 _SHAPES = (
     '{"messages"}, {"prompt", "completion"}, {"instruction", "input", "output"}, '
@@ -46,14 +45,14 @@ _KEYS: tuple[tuple[str, ...], ...] = (  # a row has all keys of one of these
 class Row:
     """One question and its answer.
 
-    line: where it stands in its file, from 1.
+    number: its line or row in its data, see `train.rows.place`.
     messages: the conversation before the answer, as sent to the chat template.
     text: the same as a plain prompt.
     answer: what the model should say.
-    raw: all of the file's row.
+    raw: all of the row.
     """
 
-    line: int
+    number: int
     messages: tuple[dict[str, Any], ...]
     text: str
     answer: str
@@ -77,7 +76,7 @@ class Example:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of a file's rows, told before anything is trained.
+    """What became of the rows, told before anything is trained.
 
     too_long: left out. cut: whose prompts lost their beginning. tokens: of the rows used, prompts
     and answers together; answer_tokens: those that are trained on or scored. longest: tokens of
@@ -127,28 +126,28 @@ class TrainingData:
     report: DataReport
 
 
-def load_data(base: BaseModel, path: Path, config: TrainConfig) -> TrainingData:
-    """Read, split and encode a file of rows.
+def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
+    """Read, split and encode rows.
 
     Raises:
-        DataError: names the file and the lines at fault, or says why no row is left to train on.
+        DataError: names the data and the rows at fault, or says why no row is left to train on.
     """
-    rows = read_rows(path, config.columns)
+    rows = read_rows(data, config.columns)
     if config.eval_data is None:
         train_rows, heldout_rows = split_rows(rows, config.eval_fraction, config.seed)
     else:
         train_rows, heldout_rows = rows, read_rows(config.eval_data, config.columns)
-        _refuse_shared_prompts(path, train_rows, config.eval_data, heldout_rows)
+        _refuse_shared_prompts(data, train_rows, config.eval_data, heldout_rows)
     most = min(config.max_length, base.max_model_len)
-    train = _encode_rows(base, path, train_rows, config.prompt_format)
-    heldout = _encode_rows(base, config.eval_data or path, heldout_rows, config.prompt_format)
+    train = _encode_rows(base, data, train_rows, config.prompt_format)
+    heldout = _encode_rows(base, config.eval_data or data, heldout_rows, config.prompt_format)
 
     cuts = config.too_long == "cut"
     short_train = tuple(_fitted(train, most, cuts))
     short_heldout = tuple(_fitted(heldout, most, cuts))
     if not short_train:
         raise DataError(
-            f"{path}: every training row is longer than {most} tokens, the shortest has "
+            f"{data}: every training row is longer than {most} tokens, the shortest has "
             f"{min(map(len, train))}; "
             + (
                 "raise --max-length"
@@ -187,18 +186,18 @@ def _fitted(examples: Iterable[Example], most: int, cuts: bool) -> Iterable[Exam
             yield Example(example.prompt_ids[-room:], example.answer_ids)
 
 
-def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of a file, see `read_records`.
+def read_rows(data: Data, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of a file or of the hub, see `read_records`.
 
     Args:
-        columns: our keys -> the file's, as {"prompt": "question", "completion": "reply"}.
+        columns: our keys -> the data's, as {"prompt": "question", "completion": "reply"}.
 
     Raises:
         DataError: no such file, no rows, or rows of no known shape; the first faults are listed.
     """
     rows = []
-    faults = Faults(path)
-    for number, record in read_records(path):
+    faults = Faults(data)
+    for number, record in read_records(data):
         try:
             if isinstance(record, RecordFault):
                 raise record
@@ -208,7 +207,7 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> list[Row]
             faults.add(number, str(fault))
     faults.raise_if_any()
     if not rows:
-        raise DataError(f"data file {path} has no rows; it needs some of {_SHAPES}")
+        raise DataError(f"{data} has no rows; it needs some of {_SHAPES}")
     return rows
 
 
@@ -292,29 +291,29 @@ def end_token_id(base: BaseModel) -> int:
 
 
 def _refuse_shared_prompts(
-    path: Path, train_rows: Sequence[Row], eval_path: Path, heldout_rows: Sequence[Row]
+    data: Data, train_rows: Sequence[Row], eval_data: Data, heldout_rows: Sequence[Row]
 ) -> None:
     """Held-out rows that are trained on would score the memory."""
     trained = {row.text for row in train_rows}
-    shared = [row.line for row in heldout_rows if row.text in trained]
+    shared = [row.number for row in heldout_rows if row.text in trained]
     if shared:
         raise DataError(
-            f"{len(shared)} prompts of {eval_path} are in {path} too, the first on line "
-            f"{shared[0]}; held-out rows must not be trained on"
+            f"{len(shared)} prompts of {eval_data} are in {data} too, the first in "
+            f"{place(eval_data, shared[0])}; held-out rows must not be trained on"
         )
 
 
 def _encode_rows(
-    base: BaseModel, path: Path, rows: Iterable[Row], prompt_format: str
+    base: BaseModel, data: Data, rows: Iterable[Row], prompt_format: str
 ) -> list[Example]:
     examples = []
-    faults = Faults(path)
+    faults = Faults(data)
     with quiet_transformers():  # the tokenizer warns of rows that we are about to leave out
         for row in rows:
             try:
                 examples.append(encode_row(base, row, prompt_format))
             except RequestError as error:
-                faults.add(row.line, str(error))
+                faults.add(row.number, str(error))
     faults.raise_if_any()
     return examples
 

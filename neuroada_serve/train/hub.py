@@ -2,30 +2,56 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from neuroada_serve.errors import DataError, UsageError
 
 PREFIX = "hub:"
-_SOURCE = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
+_FORM = "hub:OWNER/NAME:CONFIG@SPLIT"
+_SOURCE = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))?")
 
 
-def save_hub_rows(source: str, folder: Path) -> Path:
-    """The rows of hub:OWNER/NAME, with :CONFIG and @SPLIT behind it as wanted, as a JSONL file.
+@dataclass(frozen=True, eq=False)
+class HubRows:
+    """The rows of one split. `datasets` keeps them in its cache, from where they are read.
 
-    Labels that are stored as numbers become their names; images, sound and the like are left out.
+    name: the set as faults and model cards call it: OWNER/NAME:CONFIG@SPLIT, config where one was
+        named.
+    """
+
+    name: str
+    _rows: Any  # datasets.Dataset
+    _clean: Callable[[dict[str, Any]], dict[str, Any]]
+
+    def __str__(self) -> str:
+        return PREFIX + self.name
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, row) from 1. Values are what JSON holds; dates, say, become texts."""
+        for number, row in enumerate(self._rows, start=1):
+            yield number, json.loads(json.dumps(self._clean(row), default=str))
+
+
+def open_hub_rows(source: str) -> HubRows:
+    """The rows of hub:OWNER/NAME, with :CONFIG and @SPLIT behind it as wanted.
+
+    Labels that are stored as numbers become their names, -1 (no label) None; images, sound and the
+    like are left out.
 
     Args:
-        source: its split is train where none is named.
-        folder: to write to; the file is named after the source.
+        source: its split is train where none is named; @train[:1000] and @train+test are splits
+            too. A folder on this machine is named by its whole path.
 
     Raises:
         DataError: no such set, config or split, or the hub cannot be reached.
-        UsageError: `source` is not written so, or `datasets` is missing.
+        UsageError: `source` is not written so, a local folder hides it, or `datasets` is missing.
     """
     found = _SOURCE.fullmatch(source.removeprefix(PREFIX))
     if found is None:
-        raise UsageError(f"{source!r} is not written hub:OWNER/NAME:CONFIG@SPLIT")
+        raise UsageError(f"{source!r} is not written {_FORM}")
     try:
         import datasets
     except ImportError as error:
@@ -34,25 +60,46 @@ def save_hub_rows(source: str, folder: Path) -> Path:
         ) from error
 
     name, config, split = found["name"], found["config"], found["split"] or "train"
+    if Path(name).exists() and not Path(name).is_absolute():
+        raise UsageError(
+            f"{source}: {name} is here as well, and would be read instead of the hub's set; run "
+            f"from another folder, or name the one here as {PREFIX}{Path(name).resolve()}"
+        )
     try:
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of many libraries: the hub's, the network's, the file formats'
-        raise DataError(
-            f"{source} cannot be read: {error}; it must be hub:OWNER/NAME:CONFIG@SPLIT, public or "
-            "yours by `hf auth login`, and the hub within reach"
-        ) from error
+        raise DataError(f"{source} cannot be read: {error}{_fix(error)}") from error
     rows = rows.select_columns(
         [column for column, kind in rows.features.items() if not hasattr(kind, "decode_example")]
     )
-    labels = {
-        column: dict(enumerate(kind.names))  # some rows have -1: no label
-        for column, kind in rows.features.items()
-        if isinstance(kind, datasets.ClassLabel)
-    }
-    stem = "-".join(filter(None, (name.rpartition("/")[2], config, split)))
-    path = folder / (re.sub(r"[^\w.-]+", "-", stem) + ".jsonl")
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            named = {column: names.get(row[column]) for column, names in labels.items()}
-            file.write(json.dumps({**row, **named}, ensure_ascii=False, default=str) + "\n")
-    return path
+    kinds = dict(rows.features)
+
+    def clean(row: dict[str, Any]) -> dict[str, Any]:
+        return {column: _named(kinds[column], value) for column, value in row.items()}
+
+    shown = f"{name}:{config}" if config else name
+    return HubRows(f"{shown}@{split}", rows, clean)
+
+
+def _fix(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"; it must be {_FORM}, public or yours by `hf auth login`"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return "; the hub is out of reach, and the set is not in the cache of `datasets`"
+    return ""
+
+
+def _named(kind: Any, value: Any) -> Any:
+    """A value with the names of its labels in place of their numbers, at any depth."""
+    from datasets import ClassLabel
+
+    if value is None:
+        return None
+    if isinstance(kind, ClassLabel):
+        return kind.names[value] if 0 <= value < len(kind.names) else None
+    if isinstance(kind, dict):
+        return {key: _named(kind[key], part) for key, part in value.items()}
+    inner = getattr(kind, "feature", None)  # of List and LargeList
+    if inner is not None and isinstance(value, list):
+        return [_named(inner, part) for part in value]
+    return value

@@ -1,4 +1,4 @@
-"""A file of rows as dictionaries, with the line each is on.
+"""Rows as dictionaries, with the place of each: those of a file, or of the hub.
 
     .jsonl .ndjson    an object a line
     .json             a list of objects
@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from neuroada_serve.errors import DataError, UsageError
+from neuroada_serve.train.hub import HubRows
+
+Data = Path | HubRows
 
 MAX_FAULTS = 10
 _ZIP = b"PK\x03\x04"  # .xlsx and .ods too
@@ -32,16 +35,16 @@ class RecordFault(Exception):
 
 
 class Faults:
-    """The faults of a file: the first in full, the rest as a number."""
+    """The faults of some rows: the first in full, the rest as a number."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, data: Data) -> None:
+        self._data = data
         self._shown: list[str] = []
         self._more = 0
 
-    def add(self, line: int, fault: str) -> None:
+    def add(self, number: int, fault: str) -> None:
         if len(self._shown) < MAX_FAULTS:
-            self._shown.append(f"  line {line}: {fault}")
+            self._shown.append(f"  {place(self._data, number)}: {fault}")
         else:
             self._more += 1
 
@@ -49,34 +52,45 @@ class Faults:
         if not self._shown:
             return
         count = len(self._shown) + self._more
-        lines = [f"{self._path} has {count} unusable {'row' if count == 1 else 'rows'}:"]
+        lines = [f"{self._data} has {count} unusable {'row' if count == 1 else 'rows'}:"]
         lines += self._shown
         if self._more:
             lines.append(f"  and {self._more} more")
         raise DataError("\n".join(lines))
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | RecordFault]]:
-    """(line, row) of every row of a file; in place of a row that cannot be read, its fault.
+def place(data: Data, number: int) -> str:
+    """What a row's number counts: lines of a text file, else rows."""
+    counts_rows = isinstance(data, HubRows) or _kind(data) in ("json", "parquet")
+    return f"{'row' if counts_rows else 'line'} {number}"
 
-    Lines count from 1; those of .json and .parquet are the rows' numbers. Cells of CSV are strings.
+
+def _kind(path: Path) -> str:
+    names = path.name.lower().removesuffix(".gz").split(".")[1:]
+    return names[-1] if names else ""
+
+
+def read_records(path: Data) -> Iterator[tuple[int, dict[str, Any] | RecordFault]]:
+    """(number, row) of every row; in place of a row that cannot be read, its fault.
+
+    Numbers count from 1, see `place`. Cells of CSV are strings.
 
     Raises:
         DataError: the file cannot be read at all; names the line where there is one.
         UsageError: its kind needs a package that is missing.
     """
+    if isinstance(path, HubRows):
+        return path.records()
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"data file {path} cannot be read: {error.strerror}") from error
-    names = path.name.lower().split(".")[1:]
-    if names and names[-1] == "gz":
+    if path.name.lower().endswith(".gz"):
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path} is no whole gzip file: {error}") from error
-        names.pop()
-    kind = names[-1] if names else ""
+    kind = _kind(path)
     if kind in ("csv", "tsv"):
         return _csv_rows(path, data, kind)
     if kind == "json":

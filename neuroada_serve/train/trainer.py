@@ -42,6 +42,7 @@ from neuroada_serve.train.plot import learning_rate_plot, loss_curve
 from neuroada_serve.train.processes import current
 from neuroada_serve.train.publish import Publisher
 from neuroada_serve.train.quantize import quantize_
+from neuroada_serve.train.rows import Data
 from neuroada_serve.train.score import Score, packs, score
 from neuroada_serve.train.selection import k_of_modules, select
 
@@ -91,7 +92,7 @@ def _say_nothing(message: str) -> None:
 
 def train_adapter(
     base: BaseModel,
-    data: Path,
+    data: Data,
     out: Path,
     config: TrainConfig,
     notify: Notify = _say_nothing,
@@ -110,7 +111,7 @@ def train_adapter(
 
     Args:
         base: as loaded; not in use by an engine.
-        data: a file of rows, see `train.data`.
+        data: rows, see `train.data`.
         out: a new folder, an empty one, or that of an adapter, which is then replaced.
         notify: told in a sentence what goes on. A progress bar shows on stderr where that is a
             terminal.
@@ -484,7 +485,7 @@ def _identity(base: BaseModel, data: TrainingData, config: TrainConfig) -> dict[
     rows = hashlib.sha256()
     for side in (data.train, data.heldout):
         rows.update(repr([(e.prompt_ids, e.answer_ids) for e in side]).encode())
-    of_run = {n: v for n, v in asdict(config).items() if n not in _NOT_OF_THE_RUN}
+    of_run = {n: v for n, v in vars(config).items() if n not in _NOT_OF_THE_RUN}
     of_run["index_file"] = None if config.index_file is None else str(config.index_file)
     return of_run | {
         "rows": rows.hexdigest()[:16],
