@@ -2,15 +2,12 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from neuroada_serve.errors import UsageError
-
-if TYPE_CHECKING:
-    from neuroada_serve.train.hub import HubRows
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -158,6 +155,16 @@ class ServerConfig:
             raise UsageError("--preload needs --adapter-dir, whose adapters it reads")
 
 
+class RowSource(Protocol):
+    """Rows to train or score on that lie in no file of the user's, see `train.hub`."""
+
+    @property
+    def name(self) -> str: ...
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, row), from 1."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
@@ -207,7 +214,7 @@ class TrainConfig:
     eval_fraction: float = _option(
         0.1, "Share of the rows held out and scored before and after; 0 holds out none."
     )
-    eval_data: "Path | HubRows | None" = _option(
+    eval_data: Path | RowSource | None = _option(
         None, "Held-out rows, as --data has them; instead of --eval-fraction."
     )
     eval_steps: int | None = _option(

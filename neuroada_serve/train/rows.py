@@ -20,10 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from neuroada_serve.config import RowSource
 from neuroada_serve.errors import DataError, UsageError
-from neuroada_serve.train.hub import HubRows
 
-Data = Path | HubRows
+Data = Path | RowSource
 
 MAX_FAULTS = 10
 _ZIP = b"PK\x03\x04"  # .xlsx and .ods too
@@ -61,7 +61,7 @@ class Faults:
 
 def place(data: Data, number: int) -> str:
     """What a row's number counts: lines of a text file, else rows."""
-    counts_rows = isinstance(data, HubRows) or _kind(data) in ("json", "parquet")
+    counts_rows = not isinstance(data, Path) or _kind(data) in ("json", "parquet")
     return f"{'row' if counts_rows else 'line'} {number}"
 
 
@@ -79,7 +79,7 @@ def read_records(path: Data) -> Iterator[tuple[int, dict[str, Any] | RecordFault
         DataError: the file cannot be read at all; names the line where there is one.
         UsageError: its kind needs a package that is missing.
     """
-    if isinstance(path, HubRows):
+    if not isinstance(path, Path):
         return path.records()
     try:
         data = path.read_bytes()
