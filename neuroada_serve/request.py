@@ -45,6 +45,7 @@ class SamplingParams:
     logprobs: None, or how many alternatives to report per answered token; prompt_logprobs likewise
         for every prompt token but the first.
     ignore_eos: go on past the model's end token.
+    classify: answer with the probabilities of a classifier's labels, and no token; see CLASSIFY.
 
     Raises:
         RequestError: names the field and its allowed range.
@@ -69,6 +70,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    classify: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
@@ -83,6 +85,8 @@ class SamplingParams:
         for name in _INTEGERS:
             if (value := getattr(self, name)) is not None and not isinstance(value, int):
                 raise RequestError(f"{name} must be an integer, got {value!r}", name)
+        if self.classify and (self.n, self.max_tokens) != (1, 1):
+            raise RequestError("classify goes with n=1 and max_tokens=1", "classify")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}", "min_tokens"
@@ -141,6 +145,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 _INTEGERS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
+CLASSIFY = SamplingParams(classify=True, max_tokens=1, temperature=0.0)
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """One token: its log probability (natural, before penalties and temperature) and the most
@@ -175,6 +182,8 @@ class Output:
     num_cached_tokens: int = 0  # of the prompt, that needed no computing
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0  # so far, this choice
+    labels: tuple[str, ...] = ()  # of a classifier
+    probs: tuple[float, ...] = ()  # theirs, in the same order
 
     @property
     def finished(self) -> bool:
@@ -191,6 +200,22 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ClassifyOutput:
+    """What a classifier makes of one text: probs of its labels, in their order."""
+
+    prompt_token_ids: tuple[int, ...]
+    adapter: str
+    labels: tuple[str, ...]
+    probs: tuple[float, ...]
+    adapter_digest: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The likeliest."""
+        return self.labels[self.probs.index(max(self.probs))]
 
 
 @dataclass(frozen=True)

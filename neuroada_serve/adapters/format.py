@@ -4,10 +4,13 @@ An adapter is a directory of two files.
 
 adapter_config.json
     peft_type "NEUROADA", format_version 1, base_model_name_or_path, base_fingerprint (64 hex
-    digits), k, selection, target_modules (module names or their endings), task_type, metadata.
+    digits), k, selection, target_modules (module names or their endings), task_type ("CAUSAL_LM" or
+    "SEQ_CLS"), labels (of SEQ_CLS: the classes' names, in order), metadata.
 adapter_model.safetensors
     per target module M: M.index [d_out, k] uint16 or int32, the input columns each neuron keeps,
     distinct within a row; M.bypass [d_out, k] bfloat16, float16 or float32, their values.
+    Of SEQ_CLS also score.weight [labels, hidden_size], same dtypes: the classes' logits are its
+    product with what the base's output head would see at the text's last token.
     `__metadata__` repeats format, format_version and base_fingerprint; data_sha256 is that of all
     bytes behind the header, so that the header alone tells which adapter it is.
 
@@ -18,7 +21,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,9 @@ MAX_FAULTS = 20
 UINT16_COLUMNS = 1 << 16
 DATA_SHA256 = "data_sha256"
 
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"  # peft's names
+HEAD = "score.weight"
+MAX_LABELS = 1000
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 INDEX_DTYPES = {"U16": 2, "I32": 4}
@@ -52,11 +58,15 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """What an adapter must fit: the base's name, fingerprint and adaptable modules."""
+    """What an adapter must fit: the base's name, fingerprint and adaptable modules.
+
+    hidden_size: what its output head takes; None where it does not matter.
+    """
 
     name: str
     fingerprint: str
     shapes: Mapping[str, tuple[int, int]]  # module name -> (d_out, d_in)
+    hidden_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +78,11 @@ class AdapterConfig:
     k: int
     target_modules: tuple[str, ...]
     selection: str = "magnitude"
-    task_type: str = "CAUSAL_LM"
+    task_type: str = CAUSAL_LM
     peft_type: str = "NEUROADA"
     format_version: int = FORMAT_VERSION
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,11 +102,16 @@ class ModuleBypass:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter in memory. Immutable; digest is that of its weights file, see `file_digest`."""
+    """One adapter in memory. Immutable.
+
+    digest: of its weights file, see `file_digest`.
+    head: [labels, hidden_size] float on the CPU, of SEQ_CLS.
+    """
 
     config: AdapterConfig
     modules: Mapping[str, ModuleBypass]
     digest: str
+    head: Tensor | None = None
 
     @property
     def nnz(self) -> int:
@@ -129,6 +145,7 @@ CONFIG_KEYS: dict[str, tuple[type, bool]] = {
     "target_modules": (list, True),
     "task_type": (str, True),
     "metadata": (dict, False),
+    "labels": (list, False),
 }
 
 
@@ -141,6 +158,9 @@ def table_faults(
     """Every fault of tensor names, dtypes and shapes; tensors: name -> (dtype, shape)."""
     faults: list[str] = []
     parts: dict[str, set[str]] = {}
+    if config.task_type == SEQ_CLS:
+        tensors = dict(tensors)
+        faults += _head_faults(tensors.pop(HEAD, None), config, base)
     for name, (dtype, shape) in tensors.items():
         module, _, kind = name.rpartition(".")
         if kind not in ("index", "bypass") or not MODULE_NAME.fullmatch(module):
@@ -182,6 +202,39 @@ def table_faults(
     return faults
 
 
+def _head_faults(
+    head: tuple[str, tuple[int, ...]] | None, config: AdapterConfig, base: BaseSpec | None
+) -> list[str]:
+    if head is None:
+        return [f"{HEAD} is missing; task_type {SEQ_CLS} needs it"]
+    dtype, shape = head
+    if dtype not in BYPASS_DTYPES:
+        return [f"{HEAD} has dtype {dtype}, allowed: {', '.join(BYPASS_DTYPES)}"]
+    hidden = None if base is None else base.hidden_size
+    if len(shape) != 2 or shape[0] != len(config.labels) or shape[1] != (hidden or shape[1]):
+        wanted = "hidden_size" if hidden is None else hidden
+        return [f"{HEAD} has shape {list(shape)}, expected [{len(config.labels)}, {wanted}]"]
+    return []
+
+
+def task_faults(task_type: str, labels: Sequence[Any]) -> list[str]:
+    """What is wrong with a config's task."""
+    if task_type not in (CAUSAL_LM, SEQ_CLS):
+        return [f"task_type is {task_type[:40]!r}; {CAUSAL_LM} and {SEQ_CLS} are served"]
+    if task_type == CAUSAL_LM:
+        return [f"labels are for task_type {SEQ_CLS}"] if labels else []
+    if not 2 <= len(labels) <= MAX_LABELS:
+        return [f"there are {len(labels)} labels, {SEQ_CLS} takes 2 to {MAX_LABELS}"]
+    if not all(isinstance(label, str) and label.strip() for label in labels):
+        return ["labels must be texts, none empty"]
+    return ["labels names one twice"] if len(set(labels)) < len(labels) else []
+
+
+def head_faults(head: Tensor) -> list[str]:
+    """What is wrong with a classifier's weights."""
+    return [] if bool(head.isfinite().all()) else [f"{HEAD} has NaN or infinite values"]
+
+
 def index_faults(module: str, index: Tensor, d_in: int | None) -> list[str]:
     """What is wrong with a module's index [d_out, k] int32."""
     faults = []
@@ -218,15 +271,17 @@ def base_fault(config: AdapterConfig, base: BaseSpec, allow_other_base: bool) ->
 # --- writing ---------------------------------------------------------------------------------
 
 
-def make_adapter(config: AdapterConfig, modules: Mapping[str, ModuleBypass]) -> Adapter:
+def make_adapter(
+    config: AdapterConfig, modules: Mapping[str, ModuleBypass], head: Tensor | None = None
+) -> Adapter:
     """An adapter from tensors in memory; its digest is that of the file `save_adapter` writes.
 
     Raises:
         AdapterFormatError: the tensors break the format.
     """
-    _check_in_memory(config, modules, None)
-    header, data = _header_and_data(config, modules)
-    return Adapter(config, dict(modules), file_digest(header, _sha256(data)))
+    _check_in_memory(config, modules, head, None)
+    header, data = _header_and_data(config, modules, head)
+    return Adapter(config, dict(modules), file_digest(header, _sha256(data)), head)
 
 
 def check_adapter(adapter: Adapter, base: BaseSpec, *, allow_other_base: bool = False) -> None:
@@ -237,19 +292,25 @@ def check_adapter(adapter: Adapter, base: BaseSpec, *, allow_other_base: bool = 
     """
     if fault := base_fault(adapter.config, base, allow_other_base):
         raise AdapterFormatError("in memory", [fault])
-    _check_in_memory(adapter.config, adapter.modules, base)
+    _check_in_memory(adapter.config, adapter.modules, adapter.head, base)
 
 
 def _check_in_memory(
-    config: AdapterConfig, modules: Mapping[str, ModuleBypass], base: BaseSpec | None
+    config: AdapterConfig,
+    modules: Mapping[str, ModuleBypass],
+    head: Tensor | None,
+    base: BaseSpec | None,
 ) -> None:
     table = {}
+    if head is not None:
+        table[HEAD] = (DTYPE_NAMES.get(head.dtype, str(head.dtype)), tuple(head.shape))
     for name, part in modules.items():
         for kind, tensor in (("index", part.index), ("bypass", part.bypass)):
             dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
             table[f"{name}.{kind}"] = (dtype, tuple(tensor.shape))
-    faults = table_faults(table, config, base)
+    faults = task_faults(config.task_type, config.labels) or table_faults(table, config, base)
     if not faults:
+        faults += [] if head is None else head_faults(head)
         for name, part in modules.items():
             faults += index_faults(name, part.index, None if base is None else base.shapes[name][1])
             faults += value_faults(name, part.bypass)
@@ -280,7 +341,7 @@ def save_config(config: AdapterConfig, path: str | os.PathLike[str]) -> None:
 
 def adapter_files(adapter: Adapter) -> tuple[bytes, bytes]:
     """What `save_adapter` writes: the weights file and the config file."""
-    header, data = _header_and_data(adapter.config, adapter.modules)
+    header, data = _header_and_data(adapter.config, adapter.modules, adapter.head)
     return header + data, _config_json(adapter.config).encode()
 
 
@@ -291,13 +352,13 @@ def file_digest(header: bytes, data_sha256: str) -> str:
 
 
 def _header_and_data(
-    config: AdapterConfig, modules: Mapping[str, ModuleBypass]
+    config: AdapterConfig, modules: Mapping[str, ModuleBypass], head: Tensor | None
 ) -> tuple[bytes, bytes]:
     """The safetensors file, cut behind its header. Written here because the library orders metadata
     at random, and equal adapters should have equal digests."""
     highest = max(int(part.index.max()) for part in modules.values())
     column_dtype = torch.uint16 if highest < UINT16_COLUMNS else torch.int32
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {} if head is None else {HEAD: head.contiguous()}
     for name, part in modules.items():
         tensors[f"{name}.index"] = part.index.to(column_dtype).contiguous()
         tensors[f"{name}.bypass"] = part.bypass.contiguous()
@@ -337,4 +398,7 @@ def _config_json(config: AdapterConfig) -> str:
     raw = {key: getattr(config, key) for key in CONFIG_KEYS}
     raw["target_modules"] = list(config.target_modules)
     raw["metadata"] = dict(config.metadata)
+    raw["labels"] = list(config.labels)
+    if not config.labels:
+        del raw["labels"]
     return json.dumps(raw, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -31,6 +31,7 @@ from neuroada_serve.adapters.format import (
     CONFIG_KEYS,
     DATA_SHA256,
     FORMAT_VERSION,
+    HEAD,
     INDEX_DTYPES,
     MAX_FAULTS,
     MAX_HEADER_BYTES,
@@ -43,8 +44,10 @@ from neuroada_serve.adapters.format import (
     ModuleBypass,
     base_fault,
     file_digest,
+    head_faults,
     index_faults,
     table_faults,
+    task_faults,
     value_faults,
     weights_metadata,
 )
@@ -92,7 +95,7 @@ class AdapterHeader:
     @property
     def modules(self) -> list[str]:
         """Names of the modules that it has, sorted."""
-        return sorted({name.rpartition(".")[0] for name in self.tensors})
+        return sorted({name.rpartition(".")[0] for name in self.tensors if name != HEAD})
 
     @property
     def nnz(self) -> int:
@@ -213,15 +216,20 @@ class AdapterReader:
             d_in = None if self._base is None else self._base.shapes[module][1]
             faults += index_faults(module, index, d_in)
             faults += value_faults(module, parts[module].bypass)
+        head = loaded.get(HEAD)
+        faults += [] if head is None else head_faults(head)
         if faults or damage:  # which value is wrong says more than that some are
             raise AdapterFormatError(header.source, (faults or damage)[:MAX_FAULTS])
-        return Adapter(header.config, parts, header.digest)
+        return Adapter(header.config, parts, header.digest, head)
 
     def _shared(self, config: AdapterConfig) -> AdapterConfig:
         """The config, its fields those of another that is equal but for the metadata: thousands of
         adapters keep one copy."""
         plain = replace(config, metadata={})
-        key = (plain.k, plain.target_modules, plain.base_fingerprint, plain.base_model_name_or_path)
+        key = (
+            *(plain.k, plain.target_modules, plain.labels),
+            *(plain.base_fingerprint, plain.base_model_name_or_path),
+        )
         known = self._configs.get(key)
         if known is None or replace(known, metadata={}) != plain:
             if len(self._configs) >= _MOST_CHECKED:
@@ -234,7 +242,8 @@ class AdapterReader:
     ) -> Mapping[str, TensorSpan]:
         # The same bytes around the digest parse to the same header around the digest.
         blank = _SAID_SHA256.sub(b'"data_sha256":""', header_bytes, count=1)
-        key = (blank, file_size, config.k, config.target_modules, config.base_fingerprint)
+        of_config = (config.k, config.target_modules, config.base_fingerprint, config.labels)
+        key = (blank, file_size, *of_config)
         if (known := self._checked.get(key)) is None:
             known = _check_header(
                 config, header_bytes, file_size, self._base, self._allow_other_base, source
@@ -440,16 +449,19 @@ def _parse_config(data: bytes, source: str) -> AdapterConfig:
             faults.append(f"target_modules has {str(target)[:60]!r}, which is no module name")
     if len(set(map(str, targets))) != len(targets):
         faults.append("target_modules names a module twice")
+    labels = tuple(raw.pop("labels", ()))
+    faults += task_faults(raw["task_type"], labels)
     if faults:
         raise AdapterFormatError(source, faults[:MAX_FAULTS])
-    return AdapterConfig(**{**raw, "target_modules": tuple(targets)})
+    return AdapterConfig(**{**raw, "target_modules": tuple(targets), "labels": labels})
 
 
 def _most_bytes(config: AdapterConfig, base: BaseSpec) -> int:
     """No valid weights file for this base is larger: the header, and 8 bytes an entry."""
     rows = sum(d_out for d_out, _ in base.shapes.values())
     widest = max(d_in for _, d_in in base.shapes.values())
-    return 8 + MAX_HEADER_BYTES + rows * min(config.k, widest) * 8
+    head = len(config.labels) * (base.hidden_size or widest) * 4
+    return 8 + MAX_HEADER_BYTES + rows * min(config.k, widest) * 8 + head
 
 
 def _header_size(start: bytes) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from neuroada_serve.adapters.format import Adapter
 from neuroada_serve.adapters.reader import AdapterHeader
@@ -71,6 +72,15 @@ class AdapterVersion:
         self.state = VersionState.LOADING
         self.num_leases = 0
         self.is_pinned = False
+
+        # Of a classifier, on the device, once its values have been read. So small beside them that
+        # it stays there as long as the version.
+        self.head: Any = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A classifier's; empty for an adapter that answers in text."""
+        return () if isinstance(self.source, Mix) else self.source.config.labels
 
     @property
     def is_mix(self) -> bool:
@@ -308,6 +318,8 @@ class AdapterStore:
         if weights is None:
             return self._get(name)
         mix = Mix(tuple((self._get(part), weight) for part, weight in weights.items()))
+        if classifiers := [part.name for part, _ in mix.parts if part.labels]:
+            raise AdapterError(f"{classifiers[0]!r} is a classifier, which cannot be mixed")
         version = self._mixes.get(mix)
         if version is None:
             said = "+".join(f"{part.digest}:{weight!r}" for part, weight in mix.parts)

@@ -461,6 +461,8 @@ class AdapterTiers:
             ready.plane.num_coming -= 1
             place.room = None
             version.nnz = ready.plane.nnz  # of a mix, it was a bound
+            if values.head is not None:
+                version.head = values.head.to(ready.originals.device)
             self._num_writing += 1
         try:
             self._write(resident, ready.originals, values)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from neuroada_serve.adapters.format import (
+    HEAD,
     MAX_FAULTS,
     Adapter,
     BaseSpec,
+    head_faults,
     index_faults,
     value_faults,
 )
@@ -130,15 +132,21 @@ class IndexTable:
 
 @dataclass(frozen=True, eq=False)
 class AdapterValues:
-    """An adapter's values as its file has them: values [nnz] on the CPU, in the table's order."""
+    """An adapter's values as its file has them.
+
+    values: [nnz] on the CPU, in the table's order.
+    head: [labels, hidden_size] float32 on the CPU, of a classifier.
+    """
 
     table: IndexTable
     values: Tensor
+    head: Tensor | None = None
 
     @property
     def size_bytes(self) -> int:
-        """Of the values alone; the table is shared."""
-        return self.values.numel() * self.values.element_size()
+        """Without the table, which is shared."""
+        head_bytes = 0 if self.head is None else self.head.nbytes
+        return self.values.nbytes + head_bytes
 
 
 class ValuesReader:
@@ -186,7 +194,12 @@ class ValuesReader:
                 bytearray(data[span.start : span.stop]), dtype=_VALUE_TYPES[span.dtype]
             )
             values[part] = own
-        return self._checked(layout, columns, values, header.source, damage)
+        head = None
+        if (of_head := spans.get(HEAD)) is not None:
+            stored = bytearray(data[of_head.start : of_head.stop])
+            head = torch.frombuffer(stored, dtype=_VALUE_TYPES[of_head.dtype])
+            head = head.view(of_head.shape).float()
+        return self._checked(layout, columns, values, head, header.source, damage)
 
     def of(self, adapter: Adapter) -> AdapterValues:
         """The values of an adapter in memory that fits the base.
@@ -201,7 +214,8 @@ class ValuesReader:
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         values = self._empty(layout.nnz, dtype)
         torch.cat([part.bypass.reshape(-1).to(dtype) for part in parts], out=values)
-        return self._checked(layout, columns, values, repr(adapter.digest[:12]), [])
+        head = None if adapter.head is None else adapter.head.float()
+        return self._checked(layout, columns, values, head, repr(adapter.digest[:12]), [])
 
     def mix(self, parts: Sequence[tuple[AdapterValues, float]]) -> AdapterValues:
         """The weighted sum of adapters, float32, whatever tables and modules they have.
@@ -223,7 +237,7 @@ class ValuesReader:
         columns = [index[module].reshape(-1).numpy() for module in layout.d_outs]
         total = self._empty(layout.nnz, torch.float32)
         torch.cat([bypass[module].reshape(-1) for module in layout.d_outs], out=total)
-        return self._checked(layout, columns, total, "mixed", [])
+        return self._checked(layout, columns, total, None, "mixed", [])
 
     def _empty(self, nnz: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(nnz, dtype=dtype, pin_memory=self._pin)
@@ -233,6 +247,7 @@ class ValuesReader:
         layout: Layout,
         columns: Sequence[Columns],
         values: Tensor,
+        head: Tensor | None,
         source: str,
         damage: list[str],
     ) -> AdapterValues:
@@ -240,11 +255,13 @@ class ValuesReader:
         if not bool((values.abs().max() <= self._largest).item()):  # false for NaN too
             for module, part in layout.of_module().items():
                 faults += value_faults(module, values[part])
+        if head is not None:
+            faults += head_faults(head)
         if faults or damage:  # which value is wrong says more than that some are
             raise AdapterFormatError(source, (faults or damage)[:MAX_FAULTS])
         self._refuse_large(layout, values, source)
         assert table is not None
-        return AdapterValues(table, values)
+        return AdapterValues(table, values, head)
 
     def _refuse_large(self, layout: Layout, values: Tensor, source: str) -> None:
         if bool((values.abs().max() <= self._largest).item()):

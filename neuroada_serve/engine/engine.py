@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.adapter_plane import AdapterPlane
@@ -135,6 +136,7 @@ class Engine:
 
         Raises:
             RequestError: a prompt is empty, too long, or holds ids outside the vocabulary.
+                Or text is asked of a classifier, or a class of what is none.
             AdapterNotFoundError: no adapter of this name.
             AdapterError: the mix is not written as one.
         """
@@ -144,6 +146,7 @@ class Engine:
                 raise RequestError(f"request id {request_id!r} is in use", "request_id")
         lease = None if adapter is None else self.adapters.store.acquire(adapter)
         try:
+            _check_task(params, adapter, () if lease is None else lease.version.labels)
             for request_id, prompt in zip(request_ids, prompts, strict=True):
                 for index in range(params.n):
                     sequence = self._new_sequence(request_id, index, prompt, params)
@@ -241,8 +244,10 @@ class Engine:
 
         self.metrics.num_steps += 1
         self.metrics.num_prompt_tokens += sum(c.num_tokens for c in schedule.prefills)
-        for sequence, token in zip(step.sequences, chosen, strict=True):
-            if token is None:
+        for row, (sequence, token) in enumerate(zip(step.sequences, chosen, strict=True)):
+            if sequence.params.classify and step.hidden is not None:
+                outputs.append(self._classify(sequence, step.hidden[row]))
+            elif token is None:
                 outputs.append(self._fail(sequence, "the model gave non-finite logits"))
             else:
                 if not sequence.output_token_ids:
@@ -370,6 +375,21 @@ class Engine:
             return self._end(sequence, reason, (token_id,), logprobs, stop_reason)
         return self._output(sequence, (token_id,), logprobs)
 
+    def _classify(self, sequence: Sequence, hidden: Tensor) -> Output:
+        """End a sequence with the probabilities of its classifier's labels.
+
+        Args:
+            hidden: [hidden_size] what the output head sees at the prompt's last token.
+        """
+        version = sequence.version
+        assert version is not None
+        logits = version.head @ hidden.float()
+        if not bool(logits.isfinite().all()):
+            return self._fail(sequence, "the classifier gave non-finite logits")
+        self._keep_prefix(sequence)
+        output = self._end(sequence, FinishReason.STOP)
+        return replace(output, labels=version.labels, probs=tuple(logits.softmax(0).tolist()))
+
     def _end(
         self,
         sequence: Sequence,
@@ -437,3 +457,11 @@ class Engine:
         num_top = sequence.params.prompt_logprobs or 0
         scores = score(prompt.logits, token_ids, num_top) if token_ids else []
         sequence.prompt_logprobs += [self._token_logprob(token) for token in scores]
+
+
+def _check_task(params: SamplingParams, adapter: str | None, labels: Seq[str]) -> None:
+    name = "the base" if adapter is None else f"adapter {adapter!r}"
+    if params.classify and not labels:
+        raise RequestError(f"{name} is no classifier; it answers in text", "model")
+    if labels and not params.classify:
+        raise RequestError(f"{name} is a classifier; ask it through /v1/classify", "model")

@@ -12,12 +12,20 @@ from neuroada_serve.adapters.format import Adapter
 from neuroada_serve.adapters.store import mix_name
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.errors import UsageError
+from neuroada_serve.errors import EngineError, UsageError
 from neuroada_serve.model.loader import find_device, load_base
 from neuroada_serve.model.prompt import Message, encode_chat, encode_text
 from neuroada_serve.model.source import Notify, resolve_model
 from neuroada_serve.ops import cpu_forward
-from neuroada_serve.request import Completion, FinishReason, Output, RequestOutput, SamplingParams
+from neuroada_serve.request import (
+    CLASSIFY,
+    ClassifyOutput,
+    Completion,
+    FinishReason,
+    Output,
+    RequestOutput,
+    SamplingParams,
+)
 
 Prompt = str | Seq[int]
 Progress = Callable[[str, int, int], None]
@@ -179,6 +187,60 @@ class LLM:
         ids = [encode_chat(self.engine.base, messages) for messages in batch]
         return self._run(ids, [None] * len(ids), params, adapters, on_output)
 
+    def classify(
+        self, prompts: Prompt | Seq[Prompt], adapters: AdapterChoice | Seq[AdapterChoice]
+    ) -> list[ClassifyOutput]:
+        """What classifiers make of prompts, all in one batch.
+
+        Args:
+            prompts: texts or lists of token ids; a single one is a batch of one.
+            adapters: adapters of task_type SEQ_CLS, for all prompts or one per prompt.
+
+        Raises:
+            UsageError: a prompt is wrong, or an adapter no classifier.
+            EngineError: a classifier gave no numbers.
+        """
+        batch = _prompt_list(prompts)
+        ids = [encode_text(self.engine.base, p) if isinstance(p, str) else p for p in batch]
+        chosen = _one_each(adapters, len(ids), str | Mapping | None, "adapters")
+        names = [None if one is None else _adapter_name(one) for one in chosen]
+        outputs = []
+        for collected in self._collect(ids, [CLASSIFY] * len(ids), names, None):
+            last = collected[-1]
+            if last.finish_reason is not FinishReason.STOP:
+                raise EngineError(last.error or "the request was ended")
+            outputs.append(last)
+        return [
+            ClassifyOutput(tuple(prompt), str(o.adapter), o.labels, o.probs, o.adapter_digest)
+            for prompt, o in zip(ids, outputs, strict=True)
+        ]
+
+    def _collect(
+        self,
+        prompts: Seq[Seq[int]],
+        params: Seq[SamplingParams],
+        adapters: Seq[str | None],
+        on_output: Callable[[Output], None] | None,
+    ) -> list[list[Output]]:
+        """All outputs of each prompt's request."""
+        request_ids = [f"llm-{self._num_requests + i}" for i in range(len(prompts))]
+        self._num_requests += len(prompts)
+        collected: dict[str, list[Output]] = {request_id: [] for request_id in request_ids}
+        try:
+            for request in zip(request_ids, prompts, params, adapters, strict=True):
+                self.engine.add_request(*request)
+            while self.engine.has_unfinished:
+                for output in self.engine.step():
+                    collected[output.request_id].append(output)
+                    if on_output is not None:
+                        on_output(output)
+        except BaseException:
+            for request_id in request_ids:
+                self.engine.abort(request_id)
+            self.engine.step()  # hands out, and so forgets, the aborted ones
+            raise
+        return list(collected.values())
+
     def _run(
         self,
         prompts: Seq[Seq[int]],
@@ -191,42 +253,25 @@ class LLM:
         each_params = _one_each(params or SamplingParams(), num, SamplingParams, "params")
         chosen = _one_each(adapters, num, str | Mapping | None, "adapters")
         each_adapter = [None if one is None else _adapter_name(one) for one in chosen]
-        request_ids = [f"llm-{self._num_requests + i}" for i in range(num)]
-        self._num_requests += num
-        collected: dict[str, list[Output]] = {request_id: [] for request_id in request_ids}
-        try:
-            for request in zip(request_ids, prompts, each_params, each_adapter, strict=True):
-                self.engine.add_request(*request)
-            while self.engine.has_unfinished:
-                for output in self.engine.step():
-                    collected[output.request_id].append(output)
-                    if on_output is not None:
-                        on_output(output)
-        except BaseException:
-            for request_id in request_ids:
-                self.engine.abort(request_id)
-            self.engine.step()  # hands out, and so forgets, the aborted ones
-            raise
+        collected = self._collect(prompts, each_params, each_adapter, on_output)
         return [
             RequestOutput(
-                request_id,
+                outputs[0].request_id,
                 text,
                 tuple(prompt),
                 adapter,
                 tuple(
-                    _completion(i, [o for o in collected[request_id] if o.index == i], sampling)
+                    _completion(i, [o for o in outputs if o.index == i], sampling)
                     for i in range(sampling.n)
                 ),
                 None
                 if sampling.prompt_logprobs is None
-                else tuple(
-                    p for o in collected[request_id] if o.index == 0 for p in o.prompt_logprobs
-                ),
-                collected[request_id][-1].adapter_digest,
-                next(o.num_cached_tokens for o in collected[request_id] if o.index == 0),
+                else tuple(p for o in outputs if o.index == 0 for p in o.prompt_logprobs),
+                outputs[-1].adapter_digest,
+                next(o.num_cached_tokens for o in outputs if o.index == 0),
             )
-            for request_id, text, prompt, sampling, adapter in zip(
-                request_ids, texts, prompts, each_params, each_adapter, strict=True
+            for outputs, text, prompt, sampling, adapter in zip(
+                collected, texts, prompts, each_params, each_adapter, strict=True
             )
         ]
 

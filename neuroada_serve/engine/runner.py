@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,8 @@ class StepLogits:
 
     sequences: list[Sequence]
     logits: Tensor  # [num_sequences, vocab] float32
+    # [num_sequences, hidden_size], what the output head sees; None where nobody asks for a class
+    hidden: Tensor | None
     prompts: list[PromptLogits]  # of the sequences that ask for prompt logprobs
 
 
@@ -147,14 +150,20 @@ class ModelRunner:
         in_weights = self._resident(merged)
 
         # 2. One forward; the output head sees only the tokens that are sampled from or scored.
+        classifies = any(sequence.params.classify for sequence in sampled)
+        seen: list[Tensor] = []
         kept = self._tensor(last_tokens + [token for _, _, tokens in scored for token in tokens])
         decoder = self._cpu_decoder
-        if decoder is not None and decoder.takes(len(ids)):
+        if decoder is not None and decoder.takes(len(ids)) and not classifies:
             inputs = Tokens(self._tensor(ids), step.positions, step.slots, max(positions) + 1)
             logits = decoder.run(inputs, kept, residents, in_weights)
         else:
             batch = self._bank.batch(residents, in_weights)
-            with self._context.forward_batch(batch):
+            with self._context.forward_batch(batch), ExitStack() as stack:
+                if classifies:
+                    head = self._base.model.get_output_embeddings()
+                    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+                    stack.callback(hook.remove)
                 output = self._base.model(
                     input_ids=self._tensor(ids)[None],
                     position_ids=step.positions[None],
@@ -169,7 +178,8 @@ class ModelRunner:
         for sequence, first, tokens in scored:
             prompts.append(PromptLogits(sequence, first, logits[row : row + len(tokens)]))
             row += len(tokens)
-        return StepLogits(sampled, logits[: len(sampled)], prompts)
+        hidden = seen[0][0, : len(sampled)] if classifies else None
+        return StepLogits(sampled, logits[: len(sampled)], hidden, prompts)
 
     def _replay(
         self, graphs: DecodeGraphs, decodes: Seq[Sequence], merged: AdapterVersion | None
@@ -192,7 +202,7 @@ class ModelRunner:
             return None
         for sequence in decodes:
             sequence.num_computed += 1
-        return StepLogits(list(decodes), logits, [])
+        return StepLogits(list(decodes), logits, None, [])
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor, batch: BankBatch) -> Tensor:
         """Logits [n, vocab] of n decodes, from tensors alone: what a graph records."""

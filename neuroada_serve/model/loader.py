@@ -74,7 +74,7 @@ def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") ->
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
-        spec=BaseSpec(source.name, fingerprint, shapes),
+        spec=BaseSpec(source.name, fingerprint, shapes, _hidden_size(model)),
         path=source.path,
         dtype=next(iter(adaptable_modules(model).values())).weight.dtype,
         device=torch_device,
@@ -179,7 +179,13 @@ def load_spec(source: ModelSource) -> BaseSpec:
             raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error
     shapes = {name: matrix_shape(m) for name, m in adaptable_modules(model).items()}
     fingerprint = base_fingerprint(source.path, list(shapes), model.base_model_prefix)
-    return BaseSpec(source.name, fingerprint, shapes)
+    return BaseSpec(source.name, fingerprint, shapes, _hidden_size(model))
+
+
+def _hidden_size(model: Any) -> int | None:
+    """What the output head takes."""
+    size = getattr(model.get_output_embeddings(), "in_features", None)
+    return None if size is None else int(size)
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, Any]:

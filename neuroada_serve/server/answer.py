@@ -215,6 +215,51 @@ class ChatAnswer(Answer):
         }
 
 
+class ClassifyAnswer:
+    """The reply of /v1/classify: vLLM's object, and the labels that its probabilities are of."""
+
+    def __init__(self, model: str, num_prompt_tokens: int, num_inputs: int) -> None:
+        self.id = f"classify-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+        self._num_prompt_tokens = num_prompt_tokens
+        self._outputs: list[Output | None] = [None] * num_inputs
+
+    def add(self, index: int, output: Output) -> None:
+        """Keep the output of input `index`."""
+        self._outputs[index] = output
+
+    def whole(self) -> dict[str, Any]:
+        """The reply, once every input has its output."""
+        found = [output for output in self._outputs if output is not None]
+        data = [
+            {
+                "index": index,
+                "label": output.labels[output.probs.index(max(output.probs))],
+                "probs": list(output.probs),
+                "num_classes": len(output.labels),
+            }
+            for index, output in enumerate(found)
+        ]
+        return {
+            "id": self.id,
+            "object": "list",
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": found[0].adapter_digest,
+            "labels": list(found[0].labels),
+            "data": data,
+            "usage": {
+                "prompt_tokens": self._num_prompt_tokens,
+                "completion_tokens": 0,
+                "total_tokens": self._num_prompt_tokens,
+                "prompt_tokens_details": {
+                    "cached_tokens": sum(output.num_cached_tokens for output in found)
+                },
+            },
+        }
+
+
 _NO_ENDING = {"finish_reason": None, "stop_reason": None}
 
 

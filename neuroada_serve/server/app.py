@@ -17,13 +17,20 @@ from neuroada_serve import __version__
 from neuroada_serve.config import ServerConfig
 from neuroada_serve.errors import AdapterError, AdapterNotFoundError, NeuroAdaError, RequestError
 from neuroada_serve.model.prompt import encode_chat, encode_text
-from neuroada_serve.request import SamplingParams
+from neuroada_serve.request import CLASSIFY, SamplingParams
 from neuroada_serve.server.admin import add_admin, require_json
-from neuroada_serve.server.answer import Answer, ChatAnswer, CompletionAnswer, Echo
+from neuroada_serve.server.answer import (
+    Answer,
+    ChatAnswer,
+    ClassifyAnswer,
+    CompletionAnswer,
+    Echo,
+)
 from neuroada_serve.server.failure import Failure
 from neuroada_serve.server.guard import BodyLimit
 from neuroada_serve.server.protocol import (
     ChatCompletionRequest,
+    ClassifyRequest,
     CompletionRequest,
     GenerationRequest,
 )
@@ -51,7 +58,10 @@ def create_app(worker: Worker, config: ServerConfig) -> FastAPI:
         app.add_exception_handler(kind, _reply_failure)
     _add_status(app, worker)
     _add_models(app, worker)
-    _add_generation(app, worker, config)
+    # One at a time: a fast tokenizer may refuse a second thread ("Already borrowed").
+    tokenizing = anyio.CapacityLimiter(1)
+    _add_generation(app, worker, config, tokenizing)
+    _add_classification(app, worker, config, tokenizing)
     add_admin(app, worker, config)
     return app
 
@@ -121,10 +131,10 @@ def _adapter_of(model: str | None, worker: Worker) -> str | None:
 # --- generation ------------------------------------------------------------------------------
 
 
-def _add_generation(app: FastAPI, worker: Worker, config: ServerConfig) -> None:
+def _add_generation(
+    app: FastAPI, worker: Worker, config: ServerConfig, tokenizing: anyio.CapacityLimiter
+) -> None:
     base = worker.base
-    # One at a time: a fast tokenizer may refuse a second thread ("Already borrowed").
-    tokenizing = anyio.CapacityLimiter(1)
 
     @app.post("/v1/completions", dependencies=[Depends(require_json)])
     async def complete(http: Request, request: CompletionRequest) -> Response:
@@ -175,8 +185,7 @@ def _add_generation(app: FastAPI, worker: Worker, config: ServerConfig) -> None:
         params: SamplingParams,
         adapter: str | None,
     ) -> Response:
-        tenant = http.headers.get(config.tenant_header, "") if config.tenant_header else ""
-        salt = request.cache_salt or ""
+        tenant, salt = _tenant(http, config), request.cache_salt or ""
         stream = await worker.submit(answer.id, prompts, params, adapter, tenant, salt)
         if request.stream:
             # A request that fails at once gets an error's status, not a stream with an error in it.
@@ -189,6 +198,38 @@ def _add_generation(app: FastAPI, worker: Worker, config: ServerConfig) -> None:
                 return EventStream(stream, answer, request.include_usage)
             stream.close()
             return Response(status_code=CLIENT_CLOSED_REQUEST)
+        try:
+            body = await unless_disconnected(http.receive, collect(stream, answer))
+        finally:
+            stream.close()
+        return Response(status_code=CLIENT_CLOSED_REQUEST) if body is None else JSONResponse(body)
+
+
+def _tenant(http: Request, config: ServerConfig) -> str:
+    return http.headers.get(config.tenant_header, "") if config.tenant_header else ""
+
+
+# --- classification --------------------------------------------------------------------------
+
+
+def _add_classification(
+    app: FastAPI, worker: Worker, config: ServerConfig, tokenizing: anyio.CapacityLimiter
+) -> None:
+    base = worker.base
+
+    @app.post("/classify", dependencies=[Depends(require_json)])  # vLLM's path
+    @app.post("/v1/classify", dependencies=[Depends(require_json)])
+    async def classify(http: Request, request: ClassifyRequest) -> Response:
+        """The probabilities of a classifier's labels, for one text or several."""
+        adapter, given = _adapter_of(request.model, worker), request.inputs
+
+        def encode() -> list[list[int]]:
+            return [encode_text(base, one) if isinstance(one, str) else one for one in given]
+
+        inputs = await anyio.to_thread.run_sync(encode, limiter=tokenizing)
+        answer = ClassifyAnswer(adapter or base.spec.name, sum(map(len, inputs)), len(inputs))
+        tenant, salt = _tenant(http, config), request.cache_salt or ""
+        stream = await worker.submit(answer.id, inputs, CLASSIFY, adapter, tenant, salt)
         try:
             body = await unless_disconnected(http.receive, collect(stream, answer))
         finally:

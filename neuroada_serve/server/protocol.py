@@ -23,6 +23,7 @@ from pydantic import (
 from neuroada_serve.errors import RequestError
 from neuroada_serve.request import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
+MAX_INPUTS = 2048  # as OpenAI allows for embeddings
 MAX_LOGIT_BIASES = 1024
 MAX_MODEL_CHARS = 1024  # a mix names up to 8 adapters
 MAX_REPORTED_FAULTS = 10
@@ -232,12 +233,35 @@ class CompletionRequest(GenerationRequest):
         Raises:
             RequestError: there is none, or an empty one.
         """
-        prompts: Any = self.prompt
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]
-        if not prompts or not all(prompts):
-            raise RequestError("prompt must not be empty", "prompt")
-        return list(prompts)
+        return _one_each(self.prompt, "prompt")
+
+
+def _one_each(given: Any, field: str) -> Sequence[str | list[int]]:
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given or not all(given):
+        raise RequestError(f"{field} must not be empty", field)
+    return list(given)
+
+
+class ClassifyRequest(_Strict):
+    """POST /v1/classify, as vLLM's /classify. model: an adapter that is a classifier."""
+
+    model: Annotated[Text, Field(max_length=MAX_MODEL_CHARS)]
+    input: Prompt
+    cache_salt: Annotated[Text, Field(max_length=256)] | None = None
+    user: str | None = None  # no-op
+
+    @property
+    def inputs(self) -> Sequence[str | list[int]]:
+        """
+        Raises:
+            RequestError: there is none, an empty one, or too many.
+        """
+        inputs = _one_each(self.input, "input")
+        if len(inputs) > MAX_INPUTS:
+            raise RequestError(f"{len(inputs)} inputs, at most {MAX_INPUTS} per request", "input")
+        return inputs
 
 
 class TextPart(_Strict):

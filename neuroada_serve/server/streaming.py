@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from neuroada_serve.errors import NeuroAdaError, Unavailable
 from neuroada_serve.request import FinishReason, Output
-from neuroada_serve.server.answer import Answer
+from neuroada_serve.server.answer import Answer, ClassifyAnswer
 from neuroada_serve.server.failure import Failure
 from neuroada_serve.server.worker import Stream
 
@@ -37,7 +37,7 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def collect(stream: Stream, answer: Answer) -> dict[str, Any]:
+async def collect(stream: Stream, answer: Answer | ClassifyAnswer) -> dict[str, Any]:
     """The whole reply.
 
     Raises:
