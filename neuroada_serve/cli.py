@@ -313,6 +313,11 @@ def train(
         int, typer.Option(help=help_of(TrainConfig, "gradient_accumulation"))
     ] = 1,
     max_length: Annotated[int, typer.Option(help=help_of(TrainConfig, "max_length"))] = 512,
+    task_type: Annotated[str, typer.Option(help=help_of(TrainConfig, "task_type"))] = "CAUSAL_LM",
+    labels: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help=help_of(TrainConfig, "labels"))
+    ] = None,
+    head_lr: Annotated[float, typer.Option(help=help_of(TrainConfig, "head_lr"))] = 1e-3,
     too_long: Annotated[str, typer.Option(help=help_of(TrainConfig, "too_long"))] = "skip",
     columns: Annotated[
         str, typer.Option(metavar="KEY=COLUMN,...", help=help_of(TrainConfig, "columns"))
@@ -354,7 +359,7 @@ def train(
     quantize: Annotated[str, typer.Option(help=help_of(TrainConfig, "quantize"))] = "none",
     plain: Plain = False,
 ) -> None:
-    """Train an adapter on rows of questions and answers; loss on the answers only."""
+    """Train an adapter on rows of questions and answers, or a classifier; loss on answers only."""
     k_others, k_pattern = _k_by_module(k)
     config = TrainConfig(
         k=k_others,
@@ -382,6 +387,9 @@ def train(
         batch_size=batch_size,
         max_length=max_length,
         too_long=cast(Any, too_long),
+        task_type=cast(Any, task_type),
+        labels=() if labels is None else tuple(_words(labels)),
+        head_lr=head_lr,
         columns=_columns(columns),
         eval_fraction=eval_fraction,
         seed=seed,
@@ -414,9 +422,8 @@ def train(
     table = Table("held-out", "before", "after")
     if report.before is not None and report.after is not None:
         table.add_row("loss", f"{report.before.loss:.3f}", f"{report.after.loss:.3f}")
-        table.add_row(
-            "exact match", f"{report.before.exact_match:.3f}", f"{report.after.exact_match:.3f}"
-        )
+        share = "accuracy" if report.adapter.config.labels else "exact match"
+        table.add_row(share, f"{report.before.exact_match:.3f}", f"{report.after.exact_match:.3f}")
         out.print(table)
     _notify(f"Adapter written to {out_dir}; serve it with:")
     _notify(f"  neuroada serve {model} --adapter {out_dir.name}={out_dir}")
@@ -575,9 +582,22 @@ def _eval(
         from neuroada_serve.engine.llm import LLM
 
         llm = LLM(model, folders, dtype=dtype, notify=_notify)
+    classifiers = [name for name in folders if llm.engine.adapters.store.get(name).labels]
+    if classifiers:
+        from neuroada_serve.evaluation.classifiers import evaluate_classifiers
+
+        if others := [name for name in folders if name not in classifiers]:
+            raise UsageError(
+                f"{classifiers[0]} is a classifier and {others[0]} is not; score them apart"
+            )
+        if metric is not None:
+            raise UsageError("a classifier has figures of its own; leave out --metric")
+        base = False  # it has no head for these labels
+        found = evaluate_classifiers(llm, rows, classifiers, limit, console=err)
+    else:
+        asked = [*([None] if base else []), *folders]
+        found = evaluate(llm, rows, asked, settings, console=err)
     subjects = [*([report.BASE] if base else []), *folders]
-    asked = [*([None] if base else []), *folders]
-    found = evaluate(llm, rows, asked, settings, console=err)
     if out_file is not None:
         written = report.write_results(found, subjects, model, rows, out_file, _notify)
         _notify("Written: " + ", ".join(map(str, written)))
@@ -641,6 +661,20 @@ def generate(
 
 
 @_command
+def classify(
+    model: Model,
+    text: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to classify.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of a classifier's adapter.")],
+    dtype: Dtype = "auto",
+) -> None:
+    """Label texts by a classifier: a line for each, its label and the labels' probabilities."""
+    llm, name = _llm_with(model, adapter, dtype)
+    for output in llm.classify(text, name):
+        shares = zip(output.labels, output.probs, strict=True)
+        print(output.label, *(f"{label}={share:.4f}" for label, share in shares), sep="\t")
+
+
+@_command
 def merge(
     model: Model,
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
@@ -680,6 +714,8 @@ def inspect(
         ("digest", loaded.digest),
         ("k", config.k),
         ("selection", config.selection),
+        ("task", config.task_type),
+        *([("labels", ", ".join(config.labels))] if config.labels else []),
         ("target modules", ", ".join(config.target_modules)),
         ("modules", len(loaded.modules)),
         ("values", f"{loaded.nnz:,} {', '.join(sorted(dtypes))}"),

@@ -208,6 +208,15 @@ class TrainConfig:
         "skip",
         "Longer rows: skip leaves them out, cut takes their prompt's beginning off; both counted.",
     )
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = _option(
+        "CAUSAL_LM",
+        "CAUSAL_LM learns to write answers; SEQ_CLS to classify plain texts, with a head of its "
+        "own: a row's label is its class.",
+    )
+    labels: tuple[str, ...] = _option(
+        (), "A classifier's labels, in order: bad,good. Default: those of the rows, sorted."
+    )
+    head_lr: float = _option(1e-3, "Peak learning rate of a classifier's head.")
     columns: Mapping[str, str] = _option(
         {}, "Our keys for the data's columns, such as prompt=question,completion=reply."
     )
@@ -271,6 +280,7 @@ class TrainConfig:
             ("schedule", ("linear", "cosine", "constant")),
             ("recompute", ("nothing", "cheap", "all")),
             ("quantize", ("none", "int8", "nf4")),
+            ("task_type", ("CAUSAL_LM", "SEQ_CLS")),
             ("too_long", ("skip", "cut")),
         ):
             if getattr(self, name) not in allowed:
@@ -301,6 +311,10 @@ class TrainConfig:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
         if self.warmup_ratio >= 1:
             raise UsageError(f"warmup_ratio must be below 1, got {self.warmup_ratio}")
+        if self.labels and self.task_type != "SEQ_CLS":
+            raise UsageError("labels are a classifier's; give --task-type SEQ_CLS too")
+        if not 0 < self.head_lr <= 1:
+            raise UsageError(f"head_lr must be above 0 and at most 1, got {self.head_lr}")
         if isinstance(self.lr, str) and self.lr != "auto":
             raise UsageError(f"lr must be a number or auto, got {self.lr!r}")
         if isinstance(self.lr, float | int) and not 0 < self.lr <= 1:

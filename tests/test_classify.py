@@ -1,17 +1,21 @@
 """Classifiers: their files, the engine against transformers' own, and /v1/classify."""
 
 import json
+import math
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import httpx
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from test_cli import run
 from tiny import plain_merged, random_adapter, save_tiny_model, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from neuroada_serve import LLM, SamplingParams
+from neuroada_serve.adapters.card import model_card
 from neuroada_serve.adapters.format import (
     CONFIG_FILE,
     HEAD,
@@ -24,6 +28,9 @@ from neuroada_serve.adapters.format import (
 from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.config import ServerConfig
 from neuroada_serve.errors import AdapterError, AdapterFormatError, RequestError
+from neuroada_serve.evaluation.matthews import matthews
+from neuroada_serve.model.convert import export_shira
+from neuroada_serve.model.export import export_merged
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.request import CLASSIFY
 from neuroada_serve.server.app import create_app
@@ -312,5 +319,117 @@ async def test_a_wrong_request_is_told(client, body, status, fault):
 async def test_chat_with_a_classifier_is_told(client):
     reply = await client.post("/v1/completions", json={"model": "mood", "prompt": "a"})
     assert reply.status_code == 400
-    assert reply.json()["error"]["message"].endswith("ask it through /v1/classify")
+    assert reply.json()["error"]["message"].endswith("through /v1/classify, or `neuroada classify`")
     assert reply.json()["error"]["param"] == "model"
+
+
+# --- out of the house ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_checkpoint_is_transformers_own_classifier(family, tmp_path):
+    source = save_tiny_model(tmp_path / "tiny", family)
+    adapter = classifier(source, 1)
+    save_adapter(adapter, tmp_path / "mood")
+    export_merged(source, tmp_path / "mood", tmp_path / "out")
+    llm = LLM(str(source.path), {"mood": adapter})
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert model.config.id2label == dict(enumerate(LABELS))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        probs = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits.softmax(1)
+    for found, output in zip(probs, llm.classify(TEXTS, "mood"), strict=True):
+        torch.testing.assert_close(found, torch.tensor(output.probs), atol=1e-4, rtol=1e-3)
+
+
+def test_shira_has_no_place_for_a_head(source, tmp_path):
+    save_adapter(classifier(source, 1), tmp_path / "mood")
+    with pytest.raises(AdapterError, match="'mood' is a classifier; PEFT's SHiRA has no head"):
+        export_shira(source, tmp_path / "mood", tmp_path / "out")
+
+
+def test_the_commands_that_show_and_ask(source, tmp_path):
+    save_adapter(classifier(source, 1), tmp_path / "mood")
+    shown = run("inspect", tmp_path / "mood")
+    assert "SEQ_CLS" in shown.stdout
+    assert "bad, fair, good" in shown.stdout
+    said = run("classify", source.path, "--adapter", tmp_path / "mood", *TEXTS)
+    assert said.exit_code == 0, said.stderr
+    expected = LLM(str(source.path), {"mood": tmp_path / "mood"}).classify(TEXTS, "mood")
+    lines = [line.split("\t") for line in said.stdout.splitlines()]
+    assert [line[0] for line in lines] == [output.label for output in expected]
+    assert [line[1:] for line in lines] == [
+        [f"{label}={share:.4f}" for label, share in zip(LABELS, output.probs, strict=True)]
+        for output in expected
+    ]
+    card = model_card(load_adapter(tmp_path / "mood").config, "mood")
+    assert "- task: classification, labels `bad, fair, good`" in card
+    assert "neuroada classify" in card
+    assert "/v1/classify" in card
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "chosen"),
+    [
+        ([0, 1, 1, 0, 1], [0, 1, 0, 0, 1]),
+        ([0, 1, 2, 2, 1, 0], [2, 1, 2, 0, 1, 0]),
+        ([0, 1, 1, 0], [1, 0, 0, 1]),
+        ([0, 1, 1], [1, 1, 1]),
+    ],
+)
+def test_matthews_is_the_correlation(right, chosen):
+    labels = 1 + max(right)
+    counts = [[0] * (labels + 1) for _ in range(labels)]
+    for row, column in zip(right, chosen, strict=True):
+        counts[row][column] += 1
+    # the covariance of one-hot rows, as Gorodkin defines it
+    x, y = (F.one_hot(torch.tensor(v), labels).double() for v in (right, chosen))
+    x, y = x - x.mean(0), y - y.mean(0)
+    spread = ((x * x).sum() * (y * y).sum()).sqrt()
+    expected = ((x * y).sum() / spread).nan_to_num().item()
+    assert matthews(counts) == pytest.approx(expected)
+
+
+def test_eval_gives_glues_figures(source, tmp_path):
+    adapter = classifier(source, 1)
+    save_adapter(adapter, tmp_path / "mood")
+    llm = LLM(str(source.path), {"mood": adapter})
+    texts = [f"text {n}" for n in range(30)]
+    outputs = llm.classify(texts, "mood")
+    rows = [
+        {"text": text, "label": output.label if n % 3 else "fair"}
+        for n, (text, output) in enumerate(zip(texts, outputs, strict=True))
+    ]
+    right = sum(r["label"] == o.label for r, o in zip(rows, outputs, strict=True))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "eval", source.path, "--data", data, "--adapter", tmp_path / "mood"
+    scored = run(*flags, "--save", "--json", "--out", tmp_path / "scores.json")
+    assert scored.exit_code == 0, scored.stderr
+    found = json.loads(scored.stdout)
+    assert found["metrics"] == ["loss", "accuracy", "macro_f1", "matthews"]
+    assert found["accuracy"] == pytest.approx(right / 30)
+    assert -1 <= found["matthews"] <= 1
+    losses = [
+        -math.log(o.probs[LABELS.index(r["label"])]) for r, o in zip(rows, outputs, strict=True)
+    ]
+    assert found["loss"] == pytest.approx(sum(losses) / 30, rel=1e-3)
+    saved = json.loads((tmp_path / "mood" / CONFIG_FILE).read_text())["metadata"]
+    assert saved["scores"]["evaluated"]["rows.jsonl"]["adapter"].keys() == set(found["metrics"])
+    assert (tmp_path / "scores.confusion-mood-accuracy.png").exists()
+
+    save_adapter(random_adapter(source, 2), tmp_path / "talk")
+    for more, fault in (
+        (["--adapter", tmp_path / "talk"], "mood is a classifier and talk is not"),
+        (["--metric", "f1"], "leave out --metric"),
+    ):
+        refused = run(*flags, *more)
+        assert refused.exit_code == 2
+        assert fault in refused.stderr
+    data.write_text('{"text": "a", "label": "odd"}\n')
+    refused = run(*flags)
+    assert "rows.jsonl line 1: label 'odd' is none of bad, fair, good" in refused.stderr

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from neuroada_serve.evaluation.bootstrap import macro_f1_interval, mean_interval
+from neuroada_serve.evaluation.bootstrap import confusion_interval, mean_interval
 from neuroada_serve.evaluation.exact import after_trigger, exact_match
 from neuroada_serve.evaluation.f1 import macro_f1, token_f1
 from neuroada_serve.evaluation.numbers import is_number, last_number, same_number
@@ -221,6 +221,6 @@ def test_bootstrap_of_a_ratio_weighs_rows_by_their_tokens():
 
 def test_bootstrap_of_macro_f1_holds_the_figure():
     right, chosen = [0, 1] * 20, [0, None] * 10 + [0, 1] * 10
-    low, high = macro_f1_interval(right, chosen, 2)
+    low, high = confusion_interval(right, chosen, 2, macro_f1)
     figure = macro_f1([[20, 0, 0], [0, 10, 10]])
     assert 0.5 < low < figure < high < 1

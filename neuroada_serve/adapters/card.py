@@ -83,6 +83,8 @@ def _facts(config: AdapterConfig) -> str:
         f"- selection: {_code(config.selection)}",
         f"- modules: {_code(', '.join(config.target_modules))}",
     ]
+    if config.labels:
+        lines.append(f"- task: classification, labels {_code(', '.join(config.labels))}")
     return "\n".join(lines)
 
 
@@ -122,10 +124,14 @@ def _training_scores(scores: Mapping[str, Any]) -> Iterator[list[str]]:
         return
     by = scores.get("exact_match_by")
     how = f" ({_cell(by)})" if isinstance(by, str) else ""
-    for key, words in (("loss", "loss per answer token"), ("exact_match", f"exact match{how}")):
+    for key, words in (
+        ("loss", "loss per answer token"),
+        ("exact_match", f"exact match{how}"),
+        ("accuracy", "accuracy"),
+    ):
         if _is_number(before.get(key)) and _is_number(after.get(key)):
             cells = [
-                _share(value, rows) if key == "exact_match" else _figure(value)
+                _figure(value) if key == "loss" else _share(value, rows)
                 for value in (before[key], after[key])
             ]
             yield ["held out in training", str(rows), words, *cells]
@@ -183,16 +189,21 @@ def _commands(config: AdapterConfig, name: str) -> str:
     folder = _clean(name)
     served = folder if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", folder) else "my-adapter"
     path = shlex.quote(f"./{folder}")
+    command = "classify" if config.labels else "generate"
+    what = "A text." if config.labels else "What to ask."
+    how = "The server speaks OpenAI's protocol; the adapter's name is the `model` of a request."
+    if config.labels:
+        how = "The adapter's name is the `model` of a request to `/v1/classify`."
     return "\n".join(
         [
             "## Use",
             "",
             "```bash",
             f"neuroada serve {base} --adapter {served}={path}",
-            f'neuroada generate {base} --adapter {path} "What to ask."',
+            f'neuroada {command} {base} --adapter {path} "{what}"',
             "```",
             "",
-            "The server speaks OpenAI's protocol; the adapter's name is the `model` of a request.",
+            how,
         ]
     )
 

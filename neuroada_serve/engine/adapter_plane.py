@@ -46,6 +46,7 @@ class AdapterInfo:
     state: loading, ready or draining. tier: disk, host or device.
     num_leases: requests that wait or run with it; a merged one has one more.
     size_bytes: of its values on the device.
+    labels: of a classifier.
     """
 
     name: str
@@ -59,6 +60,7 @@ class AdapterInfo:
     is_pinned: bool
     is_merged: bool
     since: int  # unix time
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ class AdapterPlane:
             is_pinned=version.is_pinned,
             is_merged=self.merged_version is version,
             since=version.since,
+            labels=version.labels,
         )
 
     # --- any thread: changes -----------------------------------------------------------------

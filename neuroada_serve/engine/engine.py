@@ -464,4 +464,6 @@ def _check_task(params: SamplingParams, adapter: str | None, labels: Seq[str]) -
     if params.classify and not labels:
         raise RequestError(f"{name} is no classifier; it answers in text", "model")
     if labels and not params.classify:
-        raise RequestError(f"{name} is a classifier; ask it through /v1/classify", "model")
+        raise RequestError(
+            f"{name} is a classifier; ask it through /v1/classify, or `neuroada classify`", "model"
+        )

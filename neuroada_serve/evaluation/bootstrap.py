@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from neuroada_serve.evaluation.f1 import macro_f1
-
 _RESAMPLES = 1000
 _LOW, _HIGH = 2.5, 97.5  # percentiles
 
@@ -25,23 +23,27 @@ def mean_interval(
     return _interval(len(value), lambda rows: float(value[rows].sum() / weight[rows].sum()))
 
 
-def macro_f1_interval(
-    right: Sequence[int], predicted: Sequence[int | None], num_labels: int
+def confusion_interval(
+    right: Sequence[int],
+    predicted: Sequence[int | None],
+    num_labels: int,
+    of: Callable[[Sequence[Sequence[int]]], float],
 ) -> tuple[float, float]:
-    """Of macro-F1.
+    """Of a figure of a confusion matrix, such as `macro_f1`.
 
     Args:
         right, predicted: labels by row; None is no prediction.
+        of: the figure, by [labels][labels + 1] counts.
     """
     none = num_labels
     width = num_labels + 1
     cells = np.asarray(right) * width + np.asarray([none if p is None else p for p in predicted])
 
-    def of(rows: NDArray[np.int64]) -> float:
+    def of_rows(rows: NDArray[np.int64]) -> float:
         counts = np.bincount(cells[rows], minlength=num_labels * width)
-        return macro_f1(counts.reshape(num_labels, width).tolist())
+        return of(counts.reshape(num_labels, width).tolist())
 
-    return _interval(len(cells), of)
+    return _interval(len(cells), of_rows)
 
 
 def _interval(num: int, of: Callable[[NDArray[np.int64]], float]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from neuroada_serve.engine.llm import LLM
 from neuroada_serve.errors import DataError, EngineError, RequestError, UsageError
-from neuroada_serve.evaluation.bootstrap import macro_f1_interval, mean_interval
+from neuroada_serve.evaluation.bootstrap import confusion_interval, mean_interval
 from neuroada_serve.evaluation.exact import after_trigger, exact_match
 from neuroada_serve.evaluation.f1 import macro_f1, token_f1
 from neuroada_serve.evaluation.numbers import is_number, last_number, same_number
@@ -412,19 +412,20 @@ def _scores(
                 place: dict[Any, int] = {label: i for i, label in enumerate(labels)}
                 right = [place[p.question.right] for p in predictions]
                 chosen = [place.get(p.chosen[each]) for p in predictions]
-                confusions[each] = _confusion(labels, right, chosen)
+                confusions[each] = confusion_of(labels, right, chosen)
                 scores[f"{each}_macro_f1"] = Score(
                     macro_f1(confusions[each].counts),
-                    *macro_f1_interval(right, chosen, len(labels)),
+                    *confusion_interval(right, chosen, len(labels), macro_f1),
                     rows,
                     "bootstrap",
                 )
     return scores, confusions
 
 
-def _confusion(
+def confusion_of(
     labels: Sequence[str], right: Sequence[int], chosen: Sequence[int | None]
 ) -> Confusion:
+    """Counts by right and chosen label; None is no choice."""
     none = len(labels)
     counts = [[0] * (none + 1) for _ in labels]
     for row, column in zip(right, chosen, strict=True):

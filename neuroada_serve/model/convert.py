@@ -270,6 +270,8 @@ def export_shira(source: ModelSource, adapter: Path, out: Path) -> int:
     _check_new(out)
     base = _loaded(source)
     loaded = load_adapter(adapter, base.spec)
+    if loaded.head is not None:
+        raise AdapterError(f"adapter {adapter.name!r} is a classifier; PEFT's SHiRA has no head")
     for name, module in adaptable_modules(base.model).items():
         if name in loaded.modules and is_transposed(module):
             raise AdapterError(f"PEFT has no SHiRA for {name}, a {type(module).__name__}")

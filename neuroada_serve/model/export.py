@@ -1,15 +1,21 @@
 """Write a base with one adapter merged in as a plain Hugging Face checkpoint."""
 
+import copy
 import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from neuroada_serve.adapters.format import Adapter
 from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.adapters.values import ValuesReader
 from neuroada_serve.errors import UsageError
 from neuroada_serve.model.bypass_linear import plain_layers
-from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.loader import BaseModel, load_base
 from neuroada_serve.model.merge import WeightMerger
 from neuroada_serve.model.source import ModelSource
 
@@ -19,8 +25,9 @@ RECORD_FILE = "neuroada_merge.json"
 def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "auto") -> None:
     """Merge the adapter into a copy of the base and save it, tokenizer and all, in `out`.
 
-    Any runtime can load the result. RECORD_FILE in it names base and adapter. `out` appears only
-    once it is whole.
+    Any runtime can load the result; of a classifier it is transformers' own kind for sequences,
+    which AutoModelForSequenceClassification loads. RECORD_FILE in it names base and adapter. `out`
+    appears only once it is whole.
 
     Args:
         source: the base.
@@ -37,6 +44,7 @@ def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "a
     loaded = load_adapter(adapter, base.spec)
     merger = WeightMerger(plain_layers(base.model))
     merger.merge(ValuesReader(merger.order, base.spec, base.dtype).of(loaded))
+    model = base.model if loaded.head is None else _with_head(base, loaded)
     record = {
         "base": base.spec.name,
         "base_fingerprint": base.spec.fingerprint,
@@ -46,7 +54,7 @@ def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "a
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.tmp-"))
     try:
-        base.model.save_pretrained(scratch)
+        model.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
         (scratch / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
         scratch.chmod(0o755)
@@ -56,3 +64,22 @@ def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "a
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _with_head(base: BaseModel, adapter: Adapter) -> Any:
+    """transformers' own classifier with the base's weights and the adapter's head."""
+    config = copy.deepcopy(base.model.config)
+    config.id2label = dict(enumerate(adapter.config.labels))
+    config.label2id = {label: i for i, label in enumerate(adapter.config.labels)}
+    tokenizer = base.tokenizer
+    pad = tokenizer.pad_token_id
+    # By it transformers finds a text's last token in a batch.
+    config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    try:
+        model = AutoModelForSequenceClassification.from_config(config, dtype=base.dtype)
+    except ValueError as error:
+        raise UsageError(f"transformers has no classifier for {config.model_type}") from error
+    model.base_model.load_state_dict(base.model.base_model.state_dict())
+    with torch.no_grad():
+        model.score.weight.copy_(adapter.head)
+    return model

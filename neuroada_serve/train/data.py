@@ -6,19 +6,25 @@
     instruction, output, and input if there is one
     question, answer
     text (or sentence), label                the label's name is the answer
+    sentence1, sentence2, label; premise, hypothesis, label; question1, question2, label;
+    question, sentence, label                pairs, as GLUE has them: one text, one below the other
 
 With prompt_format "chat", and a base that has a chat template, the prompt goes through the template
 (a `prompt`, or an instruction with its input below it, as one user message). Otherwise it is plain
 text: a `prompt` as it is, the contents of the other shapes with a line break after each.
+
+Of a classifier (task_type SEQ_CLS) the prompt is the plain text, without a last line break, and the
+answer its label's number.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from neuroada_serve.adapters.format import SEQ_CLS, task_faults
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, RequestError
 from neuroada_serve.model.loader import BaseModel
@@ -28,7 +34,7 @@ from neuroada_serve.train.rows import Data, Faults, RecordFault, place, read_rec
 
 _SHAPES = (
     '{"messages"}, {"prompt", "completion"}, {"instruction", "input", "output"}, '
-    '{"question", "answer"} or {"text", "label"}'
+    '{"question", "answer"}, {"text", "label"} or {"sentence1", "sentence2", "label"}'
 )
 _MUCH_ALIKE = 0.5  # share of one answer from which it is told
 _KEYS: tuple[tuple[str, ...], ...] = (  # a row has all keys of one of these
@@ -38,7 +44,12 @@ _KEYS: tuple[tuple[str, ...], ...] = (  # a row has all keys of one of these
     ("question", "answer"),
     ("text", "label"),
     ("sentence", "label"),
+    ("sentence1", "sentence2", "label"),
+    ("premise", "hypothesis", "label"),
+    ("question1", "question2", "label"),
+    ("question", "sentence", "label"),
 )
+_MOST_CLASSES_TOLD = 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,7 @@ class DataReport:
     the longest row used. duplicates: rows that repeat an earlier one to the letter. seen: held-out
     rows whose prompt, as cut, is trained on.
     most_frequent: (an answer, its share of the training rows).
+    classes: (label, training rows) of a classifier.
     """
 
     rows: int
@@ -96,6 +108,7 @@ class DataReport:
     duplicates: int
     seen: int
     most_frequent: tuple[str, float]
+    classes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.rows} rows: {self.train_rows} to train on, {self.heldout_rows} held out"
@@ -103,10 +116,14 @@ class DataReport:
             text += f", {self.too_long} left out as too long"
         if self.cut:
             text += f", {self.cut} prompts cut at their beginning"
-        text += (
-            f"; {self.tokens} tokens, {self.answer_tokens} of them in answers, the longest row "
-            f"{self.longest}"
-        )
+        text += f"; {self.tokens} tokens, "
+        if not self.classes:
+            text += f"{self.answer_tokens} of them in answers, "
+        text += f"the longest row {self.longest}"
+        if self.classes:
+            told = [f"{label} {count}" for label, count in self.classes[:_MOST_CLASSES_TOLD]]
+            more = len(self.classes) - len(told)
+            text += f"; {len(self.classes)} classes: {', '.join(told)}" + ", ..." * bool(more)
         if self.duplicates:
             text += f"; {self.duplicates} rows repeat others to the letter"
         if self.seen:
@@ -119,11 +136,12 @@ class DataReport:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The two sides of a split, and what was left out."""
+    """The two sides of a split, what was left out, and a classifier's labels."""
 
     train: tuple[Example, ...]
     heldout: tuple[Example, ...]
     report: DataReport
+    labels: tuple[str, ...] = ()
 
 
 def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
@@ -139,8 +157,17 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
         train_rows, heldout_rows = rows, read_rows(config.eval_data, config.columns)
         _refuse_shared_prompts(data, train_rows, config.eval_data, heldout_rows)
     most = min(config.max_length, base.max_model_len)
-    train = _encode_rows(base, data, train_rows, config.prompt_format)
-    heldout = _encode_rows(base, config.eval_data or data, heldout_rows, config.prompt_format)
+    labels: tuple[str, ...] = ()
+    if config.task_type == "SEQ_CLS":
+        labels = _labels(data, train_rows, config.labels)
+
+    def encode(row: Row) -> Example:
+        if labels:
+            return encode_labelled(base, row, labels)
+        return encode_row(base, row, config.prompt_format)
+
+    train = _encode_rows(encode, data, train_rows)
+    heldout = _encode_rows(encode, config.eval_data or data, heldout_rows)
 
     cuts = config.too_long == "cut"
     short_train = tuple(_fitted(train, most, cuts))
@@ -172,8 +199,17 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
         duplicates=len(all_rows) - len({(row.text, row.answer) for row in all_rows}),
         seen=sum(e.prompt_ids in trained for e in short_heldout),
         most_frequent=(answer, count / len(train_rows)),
+        classes=tuple((label, answers[label]) for label in labels),
     )
-    return TrainingData(short_train, short_heldout, report)
+    return TrainingData(short_train, short_heldout, report, labels)
+
+
+def _labels(data: Data, rows: Sequence[Row], given: Sequence[str]) -> tuple[str, ...]:
+    """A classifier's labels: as given, else those of the rows."""
+    labels = tuple(given) or tuple(sorted({row.answer for row in rows}))
+    if faults := task_faults(SEQ_CLS, labels):
+        raise DataError(f"{data}: {faults[0]}; a row's label, or --labels, names its class")
+    return labels
 
 
 def _fitted(examples: Iterable[Example], most: int, cuts: bool) -> Iterable[Example]:
@@ -274,6 +310,21 @@ def encode_row(base: BaseModel, row: Row, prompt_format: str) -> Example:
     return Example(tuple(prompt_ids), (*answer_ids, end_token_id(base)))
 
 
+def encode_labelled(base: BaseModel, row: Row, labels: Sequence[str]) -> Example:
+    """Token ids of a row's plain text, and its label's number in place of an answer.
+
+    Raises:
+        RequestError: its label is none of these, or nothing is left of the text.
+    """
+    if row.answer not in labels:
+        known = ", ".join(labels[:_MOST_CLASSES_TOLD])
+        raise RequestError(f"label {row.answer[:80]!r} is none of {known}")
+    ids = encode_text(base, row.text.removesuffix("\n"))
+    if not ids:
+        raise RequestError("the text has no tokens")
+    return Example(tuple(ids), (labels.index(row.answer),))
+
+
 def end_token_id(base: BaseModel) -> int:
     """The token that ends an answer: the tokenizer's own, else the first of the model's.
 
@@ -304,14 +355,14 @@ def _refuse_shared_prompts(
 
 
 def _encode_rows(
-    base: BaseModel, data: Data, rows: Iterable[Row], prompt_format: str
+    encode: Callable[[Row], Example], data: Data, rows: Iterable[Row]
 ) -> list[Example]:
     examples = []
     faults = Faults(data)
     with quiet_transformers():  # the tokenizer warns of rows that we are about to leave out
         for row in rows:
             try:
-                examples.append(encode_row(base, row, prompt_format))
+                examples.append(encode(row))
             except RequestError as error:
                 faults.add(row.number, str(error))
     faults.raise_if_any()
@@ -323,6 +374,7 @@ def _encode_rows(
 
 def _row(number: int, raw: dict[str, Any]) -> Row:
     found = [keys for keys in _KEYS if raw.keys() >= set(keys)]
+    found = [keys for keys in found if not any(set(keys) < set(other) for other in found)]
     if len(found) > 1:
         names = " and ".join(", ".join(keys) for keys in found)
         raise RecordFault(f"could be read as {names}; say which with --columns")
@@ -338,11 +390,11 @@ def _row(number: int, raw: dict[str, Any]) -> Row:
         if raw.get("input") not in (None, ""):
             prompt += "\n" + _text(raw, "input")
         return Row(number, (_user(prompt),), prompt + "\n", _text(raw, "output"))
-    [(question, answer)] = found
-    prompt = _text(raw, question)
+    *texts, answer = found[0]
+    prompt = "\n".join(_text(raw, key) for key in texts)
     if answer == "label":
         return Row(number, (_user(prompt),), prompt + "\n", _label(raw[answer]))
-    after = "" if question == "prompt" else "\n"
+    after = "" if texts == ["prompt"] else "\n"
     return Row(number, (_user(prompt),), prompt + after, _text(raw, answer))
 
 

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from neuroada_serve.adapters.format import HEAD
 from neuroada_serve.adapters.select import Selection
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.train.bypass import BypassedLinear
 from neuroada_serve.train.checkpoint import Checkpoint
+from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import Example
 from neuroada_serve.train.inplace import InplaceLinear
 from neuroada_serve.train.processes import Processes, current, unlaunched
@@ -110,6 +112,7 @@ class Loop:
     Args:
         model: with `layers` attached.
         layers: whose values are trained, from what they are.
+        head: a classifier's, trained with them.
         examples: to train on.
         steps: optimizer steps of the whole run; the learning rate's course depends on it.
     """
@@ -121,7 +124,13 @@ class Loop:
         examples: Sequence[Example],
         config: TrainConfig,
         steps: int,
+        head: ClassHead | None = None,
     ) -> None:
+        self._trained = {f"{name}.value": layer.value for name, layer in layers.items()}
+        groups = [{"params": list(self._trained.values()), "lr": config.peak_lr}]
+        if head is not None:
+            self._trained[HEAD] = head.weight
+            groups.append({"params": [head.weight], "lr": config.head_lr})
         self._model, self._layers, self._examples = model, layers, examples
         self._config, self._steps = config, steps
         self._processes = current()
@@ -133,11 +142,7 @@ class Loop:
             config.gradient_accumulation,
             self._processes,
         )
-        self._optimizer = torch.optim.AdamW(
-            [layer.value for layer in layers.values()],
-            lr=config.peak_lr,
-            weight_decay=config.weight_decay,
-        )
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, learning_rate_course(config, steps)
         )
@@ -196,12 +201,12 @@ class Loop:
                 batches=self.batches,
                 losses=self.losses,
                 packing=config.packing,
-                values=[layer.value for layer in self._layers.values()],
+                values=list(self._trained.values()),
                 processes=self._processes,
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        if not all(bool(layer.value.isfinite().all()) for layer in self._layers.values()):
+        if not all(bool(values.isfinite().all()) for values in self._trained.values()):
             raise diverged(self.done + 1, config.peak_lr)
 
     def _begin(self) -> None:
@@ -223,14 +228,15 @@ class Loop:
             tensors[f"{name}.index"] = layer.index
             if layer.trained is not None:
                 tensors[f"{name}.trained"] = layer.trained
-            tensors[f"{name}.value"] = layer.value
-            moments = self._optimizer.state[layer.value]
+        for name, values in self._trained.items():
+            tensors[name] = values
+            moments = self._optimizer.state[values]
             tensors |= {f"{name}.{moment}": moments[moment] for moment in _MOMENTS}
             moments_taken = int(moments["step"])
         state = {
             "losses": self.losses,
             "optimizer_step": moments_taken,
-            "lr": self._optimizer.param_groups[0]["lr"],
+            "lr": [group["lr"] for group in self._optimizer.param_groups],
             "scheduler": self._scheduler.state_dict(),
         }
         return Checkpoint(self.done, tensors, state)
@@ -239,15 +245,14 @@ class Loop:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, before any step was taken."""
         tensors, state = checkpoint.tensors, checkpoint.state
-        for name, layer in self._layers.items():
-            layer.value.copy_(tensors[f"{name}.value"])
-            device = layer.value.device
-            self._optimizer.state[layer.value] = {
+        for name, values in self._trained.items():
+            values.copy_(tensors[name])
+            self._optimizer.state[values] = {
                 "step": torch.tensor(float(state["optimizer_step"])),
-                **{moment: tensors[f"{name}.{moment}"].to(device) for moment in _MOMENTS},
+                **{m: tensors[f"{name}.{m}"].to(values.device) for m in _MOMENTS},
             }
-        for group in self._optimizer.param_groups:
-            group["lr"] = state["lr"]
+        for group, lr in zip(self._optimizer.param_groups, state["lr"], strict=True):
+            group["lr"] = lr
         self._scheduler.load_state_dict(dict(state["scheduler"]))
         self.losses[:] = state["losses"]
         batches = self._config.gradient_accumulation * self._processes.size

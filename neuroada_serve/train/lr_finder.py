@@ -9,6 +9,7 @@ import torch
 
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
+from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import Example, TrainingData
 from neuroada_serve.train.loop import Layers, Loop, Notify
 from neuroada_serve.train.processes import current
@@ -32,9 +33,16 @@ class LearningRates:
 
 
 def find_learning_rate(
-    model: Any, layers: Layers, data: TrainingData, config: TrainConfig, notify: Notify
+    model: Any,
+    layers: Layers,
+    data: TrainingData,
+    config: TrainConfig,
+    notify: Notify,
+    head: ClassHead | None = None,
 ) -> LearningRates:
     """Try learning rates around the default for 20 steps each; values are 0 before and after.
+
+    A classifier's head learns at its own rate with each, and begins anew.
 
     Each is a whole small run, with warm-up and decline, of the same batches; what counts is the
     loss of held-out rows, or of training rows where none are held out.
@@ -48,7 +56,7 @@ def find_learning_rate(
     losses: list[float | None] = []
     for lr in tried:
         once = replace(config, lr=lr)
-        loop = Loop(model, layers, data.train, once, _STEPS)
+        loop = Loop(model, layers, data.train, once, _STEPS, head)
         try:
             loop.run(lambda: False, lambda message: None, f"lr {lr:.2g}")
             loss = score(model, rows, config.batch_size).loss
@@ -61,6 +69,8 @@ def find_learning_rate(
         with torch.no_grad():
             for layer in layers.values():
                 layer.value.zero_()
+            if head is not None:
+                head.reset_()
     known = [(loss, lr) for loss, lr in zip(losses, tried, strict=True) if loss is not None]
     if not known:
         raise UsageError("training diverges with every learning rate tried; try --dtype float32")

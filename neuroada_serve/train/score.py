@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import Example
 
 _NOT_AN_ANSWER = -100
@@ -20,7 +21,8 @@ class Score:
 
     loss: mean negative log likelihood per answer token, end token included, in nats.
     exact_match: share of rows whose every answer token, end token included, is the model's first
-        choice after the true ones before it (teacher forcing: what greedy decoding gives).
+        choice after the true ones before it (teacher forcing: what greedy decoding gives); of a
+        classifier, its accuracy.
     """
 
     loss: float
@@ -70,7 +72,7 @@ def answer_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor,
     layer of a small model, and its logits the largest tensor of any.
 
     Returns:
-        logits: [answer_tokens, vocabulary] float32, row after row.
+        logits: [answer_tokens, vocabulary] float32, row after row; of a classifier [rows, labels].
         targets: [answer_tokens] int64, the true tokens.
         is_answer: [rows, width] bool, where they stand.
     """
@@ -82,12 +84,15 @@ def answer_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor,
 
     # `logits_to_keep` would do the same, but as a mask only in the newest transformers, and as a
     # count it makes the head copy itself once per row.
-    hook = model.get_output_embeddings().register_forward_pre_hook(only_predicting)
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(only_predicting)
     try:
         inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
         logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
+    if isinstance(head, ClassHead):
+        logits, head.output = head.output, None
     return logits.float(), batch["labels"][is_answer], is_answer
 
 

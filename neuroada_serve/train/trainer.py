@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,6 +20,8 @@ from neuroada_serve.adapters.card import write_card
 from neuroada_serve.adapters.durable import is_unfinished, remove_unfinished, write_durably
 from neuroada_serve.adapters.format import (
     CONFIG_FILE,
+    HEAD,
+    SEQ_CLS,
     WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
@@ -34,6 +36,7 @@ from neuroada_serve.model.loader import BaseModel, adaptable_modules
 from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.train.bypass import bypass_training
 from neuroada_serve.train.checkpoint import Checkpoint, Checkpoints
+from neuroada_serve.train.classify import ClassHead, class_head
 from neuroada_serve.train.data import DataReport, TrainingData, load_data
 from neuroada_serve.train.inplace import inplace_training
 from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, selections_of
@@ -149,16 +152,21 @@ def train_adapter(
     beside = config.bypass or config.quantize != "none"
     if config.quantize != "none":
         modules = quantize_(base.model, modules, config.quantize)
-    if resumed is None:
-        selections = select(base.model, modules, loaded.train, config, notify)
-        modules = {name: modules[name] for name in selections}
-        processes.share_(one.index for one in selections.values())
-    else:
-        modules = {name: modules[name] for name in k_of_modules(modules, config)}
-        selections = selections_of(resumed, modules)
-    attach = bypass_training if beside else inplace_training
-    with quiet_transformers(), attach(base.model, modules, selections) as layers:
-        run = _Run(base, loaded, data.name, layers, config, out, publisher, notify)
+    with ExitStack() as stack:
+        stack.enter_context(quiet_transformers())
+        head = stack.enter_context(class_head(base.model, len(loaded.labels), config.seed))
+        if resumed is None:
+            selections = select(base.model, modules, loaded.train, config, notify)
+            modules = {name: modules[name] for name in selections}
+            processes.share_(one.index for one in selections.values())
+        else:
+            modules = {name: modules[name] for name in k_of_modules(modules, config)}
+            selections = selections_of(resumed, modules)
+        attach = bypass_training if beside else inplace_training
+        layers: Layers = stack.enter_context(attach(base.model, modules, selections))
+        if head is not None:  # attaching has frozen it with the rest
+            head.requires_grad_(True)
+        run = _Run(base, loaded, data.name, layers, head, config, out, publisher, notify)
         if config.packing and not packs(base.model):
             raise UsageError(
                 "rows of a packed batch see each other in this base's attention; train without "
@@ -175,12 +183,13 @@ def train_adapter(
         else:
             run.before = run.score("the base", 1)
             if config.lr == "auto":
-                searched = find_learning_rate(base.model, layers, loaded, config, notify)
+                searched = find_learning_rate(base.model, layers, loaded, config, notify, head)
         if searched is not None:
             config = replace(config, lr=searched.best)
 
         # 3. The steps.
-        loop = Loop(base.model, layers, loaded.train, config, _steps(config, loaded))
+        steps = _steps(config, loaded)
+        loop = Loop(base.model, layers, loaded.train, config, steps, head)
         if resumed is not None:
             loop.restore(resumed)
         run.begin(loop, checkpoints, searched)
@@ -245,12 +254,13 @@ class _Run:
         data: TrainingData,
         data_name: str,
         layers: Layers,
+        head: ClassHead | None,
         config: TrainConfig,
         out: Path,
         publisher: Publisher | None,
         notify: Notify,
     ) -> None:
-        self._base, self._data, self._layers = base, data, layers
+        self._base, self._data, self._layers, self._head = base, data, layers, head
         self._data_name = data_name
         self._config, self._out = config, out
         self._publisher, self._notify = publisher, notify
@@ -268,7 +278,7 @@ class _Run:
             Evaluation(one["step"], Score(**one["score"])) for one in state["evaluations"]
         ]
         self.best_step = state["best_step"]
-        best = {name: checkpoint.tensors.get(f"{name}.best") for name in self._layers}
+        best = {name: checkpoint.tensors.get(f"{name}.best") for name in (*self._layers, HEAD)}
         self._best = {name: values for name, values in best.items() if values is not None}
 
     def begin(self, loop: Loop, checkpoints: Checkpoints, searched: LearningRates | None) -> None:
@@ -375,9 +385,12 @@ class _Run:
                     layer.value.copy_(exact[name])
 
     def _file_values(self) -> dict[str, Tensor]:
-        return {
+        values = {
             name: layer.value.detach().to(FILE_DTYPE).cpu() for name, layer in self._layers.items()
         }
+        if self._head is not None:
+            values[HEAD] = self._head.weight.detach().cpu().clone()
+        return values
 
     def finish(self) -> Adapter:
         """The adapter of the values kept, told of."""
@@ -405,9 +418,11 @@ class _Run:
             k=next(iter(parts.values())).index.shape[1],
             target_modules=target_modules(parts, self._base.spec.shapes),
             selection=self._config.selection,
+            task_type=self._config.task_type,
+            labels=self._data.labels,
             metadata={"recipe": self._recipe(), "scores": self._scores()},
         )
-        return make_adapter(config, parts)
+        return make_adapter(config, parts, self._best.get(HEAD))
 
     def log(self) -> str:
         """JSON lines: the loss of every step, and every score."""
@@ -421,6 +436,7 @@ class _Run:
 
     def _recipe(self) -> dict[str, Any]:
         config, report = self._config, self._data.report
+        chats = config.prompt_format == "chat" and self._base.has_chat_template
         recipe = {
             "data": self._data_name,
             "rows": report.rows,
@@ -441,7 +457,7 @@ class _Run:
             "max_length": config.max_length,
             "seed": config.seed,
             "dtype": str(self._base.dtype).removeprefix("torch."),
-            "prompt_format": config.prompt_format if self._base.has_chat_template else "plain",
+            "prompt_format": "chat" if chats else "plain",
             "versions": {n: version(n) for n in ("neuroada-serve", "torch", "transformers")},
         }
         plain = TrainConfig()
@@ -460,6 +476,8 @@ class _Run:
         ):
             if getattr(config, name) != getattr(plain, name):
                 recipe[name] = getattr(config, name)
+        if self._head is not None:
+            recipe |= {"head_lr": config.head_lr, "prompt_format": "plain"}
         if self._searched is not None:
             recipe["lr_search"] = asdict(self._searched)
         return recipe
@@ -469,7 +487,11 @@ class _Run:
         if self.before is not None and self.after is not None:
             scores["before"] = asdict(self.before)
             scores["after"] = asdict(self.after)
-            scores["exact_match_by"] = "teacher forcing"
+            if self._head is None:
+                scores["exact_match_by"] = "teacher forcing"
+            else:
+                for score in (scores["before"], scores["after"]):
+                    score["accuracy"] = score.pop("exact_match")
         return scores
 
 
@@ -489,6 +511,7 @@ def _identity(base: BaseModel, data: TrainingData, config: TrainConfig) -> dict[
     of_run["index_file"] = None if config.index_file is None else str(config.index_file)
     return of_run | {
         "rows": rows.hexdigest()[:16],
+        "labels": list(data.labels),
         "base": base.spec.fingerprint,
         "weights": str(base.dtype),
         "device": base.device.type,
@@ -540,6 +563,8 @@ def _is_adapter_folder(folder: Path) -> bool:
 
 def _check_fits(base: BaseModel, config: TrainConfig) -> None:
     k_of = k_of_modules(base.spec.shapes, config)
+    if config.task_type == SEQ_CLS and base.spec.hidden_size is None:
+        raise UsageError(f"base {base.spec.name!r} has no linear output head to replace")
     module = min(k_of, key=lambda name: base.spec.shapes[name][1])
     d_in, k = base.spec.shapes[module][1], max(k_of.values())
     if k > d_in:

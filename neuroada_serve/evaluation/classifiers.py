@@ -1,0 +1,104 @@
+"""How well classifiers label held-out rows, by GLUE's figures."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+from rich.console import Console
+from rich.progress import track
+
+from neuroada_serve.engine.llm import LLM
+from neuroada_serve.errors import DataError, RequestError
+from neuroada_serve.evaluation.bootstrap import confusion_interval, mean_interval
+from neuroada_serve.evaluation.f1 import macro_f1
+from neuroada_serve.evaluation.matthews import matthews
+from neuroada_serve.evaluation.questions import Question
+from neuroada_serve.evaluation.run import Evaluation, Prediction, Result, Score, confusion_of
+from neuroada_serve.intervals import wilson
+from neuroada_serve.train.data import encode_labelled, read_rows
+from neuroada_serve.train.rows import Data, place
+
+CLASSIFIER_METRICS = ("loss", "accuracy", "macro_f1", "matthews")
+_ROWS_AT_ONCE = 64
+
+
+def evaluate_classifiers(
+    llm: LLM,
+    data: Data,
+    adapters: Sequence[str],
+    limit: int | None = None,
+    *,
+    console: Console | None = None,
+) -> Evaluation:
+    """Score loaded classifiers on the rows of a file, all in the same batches.
+
+    Args:
+        data: rows in the shapes that training reads; a row's answer is its label.
+        limit: most rows, from the top.
+        console: shows a progress bar.
+
+    Raises:
+        DataError: a row's label is none of a classifier's, or its text does not fit; names the row.
+        EngineError: a request failed.
+    """
+    rows = read_rows(data)[:limit]
+    labels = {name: llm.engine.adapters.store.get(name).labels for name in adapters}
+    prompts = []
+    for row in rows:
+        where = f"{data} {place(data, row.number)}"
+        try:
+            encoded = [encode_labelled(llm.engine.base, row, labels[name]) for name in adapters]
+        except RequestError as error:
+            raise DataError(f"{where}: {error}") from error
+        ids = list(encoded[0].prompt_ids)
+        if len(ids) >= llm.engine.max_model_len:
+            raise DataError(
+                f"{where}: the text has {len(ids)} tokens, the model takes less than "
+                f"{llm.engine.max_model_len}"
+            )
+        prompts.append(ids)
+
+    predictions: dict[str, list[Prediction]] = {name: [] for name in adapters}
+    digests: dict[str, str | None] = {}
+    starts = range(0, len(rows), _ROWS_AT_ONCE)
+    for start in track(starts, "scoring", console=console, disable=console is None):
+        part = range(start, min(start + _ROWS_AT_ONCE, len(rows)))
+        asked = [(i, name) for i in part for name in adapters]
+        outputs = llm.classify([prompts[i] for i, _ in asked], [name for _, name in asked])
+        for (i, name), output in zip(asked, outputs, strict=True):
+            digests[name] = output.adapter_digest
+            right = rows[i].answer
+            question = Question(rows[i], right, True, output.labels, True, "", "")
+            probs = dict(zip(output.labels, output.probs, strict=True))
+            logs = {label: math.log(max(p, 1e-45)) for label, p in probs.items()}
+            predictions[name].append(
+                Prediction(
+                    question,
+                    chosen={"accuracy": output.label},
+                    loglikelihoods={label: (log, log) for label, log in logs.items()},
+                    points={"accuracy": float(output.label == right)},
+                    loss=(-logs[right], 1),
+                )
+            )
+    results = [_result(name, digests[name], labels[name], predictions[name]) for name in adapters]
+    return Evaluation(len(rows), CLASSIFIER_METRICS, tuple(results))
+
+
+def _result(
+    name: str, digest: str | None, labels: Sequence[str], predictions: list[Prediction]
+) -> Result:
+    rows = len(predictions)
+    losses = [said.loss[0] for said in predictions if said.loss is not None]
+    hits = sum(said.points["accuracy"] == 1 for said in predictions)
+    number = {label: i for i, label in enumerate(labels)}
+    right = [number[said.question.right] for said in predictions]
+    chosen = [number[str(said.chosen["accuracy"])] for said in predictions]
+    confusion = confusion_of(labels, right, chosen)
+    interval = partial(confusion_interval, right, chosen, len(labels))
+    scores = {
+        "loss": Score(math.fsum(losses) / rows, *mean_interval(losses), rows, "bootstrap"),
+        "accuracy": Score(hits / rows, *wilson(hits, rows), rows, "wilson"),
+    }
+    for figure, of in (("macro_f1", macro_f1), ("matthews", matthews)):
+        scores[figure] = Score(of(confusion.counts), *interval(of), rows, "bootstrap")
+    return Result(name, digest, scores, {"accuracy": confusion}, predictions)
