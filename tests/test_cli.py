@@ -204,6 +204,7 @@ def test_every_flag_has_help():
         "train",
         "eval",
         "generate",
+        "classify",
         "merge",
         "inspect",
         "bench",

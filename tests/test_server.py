@@ -883,6 +883,7 @@ async def test_adapters_are_described(client: Client) -> None:
             "is_pinned": False,
             "is_merged": False,
             "since": SINCE,
+            "labels": [],
         }
         assert pirate["is_merged"]
         assert (await client.get("/v1/adapters/pirate")).json() == pirate

@@ -80,7 +80,8 @@ class AdapterVersion:
     @property
     def labels(self) -> tuple[str, ...]:
         """A classifier's; empty for an adapter that answers in text."""
-        return () if isinstance(self.source, Mix) else self.source.config.labels
+        source = self.source
+        return source.config.labels if isinstance(source, AdapterHeader | Adapter) else ()
 
     @property
     def is_mix(self) -> bool:
