@@ -317,7 +317,7 @@ def train(
     labels: Annotated[
         str | None, typer.Option(metavar="A,B,...", help=help_of(TrainConfig, "labels"))
     ] = None,
-    head_lr: Annotated[float, typer.Option(help=help_of(TrainConfig, "head_lr"))] = 1e-3,
+    head_lr: Annotated[float, typer.Option(help=help_of(TrainConfig, "head_lr"))] = 1e-2,
     too_long: Annotated[str, typer.Option(help=help_of(TrainConfig, "too_long"))] = "skip",
     columns: Annotated[
         str, typer.Option(metavar="KEY=COLUMN,...", help=help_of(TrainConfig, "columns"))

@@ -216,7 +216,7 @@ class TrainConfig:
     labels: tuple[str, ...] = _option(
         (), "A classifier's labels, in order: bad,good. Default: those of the rows, sorted."
     )
-    head_lr: float = _option(1e-3, "Peak learning rate of a classifier's head.")
+    head_lr: float = _option(1e-2, "Peak learning rate of a classifier's head.")
     columns: Mapping[str, str] = _option(
         {}, "Our keys for the data's columns, such as prompt=question,completion=reply."
     )
