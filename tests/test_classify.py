@@ -155,7 +155,7 @@ def test_probabilities_are_those_of_transformers(family, mode, tmp_path):
 
 
 def test_texts_beside_classes_are_as_they_are_alone(source):
-    """In bfloat16, where whole steps are one kernel, but for those with a classifier in them."""
+    """In bfloat16, where whole steps are one kernel."""
     llm = LLM(str(source.path), dtype="bfloat16")
     llm.load_adapter("mood", classifier(source, 1))
     llm.load_adapter("talk", random_adapter(source, 3))

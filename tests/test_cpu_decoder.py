@@ -1,10 +1,13 @@
 """Steps as one CPU kernel: what transformers computes, for every mix of adapters."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import FAMILIES, VOCAB, adapter_for, plain_merged, save_tiny_model
 
 from neuroada_serve import LLM, SamplingParams
+from neuroada_serve.adapters.format import SEQ_CLS, make_adapter
 from neuroada_serve.engine import cpu_decoder
 from neuroada_serve.engine.cpu_decoder import known_decoder
 from neuroada_serve.model.bypass_linear import attach_bypass
@@ -285,3 +288,25 @@ def test_product_of_pairs_with_and_without_the_instruction(monkeypatch, has_inst
     y = torch.empty(shape[0], 32)
     multiply(*(np.int64(n) for n in (packed.data_ptr(), x.data_ptr(), 192, 48, y.data_ptr())))
     torch.testing.assert_close(y, x.float() @ weight[:32].float().t(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_classifier_gets_what_the_head_sees(sources):
+    source, labels = sources("llama"), ("no", "yes", "well")
+    base = load_base(source)
+    adapters = {}
+    for seed, name in enumerate(("one", "two")):
+        plain = adapter_for(base.model, base.spec, seed, k=1 + seed)
+        head = torch.randn(3, 64, generator=torch.Generator().manual_seed(seed)) / 8
+        config = replace(plain.config, task_type=SEQ_CLS, labels=labels)
+        adapters[name] = make_adapter(config, plain.modules, head)
+    llm = LLM(str(source.path), adapters, max_num_seqs=4)
+    runner = llm.engine._runner
+    assert runner._cpu_decoder is not None
+    prompts = [PROMPT[:5], PROMPT[5:40], PROMPT[40:42], PROMPT]
+    names = ["one", "two", "one", "two"]
+    for prompt, name, found in zip(prompts, names, llm.classify(prompts, names), strict=True):
+        model = plain_merged(source, adapters[name])
+        with torch.no_grad():
+            hidden = model.base_model(torch.tensor([prompt])).last_hidden_state[0, -1]
+        expected = (adapters[name].head @ hidden).softmax(0)
+        torch.testing.assert_close(torch.tensor(found.probs), expected, atol=0.03, rtol=0.1)

@@ -154,9 +154,11 @@ class ModelRunner:
         seen: list[Tensor] = []
         kept = self._tensor(last_tokens + [token for _, _, tokens in scored for token in tokens])
         decoder = self._cpu_decoder
-        if decoder is not None and decoder.takes(len(ids)) and not classifies:
+        if decoder is not None and decoder.takes(len(ids)):
             inputs = Tokens(self._tensor(ids), step.positions, step.slots, max(positions) + 1)
             logits = decoder.run(inputs, kept, residents, in_weights)
+            if classifies:
+                seen.append(decoder.seen_by_head(len(kept))[None])
         else:
             batch = self._bank.batch(residents, in_weights)
             with self._context.forward_batch(batch), ExitStack() as stack:

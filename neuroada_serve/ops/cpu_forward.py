@@ -197,7 +197,7 @@ class CpuForward:
         self._runs: list[Any] = []  # what the blocks hold addresses of, while there are runs
         self._layout: Hashable = None  # that the blocks are set to
         self._caches_version: int | None = None
-        self._hidden, self._logits, self._head_block = self._set_up()
+        self._hidden, self._normed, self._logits, self._head_block = self._set_up()
         self._largest_d_in = max(product.weight.d_in for product, _ in self._products)
         self._group = max(a.heads // a.kv_heads for a, _ in self._attentions)
         self._step = (ctypes.c_int64 * self._at.NUM_STEP_FIELDS)()
@@ -240,6 +240,10 @@ class CpuForward:
         self._reserve(max(product_bytes, attention_bytes))
         self._run()
         return self._logits[: len(kept)]
+
+    def seen_by_head(self, num_kept: int) -> Tensor:
+        """[num_kept, hidden] bf16, of which the last run's logits are; valid until the next run."""
+        return self._normed[:num_kept]
 
     def _set_caches(self, caches: Caches) -> None:
         at = self._at
@@ -304,11 +308,12 @@ class CpuForward:
             kept.append(array)
         return _Plan(lanes, products, largest_k, kept)
 
-    def _set_up(self) -> tuple[Tensor, Tensor, Any]:
+    def _set_up(self) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Buffers for the activations, and a block of arguments for every operation.
 
         Returns:
-            The hidden states, the logits, which have no room yet, and the head's block.
+            The hidden states, the same after a norm, the logits, which have no room yet, and the
+            head's block.
         """
         at, decoder = self._at, self._decoder
         rows = self.max_tokens + at.CHUNK  # products read beyond the last token
@@ -322,7 +327,7 @@ class CpuForward:
         attended = buffer(max(layer.o.weight.d_in for layer in decoder.layers))
         gated = buffer(max(layer.down.weight.d_in for layer in decoder.layers))
         logits = torch.empty(0, decoder.head.weight.d_out)
-        self._kept += [qkv, normed, attended, gated]
+        self._kept += [qkv, attended, gated]
 
         for layer in decoder.layers:
             self._norm(layer.attention_norm, x, normed)
@@ -334,7 +339,7 @@ class CpuForward:
             self._product(layer.down, gated, x, at.ADD)
         self._norm(decoder.norm, x, normed, is_last=True)
         self._product(decoder.head, normed, logits, at.LOGITS)
-        return x, logits, self._products[-1][1]
+        return x, normed, logits, self._products[-1][1]
 
     def _block(self, kind: int) -> Any:
         block = (ctypes.c_int64 * self._at.NUM_OP_FIELDS)()
