@@ -298,7 +298,7 @@ async def test_texts_come_as_text_or_tokens(client):
     [
         ({"model": "mood", "input": ""}, 400, "input must not be empty"),
         ({"model": "mood", "input": ["a", ""]}, 400, "input must not be empty"),
-        ({"model": "mood", "input": ["a"] * 2049}, 400, "2049 inputs, at most 2048"),
+        ({"model": "mood", "input": ["a"] * 257}, 400, "257 inputs, at most 256"),
         ({"model": "mood", "input": "a" * 300}, 400, "maximum context length is 256"),
         ({"model": "mood", "input": [9999]}, 400, "prompt token ids"),
         ({"model": "mood"}, 400, "input: Field required"),
