@@ -137,7 +137,7 @@ def run_once(command: list[str]) -> dict[str, float]:
 
 def child(command: list[str]) -> None:
     """Run the real command line, noting when each phase ends; the notes go to stderr at the end."""
-    from neuroada_serve import cli
+    from neuroada_serve.cli import ask, main
     from neuroada_serve.config import EngineConfig
 
     ends = {"interpreter": time.monotonic()}
@@ -161,14 +161,14 @@ def child(command: list[str]) -> None:
 
     check = EngineConfig.__post_init__
     EngineConfig.__post_init__ = when_imported
-    cli._llm_with = noted(cli._llm_with, "engine")
+    ask.llm_with = noted(ask.llm_with, "engine")
     sys.argv = ["neuroada", *command]
 
     def tell() -> None:
         print(json.dumps(ends | {"processor": time.process_time()}), file=sys.stderr)
 
     atexit.register(tell)
-    cli.main()
+    main()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from neuroada_serve import save_adapter
 from neuroada_serve.adapters.format import CONFIG_FILE
 from neuroada_serve.adapters.reader import load_adapter
-from neuroada_serve.cli import _k_by_module, app
+from neuroada_serve.cli import app
+from neuroada_serve.cli.train import _k_by_module
 from neuroada_serve.config import ServerConfig
 
 
@@ -180,7 +181,7 @@ def test_sighup_serves_what_has_come_into_the_adapter_dir(model, adapter, tmp_pa
         elif message.startswith("Adapters looked at"):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("neuroada_serve.cli._notify", notify)
+    monkeypatch.setattr("neuroada_serve.cli.serve.notify", notify)
     result = run("serve", model.path, "--adapter-dir", tmp_path, "--port", 0)
     assert result.exit_code == 0, result.output
     *_, start, rescan, stop = said

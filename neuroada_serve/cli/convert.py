@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from neuroada_serve.cli.common import app, command, notify, out
 
 if TYPE_CHECKING:
     from neuroada_serve.model.convert import Conversion
@@ -19,8 +20,7 @@ convert_app = typer.Typer(
     rich_markup_mode=None,
     help="Make an adapter of another format's files, or the other way round.",
 )
-_err = Console(stderr=True)
-_out = Console()
+app.add_typer(convert_app, name="convert")
 
 Base = Annotated[
     str,
@@ -40,6 +40,12 @@ Dtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
+def _convert_command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a function as `convert NAME`."""
+    return command(function, convert_app, function.__name__.replace("_", "-"))
+
+
+@_convert_command
 def official(
     run: Annotated[
         Path,
@@ -60,6 +66,7 @@ def official(
     _show(convert_official(_source(base), run, out_dir, k, dtype), out_dir, json_output)
 
 
+@_convert_command
 def shira(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder that PEFT wrote.")],
     base: Base,
@@ -74,6 +81,7 @@ def shira(
     _show(convert_shira(_source(base), adapter, out_dir, k, dtype), out_dir, json_output)
 
 
+@_convert_command
 def supertuning(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder that PEFT wrote.")],
     base: Base,
@@ -88,6 +96,7 @@ def supertuning(
     _show(convert_supertuning(_source(base), adapter, out_dir, k, dtype), out_dir, json_output)
 
 
+@_convert_command
 def diff(
     tuned: Annotated[
         str, typer.Argument(metavar="MODEL", help="The fine-tuned model, as --base names one.")
@@ -107,6 +116,7 @@ def diff(
     _show(result, out_dir, json_output)
 
 
+@_convert_command
 def to_shira(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
     base: Base,
@@ -116,27 +126,18 @@ def to_shira(
     from neuroada_serve.model.convert import export_shira
 
     r = export_shira(_source(base), adapter, out_dir)
-    _notify(f"SHiRA adapter with r={r} written to {out_dir}; peft.PeftModel loads it.")
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "official": official,
-    "shira": shira,
-    "supertuning": supertuning,
-    "diff": diff,
-    "to-shira": to_shira,
-}
+    notify(f"SHiRA adapter with r={r} written to {out_dir}; peft.PeftModel loads it.")
 
 
 def _source(model: str) -> "ModelSource":
     from neuroada_serve.model.source import resolve_model
 
-    return resolve_model(model, _notify)
+    return resolve_model(model, notify)
 
 
 def _show(result: "Conversion", out_dir: Path, json_output: bool) -> None:
     for warning in result.warnings:
-        _notify(f"Warning: {warning}.")
+        notify(f"Warning: {warning}.")
     config = result.adapter.config
     if json_output:
         report: dict[str, Any] = {
@@ -149,8 +150,8 @@ def _show(result: "Conversion", out_dir: Path, json_output: bool) -> None:
         }
         print(json.dumps(report))
     else:
-        _out.print(_table(result))
-    _notify(
+        out.print(_table(result))
+    notify(
         f"Adapter with k={config.k} written to {out_dir}: {result.num_entries:,} entries changed, "
         f"{result.kept_in_all:.2%} of their energy kept"
         + (f"; {result.filled:.0%} of its values only fill rows up." if result.filled else ".")
@@ -169,7 +170,3 @@ def _table(result: "Conversion") -> Table:
         mean = sum(kept_in.values()) / len(kept_in)
         table.add_row(ending, str(len(kept_in)), f"{mean:.2%}", f"{kept_in[lowest]:.2%}", lowest)
     return table
-
-
-def _notify(message: str) -> None:
-    _err.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,120 @@
+"""`neuroada generate`, `classify`, `merge` and `inspect`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from neuroada_serve.cli.common import (
+    Adapter,
+    Dtype,
+    Model,
+    Plain,
+    command,
+    llm_with,
+    notify,
+    out,
+)
+from neuroada_serve.config import EngineConfig
+
+
+@command
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    adapter: Adapter = None,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling; default: a random one.")
+    ] = None,
+    dtype: Dtype = "auto",
+    plain: Plain = False,
+) -> None:
+    """Answer one prompt, streamed to the terminal."""
+    from neuroada_serve.request import Output, SamplingParams
+
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    llm, name = llm_with(model, adapter, dtype, max_num_seqs=1)
+
+    def show(output: Output) -> None:
+        sys.stdout.write(output.text)
+        sys.stdout.flush()
+
+    if plain or not llm.engine.base.has_chat_template:
+        llm.generate(prompt, params, name, on_output=show)
+    else:
+        llm.chat([{"role": "user", "content": prompt}], params, name, on_output=show)
+    print()
+
+
+@command
+def classify(
+    model: Model,
+    text: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to classify.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of a classifier's adapter.")],
+    dtype: Dtype = "auto",
+) -> None:
+    """Label texts by a classifier: a line for each, its label and the labels' probabilities."""
+    llm, name = llm_with(model, adapter, dtype)
+    for output in llm.classify(text, name):
+        shares = zip(output.labels, output.probs, strict=True)
+        print(output.label, *(f"{label}={share:.4f}" for label, share in shares), sep="\t")
+
+
+@command
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the checkpoint: auto (as stored), float32, ...")
+    ] = "auto",
+) -> None:
+    """Write base and adapter as one plain Hugging Face checkpoint."""
+    EngineConfig(dtype=dtype)  # refuses an unknown dtype before the model is loaded
+
+    from neuroada_serve.model.export import export_merged
+    from neuroada_serve.model.source import resolve_model
+
+    export_merged(resolve_model(model, notify), adapter, out_dir, dtype)
+    notify(f"Checkpoint written to {out_dir}")
+
+
+@command
+def inspect(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
+) -> None:
+    """Show what an adapter holds, after checking its files."""
+    import torch
+
+    from neuroada_serve.adapters.format import WEIGHTS_FILE
+    from neuroada_serve.adapters.reader import load_adapter
+
+    loaded = load_adapter(adapter)
+    config = loaded.config
+    values = torch.cat([part.bypass.float().flatten() for part in loaded.modules.values()])
+    dtypes = {str(part.bypass.dtype).removeprefix("torch.") for part in loaded.modules.values()}
+    table = Table(show_header=False, title=str(adapter))
+    for key, value in (
+        ("base", config.base_model_name_or_path),
+        ("base fingerprint", config.base_fingerprint),
+        ("digest", loaded.digest),
+        ("k", config.k),
+        ("selection", config.selection),
+        ("task", config.task_type),
+        *([("labels", ", ".join(config.labels))] if config.labels else []),
+        ("target modules", ", ".join(config.target_modules)),
+        ("modules", len(loaded.modules)),
+        ("values", f"{loaded.nnz:,} {', '.join(sorted(dtypes))}"),
+        ("weights file", f"{(adapter / WEIGHTS_FILE).stat().st_size:,} bytes"),
+        ("mean |value|", f"{values.abs().mean():.4g}"),
+        ("largest |value|", f"{values.abs().max():.4g}"),
+        ("values that are 0", f"{(values == 0).float().mean():.1%}"),
+        ("metadata", json.dumps(dict(config.metadata), indent=2, ensure_ascii=False)),
+    ):
+        table.add_row(key, str(value))
+    out.print(table, markup=False)

@@ -1,0 +1,107 @@
+"""What the commands share: registration, options, and where messages go."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from neuroada_serve import uncollected
+from neuroada_serve.config import EngineConfig, help_of
+from neuroada_serve.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from neuroada_serve.engine.llm import LLM
+    from neuroada_serve.train.rows import Data
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train, serve and merge NeuroAda adapters. MODEL is a local Hugging Face folder, a .gguf "
+    "file, `demo`, or a hub id.",
+)
+err = Console(stderr=True)
+out = Console()
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local folder, a .gguf file, demo, or a hub id.")
+]
+Dtype = Annotated[str, typer.Option(help=help_of(EngineConfig, "dtype"))]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Use prompts as they are, without the chat template.")
+]
+Adapter = Annotated[Path | None, typer.Option(help="Adapter folder; default: the base alone.")]
+
+
+def command(
+    function: Callable[..., None], group: typer.Typer = app, name: str | None = None
+) -> Callable[..., None]:
+    """Register a command; a user's mistake ends it with one sentence and exit code 2."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except UsageError as error:
+            print_error(f"Error: {error}")
+            raise typer.Exit(2) from None
+        except EngineError as error:
+            print_error(f"Engine failure: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    group.command(name=name or function.__name__.strip("_"))(run)
+    return run
+
+
+@contextmanager
+def for_good() -> Iterator[None]:
+    """What is imported and loaded inside stays until the process ends. The garbage collector never
+    looks at it: neither now, nor in the steps of a server, nor on the way out."""
+    with uncollected():
+        yield
+        gc.freeze()
+
+
+def print_error(message: str) -> None:
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def notify(message: str) -> None:
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Comma-separated words."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def rows_of(source: str) -> "Data":
+    """The rows that --data or --eval-data names."""
+    if not source.startswith("hub:"):
+        if not Path(source).is_file():
+            raise UsageError(f"no file {source!r}")
+        return Path(source)
+    from neuroada_serve.train.hub import open_hub_rows
+
+    notify(f"Reading {source}.")
+    return open_hub_rows(source)
+
+
+def llm_with(
+    model: str, adapter: Path | None, dtype: str, **config: Any
+) -> "tuple[LLM, str | None]":
+    """A model with at most one adapter, and the name it is served under."""
+    adapters = {} if adapter is None else {"adapter": adapter}
+    with for_good():
+        from neuroada_serve.engine.llm import LLM
+
+        llm = LLM(model, adapters, dtype=dtype, notify=notify, **config)
+    return llm, None if adapter is None else "adapter"

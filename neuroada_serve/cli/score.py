@@ -1,0 +1,165 @@
+"""`neuroada eval`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from neuroada_serve.cli.common import (
+    Dtype,
+    Model,
+    Plain,
+    command,
+    err,
+    for_good,
+    notify,
+    out,
+    rows_of,
+    words,
+)
+from neuroada_serve.errors import UsageError
+
+
+@command
+def _eval(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Rows, as train takes them.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]PATH", help="Adapter folder to score. Repeatable."),
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Score the base beside the adapters.")
+    ] = True,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="loss, exact_match, number, choice_likelihood, choice_generation or f1. "
+            "Repeatable. Default: loss, with number where the rows have an answer key and all "
+            "answers are numbers, else exact_match, and choice_likelihood where options are given "
+            "or the rows have an answer key and few answers.",
+        ),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            help="Options of rows without any of their own: true,false. Default: all answers of "
+            "the data, if few."
+        ),
+    ] = None,
+    answer_key: Annotated[
+        str | None,
+        typer.Option(help="Key of the answer that counts; default: answer, beside output."),
+    ] = None,
+    trigger: Annotated[
+        str | None,
+        typer.Option(
+            help="What the answer stands behind; default 'the correct answer is ' where rows have "
+            "an answer key."
+        ),
+    ] = None,
+    pick: Annotated[
+        str, typer.Option(help="Which option counts of those a text names: first or last.")
+    ] = "first",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of an answer. Default: 4 more than the right one; at least 32 for "
+            "choice_generation and f1, 512 for number."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Most rows to use, from the top; default: all.")
+    ] = None,
+    out_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Write the scores there as JSON, with predictions by row and plots beside it.",
+        ),
+    ] = None,
+    save: Annotated[
+        bool,
+        typer.Option("--save", help="Put the scores into each adapter's config and README.md."),
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+    dtype: Dtype = "auto",
+    plain: Plain = False,
+) -> None:
+    """Score a base and adapters on the answers of rows, in one run."""
+    rows = rows_of(data)
+    folders = _adapters_to_score(adapter or [])
+    if save and not folders:
+        raise UsageError("--save puts scores into adapters; name one with --adapter")
+    if not base and not folders:
+        raise UsageError("--no-base leaves nothing to score; name an --adapter")
+
+    from neuroada_serve.evaluation import report
+    from neuroada_serve.evaluation.run import EvalSettings, evaluate
+
+    settings = EvalSettings(
+        metrics=None if metric is None else tuple(dict.fromkeys(metric)),
+        answer_key=answer_key,
+        trigger=trigger,
+        choices=None if choices is None else words(choices),
+        pick=cast(Any, pick),  # EvalSettings checks the words
+        max_tokens=max_tokens,
+        limit=limit,
+        prompt_format="plain" if plain else "chat",
+    )
+    if out_file is not None:
+        report.check_out(out_file)
+    with for_good():
+        from neuroada_serve.engine.llm import LLM
+
+        llm = LLM(model, folders, dtype=dtype, notify=notify)
+    classifiers = [name for name in folders if llm.engine.adapters.store.get(name).labels]
+    if classifiers:
+        from neuroada_serve.evaluation.classifiers import evaluate_classifiers
+
+        if others := [name for name in folders if name not in classifiers]:
+            raise UsageError(
+                f"{classifiers[0]} is a classifier and {others[0]} is not; score them apart"
+            )
+        if metric is not None:
+            raise UsageError("a classifier has figures of its own; leave out --metric")
+        base = False  # it has no head for these labels
+        found = evaluate_classifiers(llm, rows, classifiers, limit, console=err)
+    else:
+        asked = [*([None] if base else []), *folders]
+        found = evaluate(llm, rows, asked, settings, console=err)
+    subjects = [*([report.BASE] if base else []), *folders]
+    if out_file is not None:
+        written = report.write_results(found, subjects, model, rows, out_file, notify)
+        notify("Written: " + ", ".join(map(str, written)))
+    if save:
+        of_base, of_adapters = found.results[:base], found.results[base:]
+        for folder, result in zip(folders.values(), of_adapters, strict=True):
+            report.save_scores(folder, result, next(iter(of_base), None), rows, notify)
+            notify(f"Scores saved in {folder}")
+    if json_output:
+        first = found.results[min(int(base), len(found.results) - 1)]  # adapter, else the base
+        flat = {name: score.value for name, score in first.scores.items()}
+        whole = report.document(found, subjects, model, rows)
+        print(json.dumps({"rows": found.rows, **flat, **whole}))
+        return
+    out.print(report.score_table(found, subjects, f"{rows.name}, {found.rows} rows"))
+
+
+def _adapters_to_score(flags: list[str]) -> dict[str, Path]:
+    """The folders of --adapter PATH or NAME=PATH by name; without one, their folder's."""
+    folders: dict[str, Path] = {}
+    for flag in flags:
+        name, separator, path = flag.partition("=")
+        if not separator or Path(flag).exists():
+            name, path = Path(flag).resolve().name, flag
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name) or not path:
+            raise UsageError(f"--adapter {flag!r}: write NAME={path}, NAME of letters and digits")
+        if name in folders or name == "base":
+            raise UsageError(f"two models are called {name!r}: name one, --adapter NAME={path}")
+        folders[name] = Path(path)
+    return folders

@@ -1,0 +1,180 @@
+"""`neuroada demo` and `neuroada serve`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neuroada_serve.cli.common import Dtype, Model, command, err, for_good, notify, out
+from neuroada_serve.config import EngineConfig, ServerConfig, help_of, parse_bytes
+from neuroada_serve.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_MOST_LISTED = 20  # adapters that `serve` names at its start
+
+
+@command
+def demo() -> None:
+    """Serve the shipped adapters beside the base in one batch, then hot-merge one."""
+    from neuroada_serve.demo import run_demo
+
+    run_demo(out, notify)
+
+
+@command
+def serve(
+    model: Model,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Serve the adapter in PATH as NAME. Repeatable."),
+    ] = None,
+    adapter_dir: Annotated[
+        Path | None, typer.Option(help=help_of(ServerConfig, "adapter_dir"))
+    ] = None,
+    preload: Annotated[
+        bool, typer.Option("--preload", help=help_of(ServerConfig, "preload"))
+    ] = False,
+    adapter_memory: Annotated[
+        str | None, typer.Option(help=help_of(EngineConfig, "adapter_memory"))
+    ] = None,
+    adapter_host_memory: Annotated[
+        str | None, typer.Option(help=help_of(EngineConfig, "adapter_host_memory"))
+    ] = None,
+    prefix_cache_memory: Annotated[
+        str | None, typer.Option(help=help_of(EngineConfig, "prefix_cache_memory"))
+    ] = None,
+    tenant_header: Annotated[
+        str | None, typer.Option(help=help_of(ServerConfig, "tenant_header"))
+    ] = None,
+    tenant_weight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=WEIGHT", help=help_of(EngineConfig, "tenant_weights")),
+    ] = None,
+    adapter_weight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=WEIGHT", help=help_of(EngineConfig, "adapter_weights")),
+    ] = None,
+    allow_runtime_adapters: Annotated[
+        bool,
+        typer.Option(
+            "--allow-runtime-adapters", help=help_of(ServerConfig, "allow_runtime_adapters")
+        ),
+    ] = False,
+    host: Annotated[str, typer.Option(help=help_of(ServerConfig, "host"))] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help=help_of(ServerConfig, "port"))] = 8000,
+    merge: Annotated[str, typer.Option(help=help_of(EngineConfig, "merge"))] = "never",
+    max_num_seqs: Annotated[int, typer.Option(help=help_of(EngineConfig, "max_num_seqs"))] = 16,
+    max_model_len: Annotated[
+        int | None, typer.Option(help=help_of(EngineConfig, "max_model_len"))
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help=help_of(EngineConfig, "max_num_batched_tokens"))
+    ] = 512,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help=help_of(EngineConfig, "device"))] = "auto",
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help=help_of(EngineConfig, "enforce_eager"))
+    ] = False,
+    max_waiting: Annotated[int, typer.Option(help=help_of(ServerConfig, "max_waiting"))] = 256,
+    drain_timeout_s: Annotated[
+        float, typer.Option(help=help_of(ServerConfig, "drain_timeout_s"))
+    ] = 10.0,
+) -> None:
+    """Serve a base and its adapters over an OpenAI-style HTTP endpoint."""
+    server_config = ServerConfig(
+        host=host,
+        port=port,
+        adapter_dir=adapter_dir,
+        preload=preload,
+        tenant_header=tenant_header,
+        allow_runtime_adapters=allow_runtime_adapters,
+        max_waiting=max_waiting,
+        drain_timeout_s=drain_timeout_s,
+    )
+    adapters = _named_adapters(adapter or [])
+    with for_good():
+        from neuroada_serve.benchmark.report import progress_bar
+        from neuroada_serve.engine.llm import LLM
+        from neuroada_serve.server.serve import serve as run_server
+
+        with progress_bar(err) as progress:
+            llm = LLM(
+                model,
+                adapters,
+                adapter_dir=adapter_dir,
+                preload=preload,
+                notify=notify,
+                on_progress=_shown_in(progress),
+                merge=merge,
+                adapter_memory=_optional_bytes(adapter_memory),
+                adapter_host_memory=_optional_bytes(adapter_host_memory),
+                prefix_cache_memory=_optional_bytes(prefix_cache_memory),
+                tenant_weights=_weights("--tenant-weight", tenant_weight or []),
+                adapter_weights=_weights("--adapter-weight", adapter_weight or []),
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                max_num_batched_tokens=max_num_batched_tokens,
+                dtype=dtype,
+                device=device,
+                enforce_eager=enforce_eager,
+            )
+
+    def on_ready(host: str, port: int) -> None:
+        names = llm.adapters
+        listed = ", ".join(names) if len(names) <= _MOST_LISTED else f"{len(names)} in all"
+        notify(
+            f"Serving {llm.engine.base.spec.name} on http://{host}:{port}/v1; adapters: "
+            f"{listed or 'none yet'}"
+        )
+
+    code = run_server(llm.engine, server_config, on_ready, notify)
+    metrics = llm.engine.metrics
+    endings = ", ".join(f"{count} {reason.value}" for reason, count in metrics.num_finished.items())
+    notify(f"Stopped. Answers by ending: {endings}; {metrics.num_output_tokens} tokens in all.")
+    if code:
+        raise typer.Exit(code)
+
+
+def _named_adapters(flags: list[str]) -> dict[str, Path]:
+    """The adapters of --adapter NAME=PATH."""
+    adapters: dict[str, Path] = {}
+    for flag in flags:
+        name, separator, path = flag.partition("=")
+        if not separator or not name or not path:
+            raise UsageError(f"--adapter takes NAME=PATH, got {flag!r}")
+        adapters[name] = Path(path)
+    return adapters
+
+
+def _weights(option: str, flags: list[str]) -> dict[str, float]:
+    """The shares of NAME=WEIGHT options."""
+    weights: dict[str, float] = {}
+    for flag in flags:
+        name, separator, weight = flag.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            separator = ""
+        if not separator or not name:
+            raise UsageError(f"{option} takes NAME=WEIGHT, such as big-customer=2, got {flag!r}")
+    return weights
+
+
+def _optional_bytes(text: str | None) -> int | None:
+    return None if text is None else parse_bytes(text)
+
+
+def _shown_in(progress: "Progress") -> Callable[[str, int, int], None]:
+    """Shows work on adapters as it goes on, one bar for each kind."""
+    tasks: dict[str, Any] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        step = max(1, total // 100)
+        progress.update(tasks[what], completed=done, refresh=done % step == 0 or done == total)
+
+    return show

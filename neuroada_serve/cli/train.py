@@ -1,0 +1,190 @@
+"""`neuroada train`."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.table import Table
+
+from neuroada_serve.cli.common import Dtype, Model, Plain, command, notify, out, rows_of, words
+from neuroada_serve.config import TrainConfig, help_of
+from neuroada_serve.errors import UsageError
+
+
+@command
+def train(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|hub:OWNER/NAME:CONFIG@SPLIT",
+            help="Rows: .jsonl, .json, .csv, .tsv or .parquet, or a set of the Hugging Face hub, "
+            "with prompt and completion; messages; instruction, input and output; question and "
+            "answer; or text and label.",
+        ),
+    ],
+    out_dir: Annotated[Path, typer.Option("--out", help="Adapter folder to write.")],
+    k: Annotated[
+        str, typer.Option(metavar="K|PATTERN=K,...,K", help=help_of(TrainConfig, "k"))
+    ] = "1",
+    selection: Annotated[str, typer.Option(help=help_of(TrainConfig, "selection"))] = "magnitude",
+    index_file: Annotated[
+        Path | None, typer.Option(help=help_of(TrainConfig, "index_file"))
+    ] = None,
+    selection_rows: Annotated[int, typer.Option(help=help_of(TrainConfig, "selection_rows"))] = 256,
+    coverage: Annotated[float, typer.Option(help=help_of(TrainConfig, "coverage"))] = 1.0,
+    lr: Annotated[str | None, typer.Option(help=help_of(TrainConfig, "lr"))] = None,
+    epochs: Annotated[float | None, typer.Option(help=help_of(TrainConfig, "epochs"))] = None,
+    max_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "max_steps"))] = None,
+    batch_size: Annotated[int, typer.Option(help=help_of(TrainConfig, "batch_size"))] = 8,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help=help_of(TrainConfig, "gradient_accumulation"))
+    ] = 1,
+    max_length: Annotated[int, typer.Option(help=help_of(TrainConfig, "max_length"))] = 512,
+    task_type: Annotated[str, typer.Option(help=help_of(TrainConfig, "task_type"))] = "CAUSAL_LM",
+    labels: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help=help_of(TrainConfig, "labels"))
+    ] = None,
+    head_lr: Annotated[float, typer.Option(help=help_of(TrainConfig, "head_lr"))] = 1e-2,
+    too_long: Annotated[str, typer.Option(help=help_of(TrainConfig, "too_long"))] = "skip",
+    columns: Annotated[
+        str, typer.Option(metavar="KEY=COLUMN,...", help=help_of(TrainConfig, "columns"))
+    ] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what the rows are, and train nothing.")
+    ] = False,
+    eval_fraction: Annotated[float, typer.Option(help=help_of(TrainConfig, "eval_fraction"))] = 0.1,
+    eval_data: Annotated[str | None, typer.Option(help=help_of(TrainConfig, "eval_data"))] = None,
+    eval_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "eval_steps"))] = None,
+    patience: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "patience"))] = None,
+    save_steps: Annotated[int, typer.Option(help=help_of(TrainConfig, "save_steps"))] = 50,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Discard checkpoints instead of going on from them.")
+    ] = False,
+    publish: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Server that loads every improved adapter: http://HOST:PORT, with --out under its "
+            "--adapter-dir.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help=help_of(TrainConfig, "seed"))] = 0,
+    warmup_ratio: Annotated[float, typer.Option(help=help_of(TrainConfig, "warmup_ratio"))] = 0.1,
+    schedule: Annotated[str, typer.Option(help=help_of(TrainConfig, "schedule"))] = "linear",
+    weight_decay: Annotated[float, typer.Option(help=help_of(TrainConfig, "weight_decay"))] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help=help_of(TrainConfig, "max_grad_norm"))] = 1.0,
+    dtype: Dtype = "auto",
+    bf16: Annotated[bool, typer.Option("--bf16", help=help_of(TrainConfig, "bf16"))] = False,
+    recompute: Annotated[str, typer.Option(help=help_of(TrainConfig, "recompute"))] = "nothing",
+    compile_: Annotated[
+        bool, typer.Option("--compile", help=help_of(TrainConfig, "compile"))
+    ] = False,
+    packing: Annotated[
+        bool, typer.Option("--packing", help=help_of(TrainConfig, "packing"))
+    ] = False,
+    bypass: Annotated[bool, typer.Option("--bypass", help=help_of(TrainConfig, "bypass"))] = False,
+    quantize: Annotated[str, typer.Option(help=help_of(TrainConfig, "quantize"))] = "none",
+    plain: Plain = False,
+) -> None:
+    """Train an adapter on rows of questions and answers, or a classifier; loss on answers only."""
+    k_others, k_pattern = _k_by_module(k)
+    config = TrainConfig(
+        k=k_others,
+        k_pattern=k_pattern,
+        selection=cast(Any, selection),  # TrainConfig checks the words
+        index_file=index_file,
+        selection_rows=selection_rows,
+        coverage=coverage,
+        lr=_learning_rate(lr),
+        gradient_accumulation=gradient_accumulation,
+        eval_steps=eval_steps,
+        patience=patience,
+        save_steps=save_steps,
+        schedule=cast(Any, schedule),
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        bf16=bf16,
+        recompute=cast(Any, recompute),
+        compile=compile_,
+        packing=packing,
+        bypass=bypass,
+        quantize=cast(Any, quantize),
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        too_long=cast(Any, too_long),
+        task_type=cast(Any, task_type),
+        labels=() if labels is None else tuple(words(labels)),
+        head_lr=head_lr,
+        columns=_columns(columns),
+        eval_fraction=eval_fraction,
+        seed=seed,
+        warmup_ratio=warmup_ratio,
+        dtype=dtype,
+        prompt_format="plain" if plain else "chat",
+    )
+    rows = rows_of(data)
+    if eval_data is not None:
+        config = replace(config, eval_data=rows_of(eval_data))
+
+    from neuroada_serve.model.loader import load_base
+    from neuroada_serve.model.source import resolve_model
+    from neuroada_serve.train.processes import joined
+    from neuroada_serve.train.trainer import train_adapter
+
+    with joined() as processes:
+        tell = notify if processes.is_first else lambda message: None
+        base = load_base(resolve_model(model, tell), config.dtype)
+        if check:
+            from neuroada_serve.train.data import load_data
+
+            tell(f"{load_data(base, rows, config).report}.")
+            return
+        report = train_adapter(
+            base, rows, out_dir, config, notify=tell, fresh=fresh, publish=publish
+        )
+    if not processes.is_first:
+        return
+    table = Table("held-out", "before", "after")
+    if report.before is not None and report.after is not None:
+        table.add_row("loss", f"{report.before.loss:.3f}", f"{report.after.loss:.3f}")
+        share = "accuracy" if report.adapter.config.labels else "exact match"
+        table.add_row(share, f"{report.before.exact_match:.3f}", f"{report.after.exact_match:.3f}")
+        out.print(table)
+    notify(f"Adapter written to {out_dir}; serve it with:")
+    notify(f"  neuroada serve {model} --adapter {out_dir.name}={out_dir}")
+
+
+def _k_by_module(text: str) -> tuple[int, dict[str, int]]:
+    """8, or q_proj|v_proj=8,1: k of the modules that no pattern matches, and of the patterns'."""
+    *parts, last = text.split(",")
+    if "=" in last:
+        parts, last = [*parts, last], "0"
+    found = [re.fullmatch(r"\s*(\S+?)\s*=\s*(\d+)\s*", part) for part in parts]
+    if not last.strip().isdecimal() or None in found:
+        raise UsageError(f"--k takes a number or PATTERN=K,PATTERN=K,K, not {text!r}")
+    return int(last), {each[1]: int(each[2]) for each in found if each is not None}
+
+
+def _columns(text: str) -> dict[str, str]:
+    """prompt=question,completion=reply as a mapping."""
+    columns = {}
+    for part in filter(None, text.split(",")):
+        key, equals, column = part.partition("=")
+        if not equals or not key or not column:
+            raise UsageError(f"--columns takes KEY=COLUMN,KEY=COLUMN, not {text!r}")
+        columns[key.strip()] = column.strip()
+    return columns
+
+
+def _learning_rate(text: str | None) -> Any:
+    if text is None or text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--lr takes a number or auto, not {text!r}") from None
