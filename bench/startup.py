@@ -137,7 +137,8 @@ def run_once(command: list[str]) -> dict[str, float]:
 
 def child(command: list[str]) -> None:
     """Run the real command line, noting when each phase ends; the notes go to stderr at the end."""
-    from neuroada_serve.cli import ask, main
+    from neuroada_serve.cli import ask
+    from neuroada_serve.cli.main import main
     from neuroada_serve.config import EngineConfig
 
     ends = {"interpreter": time.monotonic()}

@@ -1,5 +1,5 @@
 """python -m neuroada_serve is the neuroada command."""
 
-from neuroada_serve.cli import main
+from neuroada_serve.cli.main import main
 
 main()

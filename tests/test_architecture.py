@@ -43,7 +43,7 @@ FLOORS: list[list[str]] = [
     ],
     ["engine", "train"],
     ["server"],
-    ["evaluation", "demo", "benchmark", "cli.common", "cli", "__main__"],
+    ["evaluation", "demo", "benchmark", "cli.common", "cli", "cli.main", "__main__"],
 ]
 CORE = ("ops", "adapters", "model", "engine")
 CORE_LIBRARIES = {"torch", "transformers", "safetensors", "numpy"}

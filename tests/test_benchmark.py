@@ -38,7 +38,7 @@ from neuroada_serve.benchmark.workload import (
     random_prompts,
     text_prompts,
 )
-from neuroada_serve.cli import app
+from neuroada_serve.cli.main import app
 from neuroada_serve.errors import EngineError, UsageError
 from neuroada_serve.model import bypass_linear
 from neuroada_serve.ops.bypass import bypass_add_

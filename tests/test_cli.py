@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from neuroada_serve import save_adapter
 from neuroada_serve.adapters.format import CONFIG_FILE
 from neuroada_serve.adapters.reader import load_adapter
-from neuroada_serve.cli import app
+from neuroada_serve.cli.main import app
 from neuroada_serve.cli.train import _k_by_module
 from neuroada_serve.config import ServerConfig
 

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from neuroada_serve import LLM, SamplingParams, load_adapter, save_adapter
 from neuroada_serve.adapters.format import is_target
 from neuroada_serve.adapters.select import magnitude_index
-from neuroada_serve.cli import app
+from neuroada_serve.cli.main import app
 from neuroada_serve.errors import AdapterError, ModelError, UsageError
 from neuroada_serve.model.convert import (
     convert_diff,

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from neuroada_serve import LLM, save_adapter
 from neuroada_serve.adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from neuroada_serve.adapters.reader import load_adapter
-from neuroada_serve.cli import app
+from neuroada_serve.cli.main import app
 from neuroada_serve.errors import AdapterError, DataError, UsageError
 from neuroada_serve.evaluation import report
 from neuroada_serve.evaluation.questions import read_questions

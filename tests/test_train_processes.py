@@ -26,7 +26,7 @@ def test_processes_deal_out_the_batches_of_one():
 
 _KILLED = """
 import os, sys
-from neuroada_serve.cli import main
+from neuroada_serve.cli.main import main
 from neuroada_serve.train.checkpoint import Checkpoints
 save = Checkpoints.save
 def save_and_die(self, checkpoint):

@@ -1,0 +1,304 @@
+"""What happens around a run's steps: scores, the best values so far, checkpoints, the adapter."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuroada_serve.adapters.format import (
+    HEAD,
+    Adapter,
+    AdapterConfig,
+    ModuleBypass,
+    make_adapter,
+    target_modules,
+)
+from neuroada_serve.config import TrainConfig
+from neuroada_serve.errors import UsageError
+from neuroada_serve.model.loader import BaseModel
+from neuroada_serve.train.checkpoint import Checkpoint, Checkpoints
+from neuroada_serve.train.classify import ClassHead
+from neuroada_serve.train.data import TrainingData
+from neuroada_serve.train.loop import Layers, Loop, Notify, diverged
+from neuroada_serve.train.lr_finder import LearningRates
+from neuroada_serve.train.processes import current
+from neuroada_serve.train.publish import Publisher
+from neuroada_serve.train.score import Score, score
+
+FILE_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out rows' score after `step` steps, of the values as a file would hold them."""
+
+    step: int
+    score: Score
+
+
+class Run:
+    """What happens around the steps: scores, the best values, checkpoints, the adapter.
+
+    before: the base's score. evaluations: so far.
+    best_step: the step with the lowest held-out loss; without held-out rows the last.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        data: TrainingData,
+        data_name: str,
+        layers: Layers,
+        head: ClassHead | None,
+        config: TrainConfig,
+        out: Path,
+        publisher: Publisher | None,
+        notify: Notify,
+    ) -> None:
+        self._base, self._data, self._layers, self._head = base, data, layers, head
+        self._data_name = data_name
+        self._config, self._out = config, out
+        self._publisher, self._notify = publisher, notify
+        self._processes = current()
+        self.before: Score | None = None
+        self.evaluations: list[Evaluation] = []
+        self.best_step = 0
+        self._best: dict[str, Tensor] = {}  # values, as a file would hold them
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        if state["before"] is not None:
+            self.before = Score(**state["before"])
+        self.evaluations = [
+            Evaluation(one["step"], Score(**one["score"])) for one in state["evaluations"]
+        ]
+        self.best_step = state["best_step"]
+        best = {name: checkpoint.tensors.get(f"{name}.best") for name in (*self._layers, HEAD)}
+        self._best = {name: values for name, values in best.items() if values is not None}
+
+    def begin(self, loop: Loop, checkpoints: Checkpoints, searched: LearningRates | None) -> None:
+        """Take part in the steps of a loop."""
+        self._loop, self._checkpoints, self._searched = loop, checkpoints, searched
+        if searched is not None:
+            self._config = replace(self._config, lr=searched.best)
+        self.steps = steps_of(self._config, self._data)
+        self._per_pass = loop.batches.per_pass
+
+    # --- after every step ------------------------------------------------------------------------
+
+    def after_step(self) -> bool:
+        """Score, keep, save, as the step asks for; whether to stop."""
+        done, config = self._loop.done, self._config
+        batches = config.gradient_accumulation * self._processes.size
+        per_pass = max(1, self._per_pass // batches)
+        if done == self.steps or done % (config.eval_steps or per_pass) == 0:
+            self._evaluate(done)
+        saves = config.save_steps and self._processes.is_first
+        if saves and (self.is_over or done % config.save_steps == 0):
+            self._save()
+        return self.is_over
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are taken, or patience is."""
+        if self._loop.done == self.steps:
+            return True
+        since = sum(one.step > self.best_step for one in self.evaluations)
+        return self._config.patience is not None and since >= self._config.patience
+
+    def _evaluate(self, step: int) -> None:
+        with self._rounded():
+            found = self.score("the adapter", step + 1)
+            if found is None:
+                return
+            known = [one.score.loss for one in self.evaluations]
+            self.evaluations.append(Evaluation(step, found))
+            self._notify(f"Held-out loss after step {step}: {found.loss:.4f}.")
+            if known and found.loss >= min(known):
+                return
+            self.best_step, self._best = step, self._file_values()
+        if self._publisher is not None and step != self.steps:  # the last is, at the end
+            self.publish(self.adapter())
+
+    def _save(self) -> None:
+        here = self._loop.checkpoint()
+        best = {f"{name}.best": values for name, values in self._best.items()}
+        state = {
+            **here.state,
+            "before": None if self.before is None else asdict(self.before),
+            "evaluations": [asdict(one) for one in self.evaluations],
+            "best_step": self.best_step,
+            "lr_search": None if self._searched is None else asdict(self._searched),
+        }
+        self._checkpoints.save(Checkpoint(here.step, {**here.tensors, **best}, state))
+
+    def publish(self, adapter: Adapter) -> None:
+        """Hand an adapter to the server. Training goes on where that fails."""
+        assert self._publisher is not None
+        try:
+            self._publisher(adapter)
+            self._notify(f"Published {self._out.name}, step {self.best_step}.")
+        except UsageError as error:
+            self._notify(f"Not published: {error}.")
+
+    # --- scores and values -----------------------------------------------------------------------
+
+    def score(self, what: str, next_step: int) -> Score | None:
+        """Of the held-out rows, by the values as they are; None without any.
+
+        Raises:
+            UsageError: the loss is not a number.
+        """
+        if not self._data.heldout:
+            return None
+        self._notify(f"Scoring {what} on {len(self._data.heldout)} held-out rows.")
+        found = Score(math.nan, math.nan)
+        if self._processes.is_first:
+            found = score(self._base.model, self._data.heldout, self._config.batch_size)
+        found = Score(*self._processes.of_first(astuple(found), self._base.device))
+        if not math.isfinite(found.loss):
+            raise diverged(next_step, self._config.peak_lr)
+        return found
+
+    @property
+    def after(self) -> Score | None:
+        """Of the values kept."""
+        return next((e.score for e in self.evaluations if e.step == self.best_step), None)
+
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        """The values as the file will hold them: what is scored is what will be served."""
+        exact = {name: layer.value.detach().clone() for name, layer in self._layers.items()}
+        with torch.no_grad():
+            for layer in self._layers.values():
+                layer.value.copy_(layer.value.to(FILE_DTYPE))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, layer in self._layers.items():
+                    layer.value.copy_(exact[name])
+
+    def _file_values(self) -> dict[str, Tensor]:
+        values = {
+            name: layer.value.detach().to(FILE_DTYPE).cpu() for name, layer in self._layers.items()
+        }
+        if self._head is not None:
+            values[HEAD] = self._head.weight.detach().cpu().clone()
+        return values
+
+    def finish(self) -> Adapter:
+        """The adapter of the values kept, told of."""
+        if not self.evaluations:
+            self.best_step, self._best = self._loop.done, self._file_values()
+        elif self.best_step != self._loop.done:
+            self._notify(f"Keeping the values of step {self.best_step}: they scored best.")
+        before, after = self.before, self.after
+        if before is not None and after is not None and after.loss > before.loss:
+            self._notify(
+                f"The held-out loss rose from {before.loss:.3f} to {after.loss:.3f}: try a --lr "
+                f"below {self._config.peak_lr:.2g}, or more rows."
+            )
+        return self.adapter()
+
+    def adapter(self) -> Adapter:
+        """Of the best values so far."""
+        parts = {
+            name: ModuleBypass(layer.index.cpu(), self._best[name])
+            for name, layer in self._layers.items()
+        }
+        config = AdapterConfig(
+            base_model_name_or_path=self._base.spec.name,
+            base_fingerprint=self._base.spec.fingerprint,
+            k=next(iter(parts.values())).index.shape[1],
+            target_modules=target_modules(parts, self._base.spec.shapes),
+            selection=self._config.selection,
+            task_type=self._config.task_type,
+            labels=self._data.labels,
+            metadata={"recipe": self._recipe(), "scores": self._scores()},
+        )
+        return make_adapter(config, parts, self._best.get(HEAD))
+
+    def log(self) -> str:
+        """JSON lines: the loss of every step, and every score."""
+        lines: list[dict[str, Any]] = [
+            {"step": step, "loss": loss} for step, loss in enumerate(self._loop.losses, start=1)
+        ]
+        if self.before is not None:
+            lines.append({"step": 0, "heldout": asdict(self.before)})
+        lines += [{"step": e.step, "heldout": asdict(e.score)} for e in self.evaluations]
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
+    def _recipe(self) -> dict[str, Any]:
+        config, report = self._config, self._data.report
+        chats = config.prompt_format == "chat" and self._base.has_chat_template
+        recipe = {
+            "data": self._data_name,
+            "rows": report.rows,
+            "train_rows": report.train_rows,
+            "too_long_rows": report.too_long,
+            "heldout": f"{config.eval_fraction:g} of the rows"
+            if config.eval_data is None
+            else config.eval_data.name,
+            "k": config.k_words if config.k_pattern else config.k,
+            "lr": config.peak_lr,
+            "warmup_ratio": config.warmup_ratio,
+            "schedule": config.schedule,
+            "steps": self._loop.done,
+            "kept_step": self.best_step,
+            "epochs": round(self._loop.done * config.gradient_accumulation / self._per_pass, 3),
+            "batch_size": config.batch_size,
+            "gradient_accumulation": config.gradient_accumulation,
+            "max_length": config.max_length,
+            "seed": config.seed,
+            "dtype": str(self._base.dtype).removeprefix("torch."),
+            "prompt_format": "chat" if chats else "plain",
+            "versions": {n: version(n) for n in ("neuroada-serve", "torch", "transformers")},
+        }
+        plain = TrainConfig()
+        if self._processes.size > 1:
+            recipe["processes"] = self._processes.size
+        if config.selection == "gradient":
+            recipe["selection_rows"] = config.selection_rows
+        for name in (
+            "coverage",
+            "weight_decay",
+            "max_grad_norm",
+            "bf16",
+            "packing",
+            "bypass",
+            "quantize",
+        ):
+            if getattr(config, name) != getattr(plain, name):
+                recipe[name] = getattr(config, name)
+        if self._head is not None:
+            recipe |= {"head_lr": config.head_lr, "prompt_format": "plain"}
+        if self._searched is not None:
+            recipe["lr_search"] = asdict(self._searched)
+        return recipe
+
+    def _scores(self) -> dict[str, Any]:
+        scores: dict[str, Any] = {"heldout_rows": self._data.report.heldout_rows}
+        if self.before is not None and self.after is not None:
+            scores["before"] = asdict(self.before)
+            scores["after"] = asdict(self.after)
+            if self._head is None:
+                scores["exact_match_by"] = "teacher forcing"
+            else:
+                for score in (scores["before"], scores["after"]):
+                    score["accuracy"] = score.pop("exact_match")
+        return scores
+
+
+def steps_of(config: TrainConfig, data: TrainingData) -> int:
+    """Optimizer steps of a run."""
+    batches = config.gradient_accumulation * current().size
+    per_pass = math.ceil(len(data.train) / config.batch_size) / batches
+    return config.max_steps or max(1, round((config.epochs or 1) * per_pass))
