@@ -14,6 +14,7 @@ Not measured: HTTP, sampling other than greedy, other models.
 """
 
 import argparse
+import copy
 import json
 import platform
 import random
@@ -68,7 +69,7 @@ from neuroada_serve.ops.triton_bypass import (
     bypass_tile,
     restore_entries_,
 )
-from neuroada_serve.request import SamplingParams
+from neuroada_serve.request import CLASSIFY, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -408,6 +409,39 @@ def check_engine(report: Report) -> None:
     report.checks["steps were replayed"] = report.device.type != "cuda" or (
         runner.graphs is not None and len(runner.graphs) > 0
     )
+
+
+@torch.no_grad()
+def check_classifier(report: Report) -> None:
+    """What a classifier's head sees in a mixed batch is what it sees in a plain float32 model whose
+    weights hold the adapter; and texts beside it stay the same."""
+    base = random_base(TINY, report.device, torch.float32)
+    plain = copy.deepcopy(base.model)
+    engine = Engine(base, EngineConfig(max_num_seqs=8))
+    add_adapters(engine, TINY.ks, 2)
+    names = [None, "k1-0", "k2-1", "k1-1"]
+    torch.manual_seed(1)
+    running = sequences(engine, names, 7, int(plain.config.vocab_size))
+    chunks = tuple(Chunk(s, len(s.prompt_token_ids)) for s in running)
+    schedule = Schedule(tuple(running), (), chunks)
+    texts = new_runner(engine, 8, 64).run(schedule, None).logits.clone()
+    for sequence in running:
+        sequence.num_computed = 0
+    running[2].params = CLASSIFY
+    step = new_runner(engine, 8, 64).run(schedule, None)
+    assert step.hidden is not None
+    source = engine.adapters.store.get("k2-1").source
+    assert isinstance(source, Adapter)
+    for name, part in source.modules.items():
+        weight = plain.get_submodule(name).weight
+        index = part.index.long().to(report.device)
+        weight.scatter_add_(1, index, part.bypass.float().to(report.device))
+    ids = torch.tensor([running[2].prompt_token_ids], device=report.device)
+    expected = plain.base_model(ids).last_hidden_state[0, -1]
+    error = float((step.hidden[2].float() - expected).norm() / expected.norm())
+    report.facts.setdefault("relative_error", {})["classifier"] = error
+    report.checks["what a classifier's head sees"] = error < 1e-3  # TF32 where it is allowed
+    report.checks["texts beside a classifier"] = torch.equal(step.logits, texts)
 
 
 # --- decode ------------------------------------------------------------------------------------
@@ -822,6 +856,8 @@ def measure(report: Report, shape: Shape) -> None:
             check_entries(report)
     with report.part("check engine"):
         check_engine(report)
+    with report.part("check classifier"):
+        check_classifier(report)
     torch._dynamo.reset()  # a process serves one model: nothing is compiled for two sizes
 
     # 2. Is it fast, in the engine?
