@@ -425,7 +425,8 @@ def test_eval_gives_glues_figures(source, tmp_path):
     save_adapter(random_adapter(source, 2), tmp_path / "talk")
     for more, fault in (
         (["--adapter", tmp_path / "talk"], "mood is a classifier and talk is not"),
-        (["--metric", "f1"], "leave out --metric"),
+        (["--metric", "f1"], "--metric is for answers in text; mood is a classifier"),
+        (["--choices", "bad,good"], "--choices is for answers in text"),
     ):
         refused = run(*flags, *more)
         assert refused.exit_code == 2

@@ -125,8 +125,15 @@ def _eval(
             raise UsageError(
                 f"{classifiers[0]} is a classifier and {others[0]} is not; score them apart"
             )
-        if metric is not None:
-            raise UsageError("a classifier has figures of its own; leave out --metric")
+        for flag, given in (
+            ("--metric", metric),
+            ("--answer-key", answer_key),
+            ("--trigger", trigger),
+            ("--choices", choices),
+            ("--max-tokens", max_tokens),
+        ):
+            if given is not None:
+                raise UsageError(f"{flag} is for answers in text; {classifiers[0]} is a classifier")
         base = False  # it has no head for these labels
         found = evaluate_classifiers(llm, rows, classifiers, limit, console=err)
     else:
