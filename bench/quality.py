@@ -20,7 +20,8 @@ the engine, from weights of the base's dtype, into which LoRA is merged; one is 
 number of the greedy answer is within 0.001 of the true one. `loss` is that of the reference answer.
 
 Runs are spread over --workers processes, each line of OUT.runs.jsonl is one that is done; started
-again with the same settings, it goes on from there. --minutes: no run is started after that.
+again with the same settings, it goes on from there, if need be on another machine: `parts` in the
+report says which made which runs. --minutes: no run is started after that.
 
     python bench/quality.py --prepare rows.json.gz                  needs the data, not a GPU
     python bench/quality.py --prepared rows.json.gz --base FOLDER --minutes 4 --workers 8
@@ -686,6 +687,12 @@ class Plan:
         self.records: dict[str, dict[str, Any]] = {}
         self._taken: set[str] = set()
 
+    def take(self, parts: Sequence["Part"]) -> None:
+        """Records of finished parts; one that failed gives way to one that did not."""
+        for record in (record for part in parts for record in part.records):
+            if "error" not in record or record["key"] not in self.records:
+                self.records[record["key"]] = record
+
     def best_lr(self, task: str, method: str) -> float | None:
         """The rate of the lowest tuning loss; None before all are known, or if none is a number."""
         losses = {}
@@ -776,25 +783,28 @@ def run_all(
 
 
 class RunsFile:
-    """OUT.runs.jsonl: a header, then a record per line, each flushed to disk.
+    """OUT.runs.jsonl: a header for every machine and state of the code, each before its records.
+
+    Every line is flushed to disk.
 
     Raises:
         UsageError: it is there, of other settings or rows.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.records: list[dict[str, Any]] = []
+        self.parts: list[Part] = []
         if path.exists() and path.stat().st_size:
-            found, self.records = read_runs(path)
-            if found["identity"] != header["identity"]:
+            self.parts = read_runs(path)
+            if self.parts[0].header["identity"] != header["identity"]:
                 raise UsageError(f"{path} is of other settings or rows; move it or change --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        if not path.exists() or not path.stat().st_size:
-            self.append(header)
-        elif not path.read_bytes().endswith(b"\n"):  # cut short by a kill
+        if self.parts and not path.read_bytes().endswith(b"\n"):  # cut short by a kill
             with path.open("a") as file:
                 file.write("\n")
+        if not self.parts or self.parts[-1].made_by != Part(plain(header)).made_by:
+            self.parts.append(Part(plain(header)))
+            self.append(header)
 
     def append(self, record: Mapping[str, Any]) -> None:
         with self._path.open("a") as file:
@@ -803,17 +813,36 @@ class RunsFile:
             os.fsync(file.fileno())
 
 
-def read_runs(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(header, records without error). A line cut short by a kill is passed over."""
-    lines = []
+@dataclass
+class Part:
+    """What one machine and state of the code has done. header: settings and environment()."""
+
+    header: dict[str, Any]
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        names = ("commit", "modified", "versions", "hardware", "device", "workers")
+        return {name: self.header.get(name) for name in names}
+
+
+def read_runs(path: Path) -> list[Part]:
+    """The file's parts, at least one. A line cut short by a kill is passed over."""
+    parts: list[Part] = []
     for line in path.read_text().splitlines():
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
         except json.JSONDecodeError:
             continue
-    if not lines or "identity" not in lines[0]:
+        if "identity" in found:
+            parts.append(Part(found))
+        elif parts:
+            parts[-1].records.append(found)
+        else:
+            break
+    if not parts:
         raise UsageError(f"{path} is no runs file: its first line has no settings")
-    return lines[0], lines[1:]
+    return parts
 
 
 # --- output ----------------------------------------------------------------------------------
@@ -959,13 +988,18 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def finish(
-    header: Mapping[str, Any], plan: Plan, seconds: float, out: Path, console: Console
+    header: Mapping[str, Any], parts: Sequence[Part], plan: Plan, out: Path, console: Console
 ) -> None:
     """Write the document and the plot, and print the table and, last, the document."""
     errors = {key: found["error"] for key, found in plan.records.items() if "error" in found}
     result = {
         **header,
-        "wall_s": seconds,
+        "parts": [
+            part.made_by
+            | {"date": part.header["date"], "runs": [record["key"] for record in part.records]}
+            for part in parts
+        ],
+        "worker_s": sum(r.get("train_s", 0) + r.get("eval_s", 0) for r in plan.records.values()),
         "summary": summary(header, plan),
         "left_out": plan.left_out(),
         "errors": errors,
@@ -1099,9 +1133,12 @@ def _run(args: argparse.Namespace, started: float, console: Console) -> None:
     }
     plan = Plan(pairs, settings)
     runs = RunsFile(args.out.with_suffix(".runs.jsonl"), header)
-    plan.records |= {record["key"]: record for record in runs.records if "error" not in record}
+    plan.take(runs.parts)
+    for key in [key for key, record in plan.records.items() if "error" in record]:
+        del plan.records[key]  # tried again
 
     def done(record: dict[str, Any]) -> None:
+        runs.parts[-1].records.append(record)
         plan.records[record["key"]] = record
         runs.append(record)
         what = record.get("evals") or record.get("tune_loss") or record.get("error")
@@ -1118,7 +1155,7 @@ def _run(args: argparse.Namespace, started: float, console: Console) -> None:
     try:
         run_all(plan, config, workers, started + 60 * args.minutes, done)
     finally:
-        finish(header, plan, time.monotonic() - started, args.out, console)
+        finish(header, runs.parts, plan, args.out, console)
 
 
 def _names(given: str, known: Mapping[str, Any]) -> list[str]:
@@ -1137,7 +1174,8 @@ def _part(given: str) -> tuple[int, int]:
 
 def _merge(args: argparse.Namespace, console: Console) -> None:
     """One report on the runs of several files of equal settings and rows."""
-    headers, records = zip(*map(read_runs, args.merge), strict=True)
+    files = [read_runs(path) for path in args.merge]
+    headers = [found[0].header for found in files]
     header = dict(headers[0])
     for path, other in zip(args.merge, headers, strict=True):
         if other["identity"] != header["identity"]:
@@ -1146,17 +1184,11 @@ def _merge(args: argparse.Namespace, console: Console) -> None:
     header["pairs"] = [(t, m) for m in METHODS for t in TASKS if (t, m) in pairs]
     header["tasks"] = [task for task in TASKS if any(task in other["tasks"] for other in headers)]
     header["evals"] = {task: found for other in headers for task, found in other["evals"].items()}
-    header["parts"] = [
-        {key: other[key] for key in ("date", "commit", "modified", "versions", "hardware")}
-        for other in headers
-    ]
     plan = Plan(header["pairs"], Settings(**header["settings"]))
-    for record in (record for part in records for record in part):
-        if "error" not in record or record["key"] not in plan.records:
-            plan.records[record["key"]] = record
+    parts = [part for found in files for part in found]
+    plan.take(parts)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    seconds = sum(r.get("train_s", 0) + r.get("eval_s", 0) for r in plan.records.values())
-    finish(header, plan, seconds, args.out, console)
+    finish(header, parts, plan, args.out, console)
 
 
 if __name__ == "__main__":

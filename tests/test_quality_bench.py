@@ -168,9 +168,20 @@ def test_runs_file_survives_a_cut_line_and_refuses_other_settings(tmp_path):
         file.write('{"key": "b", "tu')
     runs = quality.RunsFile(path, {"identity": 1})
     runs.append({"key": "c"})
-    assert [record["key"] for record in quality.read_runs(path)[1]] == ["a", "c"]
+    assert [record["key"] for record in quality.read_runs(path)[0].records] == ["a", "c"]
     with pytest.raises(UsageError, match="other settings"):
         quality.RunsFile(path, {"identity": 2})
+
+
+def test_runs_file_keeps_apart_what_each_machine_did(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    machines = [{"identity": 1, "hardware": {"cpu": cpu}} for cpu in ("a", "b")]
+    quality.RunsFile(path, machines[0]).append({"key": "first"})
+    for number in range(2):
+        quality.RunsFile(path, machines[1]).append({"key": number})
+    parts = quality.read_runs(path)
+    assert [part.header for part in parts] == machines
+    assert [[record["key"] for record in part.records] for part in parts] == [["first"], [0, 1]]
 
 
 def test_parts_stop_resume_and_merge_into_one_report(source, prepared, tmp_path, capsys):
