@@ -192,6 +192,9 @@ class TrainConfig:
     )
     selection_rows: int = _option(256, "Training rows whose gradient selects.")
     coverage: float = _option(1.0, "Share of the neurons, drawn by the seed, that get values.")
+    tune_bias: bool = _option(
+        False, "Train the biases of the layers that have some (GPT-2, Qwen2) as well."
+    )
     lr: float | Literal["auto"] | None = _option(
         None,
         "Peak learning rate; default 0.02 / sqrt(k): 0.02 at k=1, 0.007 at k=8. auto tries a few "

@@ -35,15 +35,19 @@ class OfficialModel:
         k: int,
         modules: tuple[str, ...] = (),
         dtype: torch.dtype = torch.float32,
+        tune_bias: bool = False,
     ) -> None:
         torch.manual_seed(5)
-        self.peft_type, self.k = peft_type, k
+        self.peft_type, self.k, self.tune_bias = peft_type, k, tune_bias
         self.model = AutoModelForCausalLM.from_pretrained(source.path)
         self.model.requires_grad_(False)
         self.positions: dict[str, torch.Tensor] = {}
         self.indices: list[list[int]] = []
         for name in modules or adaptable_modules(self.model):
             self._attach(name, dtype)
+            bias = self.model.get_submodule(name).bias
+            if tune_bias and bias is not None:
+                bias.add_(torch.randn_like(bias) * 0.5).requires_grad_(True)
 
     def _attach(self, name: str, dtype: torch.dtype) -> None:
         layer, peft_type = self.model.get_submodule(name), self.peft_type
@@ -78,7 +82,7 @@ class OfficialModel:
             "peft_type": self.peft_type,
             "times_num": self.k,
             "lr": 8e-3,
-            "tuneBias": False,
+            "tuneBias": self.tune_bias,
             "target_modules": ["q_proj"],
         }
         (folder / "args.json").write_text(json.dumps(args, indent=4))
@@ -100,7 +104,8 @@ def _scattered(layer, flat, x):
 
 
 def _shared_columns(layer, columns, x):
-    return F.linear(x, layer.weight) + F.linear(x[..., columns].contiguous(), layer.weight_new)
+    own = F.linear(x[..., columns].contiguous(), layer.weight_new, layer.bias)
+    return F.linear(x, layer.weight, layer.bias) + own
 
 
 def save_shira(source: ModelSource, folder: Path, r: int, targets: list[str]):

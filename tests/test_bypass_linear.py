@@ -51,14 +51,17 @@ def name_of(child: str) -> str:
     return f"layers.0.{child}"
 
 
-def new_adapter(seed: int, k: int, index_seed: int = 0, children=tuple(SIZES)) -> Adapter:
+def new_adapter(
+    seed: int, k: int, index_seed: int = 0, children=tuple(SIZES), biased=()
+) -> Adapter:
     parts = {}
     for child in children:
         d_out, d_in = SIZES[child]
         columns = torch.Generator().manual_seed(index_seed)
         index = torch.rand(d_out, d_in, generator=columns).argsort(1)[:, :k].int()
         values = torch.randn(d_out, k, generator=torch.Generator().manual_seed(seed))
-        parts[name_of(child)] = ModuleBypass(index, values.bfloat16())
+        bias = torch.randn(d_out, generator=columns).bfloat16() if child in biased else None
+        parts[name_of(child)] = ModuleBypass(index, values.bfloat16(), bias)
     return make_adapter(AdapterConfig("base", "0" * 64, k, tuple(children)), parts)
 
 
@@ -97,6 +100,8 @@ class Served:
                     if part is not None:
                         gathered = x[0, t].float()[part.index.long()]
                         y[t] += sign * (part.bypass.float() * gathered).sum(1)
+                        if part.bias is not None:
+                            y[t] += sign * part.bias.float()
             expected.append(y)
         return actual[0].float(), torch.cat(expected, -1)
 
@@ -117,7 +122,11 @@ MIXES = {
 def test_every_mix_gives_the_plain_sum(dtype, merged, mix, with_numba, monkeypatch):
     if not with_numba:
         monkeypatch.setattr(cpu_bypass, "_kernels", lambda: None)
-    adapters = [new_adapter(0, 3), new_adapter(1, 1), new_adapter(2, 2, index_seed=1)]
+    adapters = [
+        new_adapter(0, 3, biased=("k_proj", "v_proj")),
+        new_adapter(1, 1),
+        new_adapter(2, 2, index_seed=1, biased=("q_proj", "v_proj")),
+    ]
     served = Served(dtype, adapters, bias=True)
     actual, expected = served.run(MIXES[mix], merged)
     tolerance = 1e-4 if dtype == torch.float32 else 0.15

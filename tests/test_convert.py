@@ -171,7 +171,7 @@ BROKEN_RUNS = {
     ),
     "dense tensors": (
         lambda run: rewrite_values(run, lambda v: v.update({"classifier.weight": torch.ones(2)})),
-        "classifier.weight densely too.*--tuneBias and --selectallhead",
+        "classifier.weight densely too.*without --selectallhead",
     ),
     "no values": (
         lambda run: (run / "tunable_para" / "state_dict_tunable.pt").unlink(),
@@ -278,11 +278,34 @@ def test_settings_that_are_no_json_are_left_out_of_the_metadata(source, tmp_path
     assert args["task"] == "?" + "x" * 199
 
 
-def test_appr_run_of_layers_with_a_bias_is_refused(tmp_path):
+@pytest.mark.parametrize("kind", ["perCell_mag_add", "perCell_mag_add_appr"])
+@pytest.mark.parametrize("tune_bias", [False, True])
+def test_official_run_of_layers_with_biases_gives_the_same_logits(kind, tune_bias, tmp_path):
     qwen = save_tiny_model(tmp_path / "base", "qwen2")
-    OfficialModel(qwen, "perCell_mag_add_appr", 2, modules=(Q0,)).save(tmp_path / "run")
-    with pytest.raises(AdapterError, match=f"{Q0} added its bias twice"):
-        convert_official(qwen, tmp_path / "run", tmp_path / "out")
+    run = OfficialModel(qwen, kind, 2, tune_bias=tune_bias)
+    run.save(tmp_path / "run")
+    expected = [logits(run.model, ids) for ids in IDS]
+    result = convert_official(qwen, tmp_path / "run", tmp_path / "out")
+    biased = [name for name, part in result.adapter.modules.items() if part.bias is not None]
+    # An '_appr' run adds every bias twice, so its layers differ by a bias from the base's.
+    assert len(biased) == (6 if tune_bias or kind.endswith("_appr") else 0)
+    assert_served_alike(LLM(str(qwen.path)), qwen, tmp_path / "out", expected, tmp_path)
+
+
+def test_trained_bias_that_the_base_lacks_or_of_another_size_is_refused(source, tmp_path):
+    for number, (base, module, size) in enumerate(
+        [(source, Q0, 32), (save_tiny_model(tmp_path / "qwen", "qwen2"), Q0, 7)]
+    ):
+        folder = tmp_path / f"run{number}"
+        OfficialModel(base, "perCell_mag_add", 2).save(folder)
+        file = folder / "tunable_para" / "state_dict_tunable.pt"
+        values = torch.load(file, weights_only=True)
+        torch.save(values | {f"{module}.bias": torch.zeros(size)}, file)
+        with pytest.raises(AdapterError, match=r"no bias in the base|\.bias is \[7\]"):
+            convert_official(base, folder, tmp_path / "out")
+        torch.save({f"{module}.bias": torch.zeros(size)}, file)
+        with pytest.raises(AdapterError, match="without values"):
+            convert_official(base, folder, tmp_path / "out")
 
 
 # --- hostile pickles ---------------------------------------------------------------------------
@@ -622,6 +645,22 @@ def test_diff_names_what_an_adapter_cannot_change(source, tmp_path):
     first, *_ = convert_diff(source, tuned, tmp_path / "out", k=32).warnings
     assert "model.embed_tokens.weight, model.layers.0.input_layernorm.weight" in first
     assert "stay those of the base" in first
+
+
+def test_diff_takes_biases_too_and_shira_refuses_them(tmp_path):
+    qwen = save_tiny_model(tmp_path / "base", "qwen2")
+    adapter = random_adapter(qwen, seed=3, k=2, scale=0.05, biases=True)
+    save_adapter(adapter, tmp_path / "adapter")
+    export_merged(qwen, tmp_path / "adapter", tmp_path / "tuned")
+    result = convert_diff(qwen, ModelSource("t", tmp_path / "tuned"), tmp_path / "out", k=4)
+    assert result.warnings == ()
+    for name, part in adapter.modules.items():
+        found = result.adapter.modules[name].bias
+        assert (found is None) == (part.bias is None)
+        if found is not None:
+            torch.testing.assert_close(found, part.bias.float(), atol=1e-6, rtol=0)
+    with pytest.raises(AdapterError, match="has biases"):
+        export_shira(qwen, tmp_path / "out", tmp_path / "shira")
 
 
 def test_diff_of_unchanged_modules_leaves_them_out(source, tmp_path):

@@ -9,7 +9,7 @@ from tiny import FAMILIES, VOCAB, adapter_for, plain_merged, save_tiny_model
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.adapters.format import SEQ_CLS, make_adapter
 from neuroada_serve.engine import cpu_decoder
-from neuroada_serve.engine.cpu_decoder import known_decoder
+from neuroada_serve.engine.cpu_decoder import CpuDecoder, known_decoder
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.ops import cpu_bypass, cpu_forward, cpu_vectors, matrix
@@ -119,6 +119,28 @@ def test_merged_adapter_is_taken_out_for_all_others(sources, merged):
     names = [None, "one", "other", "three", "eight", "some"] * 4
     prompts = [PROMPT[i : i + 5] for i in range(len(names))]
     assert_as_close_as_transformers(sources("llama"), prompts, names, merged, max_num_seqs=24)
+
+
+def test_biases_are_added_by_the_modules_unless_they_are_in_the_weights(sources, monkeypatch):
+    llm = new_llm(sources("qwen2"), ADAPTERS | {"biased": {"seed": 6, "k": 2, "biases": True}})
+    steps = []
+    run = CpuDecoder.run
+    monkeypatch.setattr(CpuDecoder, "run", lambda *args: steps.append(1) or run(*args))
+    prompts = [PROMPT[:n] for n in (5, 17, 9)]
+    for merged, names, by_kernel in (
+        (None, ["biased", None, "three"], False),
+        (None, ["one", None, "three"], True),
+        ("biased", ["biased"] * 3, True),
+        ("biased", ["biased", None, "three"], False),
+        ("one", [None, "one", "biased"], False),
+    ):
+        if merged is None:
+            llm.unmerge()
+        else:
+            llm.merge(merged)
+        steps.clear()
+        assert max(differences(llm, sources("qwen2"), prompts, names)) < 0.1
+        assert bool(steps) == by_kernel, (merged, names)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 15, 16, 17, 35])

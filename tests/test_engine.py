@@ -30,13 +30,14 @@ PROMPTS = [list(range(start, start + length)) for start, length in ((5, 3), (40,
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def family(request, tmp_path_factory):
-    """A model of each family with three adapters: other k, other values, other target modules."""
+    """A model of each family with three adapters: other k, other values, other target modules, and
+    where the model has biases (GPT-2, Qwen2), with and without."""
     source = save_tiny_model(tmp_path_factory.mktemp(request.param), request.param)
     fewer = {"gpt2": ("c_fc",), "phi3": ("o_proj",)}.get(request.param, ("q_proj", "down_proj"))
     adapters = {
         "a": random_adapter(source, seed=1, k=2),
-        "b": random_adapter(source, seed=2, k=5),
-        "c": random_adapter(source, seed=3, k=2, targets=fewer),
+        "b": random_adapter(source, seed=2, k=5, biases=True),
+        "c": random_adapter(source, seed=3, k=2, targets=fewer, biases=True),
     }
     return source, adapters
 
@@ -82,6 +83,30 @@ def test_logits_equal_plain_transformers(family):
         assert answer.prompt_logprobs is not None
         measured = torch.tensor([p.logprob for p in answer.prompt_logprobs])
         torch.testing.assert_close(measured, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mix_of_adapters_with_biases_adds_them_up(tmp_path):
+    source = save_tiny_model(tmp_path, "qwen2")
+    same = [random_adapter(source, seed, k=2, biases=True) for seed in (1, 2)]
+    other = random_adapter(source, seed=3, k=3, targets=("q_proj", "up_proj"), biases=True)
+    llm = LLM(str(source.path), {"a": same[0], "b": same[1], "c": other})
+    for mix in ({"a": 1.0, "b": -0.5}, {"a": 0.5, "c": 2.0}):
+        parts = {"a": same[0], "b": same[1], "c": other}
+        model = plain_merged(source, None)
+        for name, weight in mix.items():
+            scaled = {
+                module: ModuleBypass(
+                    part.index,
+                    part.bypass.float() * weight,
+                    None if part.bias is None else part.bias.float() * weight,
+                )
+                for module, part in parts[name].modules.items()
+            }
+            scaled = make_adapter(parts[name].config, scaled)
+            model = plain_merged(source, scaled, onto=model)
+        expected = plain_generate(model, PROMPTS[0], 12, llm.engine.base.eos_token_ids)
+        name = "+".join(f"{part}:{weight}" for part, weight in mix.items())
+        assert list(llm.generate(PROMPTS[0], GREEDY, name)[0].token_ids) == expected
 
 
 @pytest.fixture(scope="module")

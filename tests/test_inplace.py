@@ -21,6 +21,7 @@ from transformers import (
 
 from neuroada_serve.model.loader import adaptable_modules
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
+from neuroada_serve.train.loop import values_of
 from neuroada_serve.train.recompute import set_recompute
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -62,17 +63,18 @@ def random_model(family, seed=0, heads=4, kv_heads=2, head_dim=8, width=40, laye
 
 def randomise(layers, scale=0.1):
     with torch.no_grad():
-        for layer in layers.values():
-            layer.value.copy_(torch.randn_like(layer.value) * scale)
+        for value in values_of(layers).values():
+            value.copy_(torch.randn_like(value) * scale)
 
 
 def grads_of(model, layers, ids, context=nullcontext):
-    """The loss, and the gradient of every layer's values."""
+    """The loss, and the gradient of every layer's values, and of its bias as name.bias."""
     model.zero_grad()
     with context():
         loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
-    return loss.detach(), {name: layer.value.grad.clone() for name, layer in layers.items()}
+    found = {n.removesuffix(".value"): v.grad.clone() for n, v in values_of(layers).items()}
+    return loss.detach(), found
 
 
 def assert_close(found, expected, bound):
@@ -82,9 +84,9 @@ def assert_close(found, expected, bound):
         assert float((found[name] - grad).norm()) <= bound * float(grad.norm()), name
 
 
-def training(model, k):
+def training(model, k, tune_bias=False):
     modules = adaptable_modules(model)
-    return inplace_training(model, modules, magnitude_selections(modules, k))
+    return inplace_training(model, modules, magnitude_selections(modules, k), tune_bias)
 
 
 @given(data=st.data())
@@ -103,11 +105,15 @@ def test_gradients_equal_those_of_the_official_forward(data):
     ).to(dtype)
     shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(2, 40)))
     ids = torch.randint(VOCABULARY, shape)
-    with training(model, data.draw(st.integers(1, 5))) as layers:
+    with training(model, data.draw(st.integers(1, 5)), data.draw(st.booleans())) as layers:
         randomise(layers)
         loss, grads = grads_of(model, layers, ids)
         values = {name: (layer.index, layer.value.detach()) for name, layer in layers.items()}
-    expected_loss, expected = official_loss_and_grads(model, values, ids)
+        biases = {
+            n: b.detach() for n, layer in layers.items() if (b := layer.bias_value) is not None
+        }
+    expected_loss, expected = official_loss_and_grads(model, values, ids, biases)
+    assert grads.keys() == expected.keys()
     bound = TOLERANCE[dtype]
     torch.testing.assert_close(loss, expected_loss, rtol=bound, atol=bound)
     for name, grad in expected.items():
@@ -121,7 +127,7 @@ def test_recomputing_changes_no_gradient(family, what):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    with training(model, 2) as layers:
+    with training(model, 2, tune_bias=True) as layers:
         randomise(layers)
         loss, expected = grads_of(model, layers, ids)
         undo = set_recompute(model, what)

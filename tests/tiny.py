@@ -2,6 +2,7 @@
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -108,11 +109,16 @@ def save_tiny_model(
 
 
 def random_adapter(
-    source: ModelSource, seed: int, k: int = 2, targets: tuple[str, ...] = (), scale: float = 0.5
+    source: ModelSource,
+    seed: int,
+    k: int = 2,
+    targets: tuple[str, ...] = (),
+    scale: float = 0.5,
+    biases: bool = False,
 ) -> Adapter:
     """An adapter with random values at the largest weights; `targets` empty takes all modules."""
     base = load_base(source)
-    return adapter_for(base.model, base.spec, seed, k, targets, scale)
+    return adapter_for(base.model, base.spec, seed, k, targets, scale, biases)
 
 
 def adapter_for(
@@ -122,6 +128,7 @@ def adapter_for(
     k: int = 2,
     targets: tuple[str, ...] = (),
     scale: float = 0.5,
+    biases: bool = False,
 ) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     parts = {}
@@ -132,7 +139,10 @@ def adapter_for(
         weight = module.weight.t() if is_transposed(module) else module.weight
         index = magnitude_index(weight, k)
         values = torch.randn(index.shape, generator=generator) * scale
-        parts[name] = ModuleBypass(index, values.to(torch.bfloat16))
+        bias = None
+        if biases and module.bias is not None:
+            bias = torch.randn(len(index), generator=generator).mul(scale).bfloat16()
+        parts[name] = ModuleBypass(index, values.to(torch.bfloat16), bias)
     config = AdapterConfig(
         base_model_name_or_path=spec.name,
         base_fingerprint=spec.fingerprint,
@@ -143,9 +153,14 @@ def adapter_for(
 
 
 @torch.no_grad()
-def plain_merged(source: ModelSource, adapter: Adapter | None, dtype: str = "float32"):
-    """The same model in plain transformers with the adapter added to its weights: the reference."""
-    model = AutoModelForCausalLM.from_pretrained(
+def plain_merged(
+    source: ModelSource, adapter: Adapter | None, dtype: str = "float32", onto: Any = None
+):
+    """The same model in plain transformers with the adapter added to its weights: the reference.
+
+    onto: a model to change instead.
+    """
+    model = onto or AutoModelForCausalLM.from_pretrained(
         source.path,
         dtype=getattr(torch, dtype),
         attn_implementation="eager",  # the one that no transformers release gets wrong for Gemma 2
@@ -158,6 +173,8 @@ def plain_merged(source: ModelSource, adapter: Adapter | None, dtype: str = "flo
             columns = part.index.long()
             merged = weight[rows, columns].float() + part.bypass.float()
             weight[rows, columns] = merged.to(weight.dtype)
+            if part.bias is not None:
+                module.bias.add_(part.bias)
     return model
 
 

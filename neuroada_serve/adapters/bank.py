@@ -51,10 +51,23 @@ class SiteBypass:
     positions: Tensor | None = field(default=None, repr=False)
 
 
+@dataclass(frozen=True, eq=False)
+class SiteBias:
+    """What all adapters of a plane add to the biases of some rows of a site.
+
+    rows: of the site.
+    values: [num_slots, rows], a view into the bank's memory.
+    """
+
+    rows: slice
+    values: Tensor
+
+
 class Plane:
     """The adapters on one index table.
 
-    originals: [nnz] the base's weights at the index, on the device; None if they are not at hand.
+    originals: [nnz] the base's weights at the index, and its biases, on the device; None if they
+        are not at hand.
     """
 
     def __init__(self, number: int, table: IndexTable, index: Extent) -> None:
@@ -64,7 +77,9 @@ class Plane:
         self.num_slots = 0  # taken
         self.num_coming = 0  # adapters that will take one
         self.originals: Tensor | None = None
-        self.views: dict[str, list[SiteBypass]] = {}  # by site, of views_version of the bank
+        # By site, of views_version of the bank.
+        self.views: dict[str, list[SiteBypass]] = {}
+        self.biases: dict[str, list[SiteBias]] = {}
         self.views_version = -1
 
     @property
@@ -74,6 +89,10 @@ class Plane:
     @property
     def nnz(self) -> int:
         return self.table.layout.nnz
+
+    @property
+    def has_biases(self) -> bool:
+        return bool(self.table.layout.biases)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +134,9 @@ class BankBatch:
         self._bank = bank
         self._plan = plan
         self._views = [(bank.views(plane), token_slots) for plane, token_slots in plan]
+        self._biases = [
+            (bank.biases(plane), token_slots) for plane, token_slots in plan if plane.has_biases
+        ]
         self.runs = runs
 
     @property
@@ -143,6 +165,14 @@ class BankBatch:
             for part in views.get(site, ())
         ]
 
+    def bias_calls(self, site: str) -> list[tuple[SiteBias, TokenSlots]]:
+        """The calls of `bias_add_` that a site needs."""
+        return [
+            (part, token_slots)
+            for biases, token_slots in self._biases
+            for part in biases.get(site, ())
+        ]
+
     def run_parts(self, site: str, run: Run) -> list[tuple[SiteBypass, int, int]]:
         """What a run adds to a site's weight: parts with their slot and sign, in order."""
         return [
@@ -156,6 +186,14 @@ class BankBatch:
         return [
             (part, part.table.bypass[slot] if sign > 0 else -part.table.bypass[slot])
             for part, slot, sign in self.run_parts(site, run)
+        ]
+
+    def run_biases(self, site: str, run: Run) -> list[tuple[slice, Tensor, int]]:
+        """What a run adds to a site's bias: rows, values [rows] and their sign, in order."""
+        return [
+            (part.rows, part.values[slot], sign)
+            for plane, slot, sign in run.adds
+            for part in self._bank.biases(plane).get(site, ())
         ]
 
 
@@ -289,7 +327,7 @@ class AdapterBank:
         """Fill reserved room with what an adapter changes.
 
         Args:
-            originals: [nnz] the base's weights at the index, on the device.
+            originals: [nnz] the base's weights at the index, and its biases, on the device.
             values: [nnz] the adapter's own, see `realise`.
         """
         target = self._values[resident.slot * self._slot_values :][: resident.plane.nnz]
@@ -309,16 +347,28 @@ class AdapterBank:
 
     def views(self, plane: Plane) -> Mapping[str, list[SiteBypass]]:
         """What a plane has, by site, one part per stretch of adjacent rows."""
+        self._update_views(plane)
+        return plane.views
+
+    def biases(self, plane: Plane) -> Mapping[str, list[SiteBias]]:
+        """The same of its biases."""
+        self._update_views(plane)
+        return plane.biases
+
+    def _update_views(self, plane: Plane) -> None:
         if plane.views_version != self.version:
-            plane.views, k = {}, plane.k
+            plane.views, plane.biases, k = {}, {}, plane.k
             for stretch in plane.table.layout.stretches:
                 entries = slice(stretch.offset, stretch.offset + stretch.rows * k)
                 index = self._columns_of(plane)[entries].view(stretch.rows, k)
-                table = BypassTable(index, self._bypass(plane, stretch))
+                table = BypassTable(index, self._strided(plane, stretch, k))
                 part = SiteBypass(slice(stretch.first, stretch.stop), table)
                 plane.views.setdefault(stretch.site, []).append(part)
+            for stretch in plane.table.layout.biases:
+                values = self._strided(plane, stretch, 1).squeeze(2)
+                bias = SiteBias(slice(stretch.first, stretch.stop), values)
+                plane.biases.setdefault(stretch.site, []).append(bias)
             plane.views_version = self.version
-        return plane.views
 
     def batch(
         self,
@@ -353,11 +403,11 @@ class AdapterBank:
                 plan.append((plane, token_slots))
         return BankBatch(self, plan, long)
 
-    def _bypass(self, plane: Plane, stretch: Stretch) -> Tensor:
-        """[num_slots, rows, k]: the stretch's values of an adapter in any slot of the memory."""
+    def _strided(self, plane: Plane, stretch: Stretch, each: int) -> Tensor:
+        """[num_slots, rows, each]: the stretch's values of an adapter in any slot of the memory."""
         num_slots = (len(self._values) - plane.nnz) // self._slot_values + 1
-        strides = (self._slot_values, plane.k, 1)
-        return self._values.as_strided((num_slots, stretch.rows, plane.k), strides, stretch.offset)
+        shape, strides = (num_slots, stretch.rows, each), (self._slot_values, each, 1)
+        return self._values.as_strided(shape, strides, stretch.offset)
 
     def _take(self, num_slots: int) -> Extent | None:
         start = self._extents.take(num_slots)
@@ -371,8 +421,9 @@ class AdapterBank:
         self._extents.free(extent.start)
 
     def _columns_of(self, plane: Plane) -> Tensor:
-        """[nnz] int32, a view."""
-        return self._columns[plane.index.start * SLOT_BYTES // 4 :][: plane.nnz]
+        """[num_entries] int32, a view."""
+        num_entries = plane.table.layout.num_entries
+        return self._columns[plane.index.start * SLOT_BYTES // 4 :][:num_entries]
 
 
 def _runs(

@@ -9,6 +9,7 @@ adapter_config.json
 adapter_model.safetensors
     per target module M: M.index [d_out, k] uint16 or int32, the input columns each neuron keeps,
     distinct within a row; M.bypass [d_out, k] bfloat16, float16 or float32, their values.
+    M.bias [d_out], same dtypes, where M has a bias that was trained: what is added to it.
     Of SEQ_CLS also score.weight [labels, hidden_size], same dtypes: the classes' logits are its
     product with what the base's output head would see at the text's last token.
     `__metadata__` repeats format, format_version and base_fingerprint; data_sha256 is that of all
@@ -61,12 +62,14 @@ class BaseSpec:
     """What an adapter must fit: the base's name, fingerprint and adaptable modules.
 
     hidden_size: what its output head takes; None where it does not matter.
+    biased: those of its modules that have a bias.
     """
 
     name: str
     fingerprint: str
     shapes: Mapping[str, tuple[int, int]]  # module name -> (d_out, d_in)
     hidden_size: int | None = None
+    biased: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,12 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class ModuleBypass:
-    """One module's part: index [d_out, k] int32, bypass [d_out, k] float, both on the CPU."""
+    """One module's part, on the CPU: index [d_out, k] int32, bypass [d_out, k] float, and what is
+    added to its bias, [d_out] float, where that was trained."""
 
     index: Tensor
     bypass: Tensor
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.index.ndim != 2 or self.index.shape != self.bypass.shape:
@@ -98,6 +103,14 @@ class ModuleBypass:
                 f"index {tuple(self.index.shape)} and bypass {tuple(self.bypass.shape)} must both "
                 "be [d_out, k]"
             )
+        if self.bias is not None and self.bias.shape != self.index.shape[:1]:
+            raise ShapeError(f"bias {tuple(self.bias.shape)} must be [d_out={self.index.shape[0]}]")
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file has of it, by the ending of their names."""
+        found = {"index": self.index, "bypass": self.bypass}
+        return found if self.bias is None else {**found, "bias": self.bias}
 
 
 @dataclass(frozen=True)
@@ -115,8 +128,9 @@ class Adapter:
 
     @property
     def nnz(self) -> int:
-        """Values in all modules together."""
-        return sum(m.bypass.numel() for m in self.modules.values())
+        """Values in all modules together, biases too."""
+        biases = [m.bias.numel() for m in self.modules.values() if m.bias is not None]
+        return sum(m.bypass.numel() for m in self.modules.values()) + sum(biases)
 
 
 def is_target(module: str, targets: tuple[str, ...]) -> bool:
@@ -163,17 +177,20 @@ def table_faults(
         faults += _head_faults(tensors.pop(HEAD, None), config, base)
     for name, (dtype, shape) in tensors.items():
         module, _, kind = name.rpartition(".")
-        if kind not in ("index", "bypass") or not MODULE_NAME.fullmatch(module):
+        if kind not in ("index", "bypass", "bias") or not MODULE_NAME.fullmatch(module):
             faults.append(
-                f"unexpected tensor {name[:80]!r}; tensors are MODULE.index, MODULE.bypass"
+                f"unexpected tensor {name[:80]!r}; tensors are MODULE.index, MODULE.bypass and "
+                "MODULE.bias"
             )
             continue
         parts.setdefault(module, set()).add(kind)
         allowed = INDEX_DTYPES if kind == "index" else BYPASS_DTYPES
         if dtype not in allowed:
             faults.append(f"{name} has dtype {dtype}, allowed: {', '.join(allowed)}")
-        if len(shape) != 2 or shape[1] != config.k or shape[0] < 1:
-            faults.append(f"{name} has shape {list(shape)}, expected [d_out, k={config.k}]")
+        columns = () if kind == "bias" else (config.k,)
+        if shape[1:] != columns or not shape or shape[0] < 1:
+            expected = "[d_out]" if kind == "bias" else f"[d_out, k={config.k}]"
+            faults.append(f"{name} has shape {list(shape)}, expected {expected}")
         elif base is not None and module in base.shapes and shape[0] != base.shapes[module][0]:
             faults.append(f"{name} has {shape[0]} rows, the base has {base.shapes[module][0]}")
 
@@ -182,10 +199,11 @@ def table_faults(
             faults.append(f"{module}.{kind} is missing")
         if not is_target(module, config.target_modules):
             faults.append(f"{module} is not among target_modules")
-        if len(kinds) == 2:
+        if kinds >= {"index", "bypass"}:
             rows = {tensors[f"{module}.{kind}"][1][:1] for kind in kinds}
             if len(rows) != 1:
-                faults.append(f"{module}.index and {module}.bypass differ in rows")
+                differing = " and ".join(f"{module}.{kind}" for kind in sorted(kinds, reverse=True))
+                faults.append(f"{differing} differ in rows")
     for target in config.target_modules:
         if not any(is_target(module, (target,)) for module in parts):
             faults.append(f"target module {target!r} has no tensors")
@@ -196,6 +214,9 @@ def table_faults(
             faults.append(f"the base has no adaptable module {module!r}")
         for module in sorted(wanted - parts.keys()):
             faults.append(f"module {module!r} of the base has no tensors")
+        for module in sorted(parts.keys() & base.shapes.keys() - base.biased):
+            if "bias" in parts[module]:
+                faults.append(f"{module}.bias changes a bias that the base does not have")
         for module in sorted(wanted & parts.keys()):
             if config.k > base.shapes[module][1]:
                 faults.append(f"k={config.k} is above d_in={base.shapes[module][1]} of {module}")
@@ -230,11 +251,6 @@ def task_faults(task_type: str, labels: Sequence[Any]) -> list[str]:
     return ["labels names one twice"] if len(set(labels)) < len(labels) else []
 
 
-def head_faults(head: Tensor) -> list[str]:
-    """What is wrong with a classifier's weights."""
-    return [] if bool(head.isfinite().all()) else [f"{HEAD} has NaN or infinite values"]
-
-
 def index_faults(module: str, index: Tensor, d_in: int | None) -> list[str]:
     """What is wrong with a module's index [d_out, k] int32."""
     faults = []
@@ -250,11 +266,9 @@ def index_faults(module: str, index: Tensor, d_in: int | None) -> list[str]:
     return faults
 
 
-def value_faults(module: str, bypass: Tensor) -> list[str]:
-    """What is wrong with a module's values."""
-    if bool(bypass.isfinite().all()):
-        return []
-    return [f"{module}.bypass has NaN or infinite values"]
+def value_faults(name: str, values: Tensor) -> list[str]:
+    """What is wrong with a tensor of values."""
+    return [] if bool(values.isfinite().all()) else [f"{name} has NaN or infinite values"]
 
 
 def base_fault(config: AdapterConfig, base: BaseSpec, allow_other_base: bool) -> str | None:
@@ -305,15 +319,16 @@ def _check_in_memory(
     if head is not None:
         table[HEAD] = (DTYPE_NAMES.get(head.dtype, str(head.dtype)), tuple(head.shape))
     for name, part in modules.items():
-        for kind, tensor in (("index", part.index), ("bypass", part.bypass)):
+        for kind, tensor in part.tensors.items():
             dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
             table[f"{name}.{kind}"] = (dtype, tuple(tensor.shape))
     faults = task_faults(config.task_type, config.labels) or table_faults(table, config, base)
     if not faults:
-        faults += [] if head is None else head_faults(head)
+        faults += [] if head is None else value_faults(HEAD, head)
         for name, part in modules.items():
             faults += index_faults(name, part.index, None if base is None else base.shapes[name][1])
-            faults += value_faults(name, part.bypass)
+            for kind in part.tensors.keys() - {"index"}:
+                faults += value_faults(f"{name}.{kind}", part.tensors[kind])
     if faults:
         raise AdapterFormatError("in memory", faults[:MAX_FAULTS])
 
@@ -360,8 +375,8 @@ def _header_and_data(
     column_dtype = torch.uint16 if highest < UINT16_COLUMNS else torch.int32
     tensors: dict[str, Tensor] = {} if head is None else {HEAD: head.contiguous()}
     for name, part in modules.items():
+        tensors |= {f"{name}.{kind}": tensor.contiguous() for kind, tensor in part.tensors.items()}
         tensors[f"{name}.index"] = part.index.to(column_dtype).contiguous()
-        tensors[f"{name}.bypass"] = part.bypass.contiguous()
     parts, entries, start = [], dict[str, Any](), 0
     # Wide dtypes first, as the library does, so that every tensor is aligned.
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):

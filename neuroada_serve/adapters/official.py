@@ -3,7 +3,8 @@
 A run's folder holds args.json, positions.npy and tunable_para/state_dict_tunable.pt; runs on GLUE
 have the last in checkpoint folders instead. Per module M, M.weight_new [n] has the values and
 positions["M.weight"] [n, 2] their (row, column). Runs of the `_appr` kind share columns among rows:
-indices.npy [modules, k], and M.weight_new is [d_out, k].
+indices.npy [modules, k], and M.weight_new is [d_out, k]. Runs with --tuneBias also hold M.bias
+[d_out], the trained bias itself.
 """
 
 import functools
@@ -29,6 +30,7 @@ INDICES_FILE = "indices.npy"
 VALUES_FILE = "state_dict_tunable.pt"
 _VALUES_FOLDER = "tunable_para"
 _SUFFIX = ".weight_new"
+_BIAS_SUFFIX = ".bias"
 _APPROXIMATE = "_appr"
 _MOST_NAMED = 5  # tensors that a refusal names
 
@@ -38,10 +40,12 @@ class OfficialRun:
     """What a run trained.
 
     modules: by name. args: of args.json; empty where there is none.
+    biases: [d_out] what trained biases had become, by module, all of them among modules.
     bias_twice: whether the run's forward added each layer's bias twice.
     """
 
     modules: Mapping[str, Entries]
+    biases: Mapping[str, Tensor]
     args: Mapping[str, Any]
     bias_twice: bool
 
@@ -69,12 +73,23 @@ def read_official(folder: Path) -> OfficialRun:
         )
     values = _read_values(values_file, source)
     positions = _read_positions(_find(folder, (POSITIONS_FILE, f"../{POSITIONS_FILE}")), source)
-    names = [name.removesuffix(_SUFFIX) for name in values]
+    names = [name.removesuffix(_SUFFIX) for name in values if name.endswith(_SUFFIX)]
+    biases = {
+        name.removesuffix(_BIAS_SUFFIX): value.float()
+        for name, value in values.items()
+        if name.endswith(_BIAS_SUFFIX)
+    }
+    if alone := [name for name in biases if name not in names]:
+        raise AdapterFormatError(
+            source, [f"it trained biases of {_listed(alone)} without values; an adapter cannot"]
+        )
     if missing := [name for name in names if f"{name}.weight" not in positions]:
         raise AdapterFormatError(
             source, [f"{POSITIONS_FILE} has no positions of {_listed(missing)}"]
         )
-    approximate = peft_type.endswith(_APPROXIMATE) or any(v.ndim == 2 for v in values.values())
+    approximate = peft_type.endswith(_APPROXIMATE) or any(
+        values[name + _SUFFIX].ndim == 2 for name in names
+    )
     if approximate:
         indices = _read_indices(_find(folder, (INDICES_FILE, f"../{INDICES_FILE}")), source)
         if len(indices) != len(positions):
@@ -94,7 +109,7 @@ def read_official(folder: Path) -> OfficialRun:
             name: _single(name, values[name + _SUFFIX], positions[f"{name}.weight"], source)
             for name in names
         }
-    return OfficialRun(modules, args, bias_twice=approximate)
+    return OfficialRun(modules, biases, args, bias_twice=approximate)
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path:
@@ -121,7 +136,7 @@ def _read_args(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _read_values(file: Path, source: str) -> dict[str, Tensor]:
-    """M.weight_new by name."""
+    """M.weight_new and M.bias by name."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a broken file
@@ -132,10 +147,11 @@ def _read_values(file: Path, source: str) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not loaded:
         raise AdapterFormatError(source, [f"{VALUES_FILE} must hold tensors by name"])
     faults = []
-    if dense := [str(name) for name in loaded if not str(name).endswith(_SUFFIX)]:
+    ours = (_SUFFIX, _BIAS_SUFFIX)
+    if dense := [str(name) for name in loaded if not str(name).endswith(ours)]:
         faults.append(
             f"it trained {_listed(dense)} densely too, and an adapter has no place for that: train "
-            "without --tuneBias and --selectallhead"
+            "without --selectallhead"
         )
     for name, tensor in loaded.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:

@@ -44,7 +44,6 @@ from neuroada_serve.adapters.format import (
     ModuleBypass,
     base_fault,
     file_digest,
-    head_faults,
     index_faults,
     table_faults,
     task_faults,
@@ -99,9 +98,9 @@ class AdapterHeader:
 
     @property
     def nnz(self) -> int:
-        """Values in all modules together."""
-        bypasses = (t.shape for name, t in self.tensors.items() if name.endswith(".bypass"))
-        return sum(d_out * k for d_out, k in bypasses)
+        """Values in all modules together, biases too."""
+        kinds = (".bypass", ".bias")
+        return sum(math.prod(t.shape) for name, t in self.tensors.items() if name.endswith(kinds))
 
     @property
     def size_bytes(self) -> int:
@@ -212,12 +211,13 @@ class AdapterReader:
         parts: dict[str, ModuleBypass] = {}
         for module in header.modules:
             index = loaded[f"{module}.index"].to(torch.int32)
-            parts[module] = ModuleBypass(index, loaded[f"{module}.bypass"])
+            bias = loaded.get(f"{module}.bias")
+            parts[module] = ModuleBypass(index, loaded[f"{module}.bypass"], bias)
             d_in = None if self._base is None else self._base.shapes[module][1]
             faults += index_faults(module, index, d_in)
-            faults += value_faults(module, parts[module].bypass)
+        for name, tensor in loaded.items():
+            faults += [] if name.endswith(".index") else value_faults(name, tensor)
         head = loaded.get(HEAD)
-        faults += [] if head is None else head_faults(head)
         if faults or damage:  # which value is wrong says more than that some are
             raise AdapterFormatError(header.source, (faults or damage)[:MAX_FAULTS])
         return Adapter(header.config, parts, header.digest, head)
@@ -457,11 +457,11 @@ def _parse_config(data: bytes, source: str) -> AdapterConfig:
 
 
 def _most_bytes(config: AdapterConfig, base: BaseSpec) -> int:
-    """No valid weights file for this base is larger: the header, and 8 bytes an entry."""
+    """No valid weights file for this base is larger: the header, 8 bytes an entry, 4 a bias."""
     rows = sum(d_out for d_out, _ in base.shapes.values())
     widest = max(d_in for _, d_in in base.shapes.values())
     head = len(config.labels) * (base.hidden_size or widest) * 4
-    return 8 + MAX_HEADER_BYTES + rows * min(config.k, widest) * 8 + head
+    return 8 + MAX_HEADER_BYTES + rows * (min(config.k, widest) * 8 + 4) + head
 
 
 def _header_size(start: bytes) -> int:

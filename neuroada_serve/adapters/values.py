@@ -3,7 +3,8 @@
 Layers that read the same input (q, k and v, say) are one site, their rows numbered through. An
 adapter's entries lie site by site and row by row, so one copy brings them to a device, one pass
 computes what they change, and adapters on one index table differ in one vector alone. Columns are
-checked once per distinct table and shared by all adapters that have it.
+checked once per distinct table and shared by all adapters that have it. Behind the entries, in the
+same order, come the values of an adapter's biases.
 """
 
 import hashlib
@@ -23,7 +24,6 @@ from neuroada_serve.adapters.format import (
     MAX_FAULTS,
     Adapter,
     BaseSpec,
-    head_faults,
     index_faults,
     value_faults,
 )
@@ -43,7 +43,7 @@ Sites = Mapping[str, Mapping[str, int]]  # site -> its modules in order of rows 
 class Stretch:
     """Adjacent rows of a site: those of its modules `modules`, from row `first` on.
 
-    offset: entries of the adapter that lie before them.
+    offset: values of the adapter that lie before theirs.
     """
 
     site: str
@@ -59,21 +59,43 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Layout:
-    """The order of an adapter's entries. d_outs: rows of every module, in that order."""
+    """The order of an adapter's values: its entries, k a row, then its biases.
+
+    d_outs: rows of every module, in that order.
+    biases: where there are any: stretches of one value a row.
+    """
 
     k: int
     stretches: tuple[Stretch, ...]
     d_outs: Mapping[str, int]
+    biases: tuple[Stretch, ...] = ()
+
+    @property
+    def num_entries(self) -> int:
+        return self.k * sum(self.d_outs.values())
 
     @property
     def nnz(self) -> int:
-        return self.k * sum(self.d_outs.values())
+        return self.num_entries + sum(stretch.rows for stretch in self.biases)
 
     def of_module(self) -> dict[str, slice]:
         """Module -> its entries."""
-        slices, start = {}, 0
-        for module, d_out in self.d_outs.items():
-            slices[module] = slice(start, start + d_out * self.k)
+        return self._slices(self.d_outs, self.k, 0)
+
+    def of_bias(self) -> dict[str, slice]:
+        """Module -> its bias's values, of those that have them."""
+        biased = [module for stretch in self.biases for module in stretch.modules]
+        return self._slices(biased, 1, self.num_entries)
+
+    def of_tensor(self) -> dict[str, slice]:
+        """Name of a tensor in a file -> its values."""
+        entries = {f"{module}.bypass": part for module, part in self.of_module().items()}
+        return entries | {f"{module}.bias": part for module, part in self.of_bias().items()}
+
+    def _slices(self, modules: Iterable[str], each: int, start: int) -> dict[str, slice]:
+        slices = {}
+        for module in modules:
+            slices[module] = slice(start, start + self.d_outs[module] * each)
             start = slices[module].stop
         return slices
 
@@ -90,17 +112,29 @@ class FlatOrder:
         self._sites = dict(sites)
         self._site_of = {m: site for site, modules in sites.items() for m in modules}
         self._d_outs = d_outs
-        self._layouts: dict[tuple[frozenset[str], int], Layout] = {}
+        self._layouts: dict[tuple[frozenset[str], int, frozenset[str]], Layout] = {}
 
-    def layout(self, modules: Iterable[str], k: int) -> Layout:
-        """The layout of an adapter of these modules."""
-        key = (frozenset(modules), k)
+    def layout(self, modules: Iterable[str], k: int, biased: Iterable[str] = ()) -> Layout:
+        """The layout of an adapter of these modules, with biases of some of them."""
+        key = (frozenset(modules), k, frozenset(biased))
         if key not in self._layouts:
             self._layouts[key] = self._new_layout(*key)
         return self._layouts[key]
 
-    def _new_layout(self, wanted: frozenset[str], k: int) -> Layout:
-        stretches, d_outs, offset = [], dict[str, int](), 0
+    def _new_layout(self, wanted: frozenset[str], k: int, biased: frozenset[str]) -> Layout:
+        stretches = self._stretches(wanted, k, 0)
+        names = [name for stretch in stretches for name in stretch.modules]
+        d_outs = {name: self._rows_of(name) for name in names}
+        biases = self._stretches(biased, 1, k * sum(d_outs.values()))
+        return Layout(k, stretches, d_outs, biases)
+
+    def _rows_of(self, module: str) -> int:
+        site = self._sites.get(self._site_of.get(module, module))
+        return self._d_outs[module] if site is None else site[module]
+
+    def _stretches(self, wanted: frozenset[str], each: int, offset: int) -> tuple[Stretch, ...]:
+        """What has `each` values a row, from `offset` on."""
+        stretches = []
         for site in sorted({self._site_of.get(module, module) for module in wanted}):
             row = 0
             members = self._sites.get(site) or {site: self._d_outs[site]}
@@ -109,17 +143,17 @@ class FlatOrder:
                 rows = sum(members[name] for name in names)
                 if is_wanted:
                     stretches.append(Stretch(site, row, rows, names, offset))
-                    offset += rows * k
-                    d_outs |= {name: members[name] for name in names}
+                    offset += rows * each
                 row += rows
-        return Layout(k, tuple(stretches), d_outs)
+        return tuple(stretches)
 
 
 @dataclass(frozen=True, eq=False)
 class IndexTable:
-    """Which columns an adapter keeps; one object for all adapters that keep the same.
+    """Which columns an adapter keeps; one object for all adapters that keep the same, and have the
+    same biases.
 
-    index: [nnz] int32 on the CPU, in the order of the layout.
+    index: [num_entries] int32 on the CPU, in the order of the layout.
     """
 
     layout: Layout
@@ -134,7 +168,7 @@ class IndexTable:
 class AdapterValues:
     """An adapter's values as its file has them.
 
-    values: [nnz] on the CPU, in the table's order.
+    values: [nnz] on the CPU, in the order of the table's layout.
     head: [labels, hidden_size] float32 on the CPU, of a classifier.
     """
 
@@ -178,18 +212,19 @@ class ValuesReader:
                 values break a rule.
         """
         data, damage = reader.data(header)
-        layout = self.order.layout(header.modules, header.config.k)
         spans = header.tensors
+        biased = [module for module in header.modules if f"{module}.bias" in spans]
+        layout = self.order.layout(header.modules, header.config.k, biased)
         columns: list[Columns] = []
         for module, d_out in layout.d_outs.items():
             span = spans[f"{module}.index"]
             kind = _COLUMN_TYPES[span.dtype]
             columns.append(np.frombuffer(data, kind, d_out * layout.k, span.start))
-        kinds = {spans[f"{module}.bypass"].dtype for module in layout.d_outs}
+        kinds = {spans[name].dtype for name in layout.of_tensor()}
         dtype = _VALUE_TYPES[kinds.pop()] if len(kinds) == 1 else torch.float32
         values = self._empty(layout.nnz, dtype)
-        for module, part in layout.of_module().items():
-            span = spans[f"{module}.bypass"]
+        for name, part in layout.of_tensor().items():
+            span = spans[name]
             own = torch.frombuffer(
                 bytearray(data[span.start : span.stop]), dtype=_VALUE_TYPES[span.dtype]
             )
@@ -207,13 +242,16 @@ class ValuesReader:
         Raises:
             AdapterFormatError: a value is so large that a weight could overflow.
         """
-        layout = self.order.layout(adapter.modules, adapter.config.k)
+        biases = {m: part.bias for m, part in adapter.modules.items() if part.bias is not None}
+        layout = self.order.layout(adapter.modules, adapter.config.k, biases)
         parts = [adapter.modules[module] for module in layout.d_outs]
         columns = [part.index.int().reshape(-1).numpy() for part in parts]
-        dtypes = {part.bypass.dtype for part in parts}
+        tensors = [part.bypass.reshape(-1) for part in parts]
+        tensors += [biases[module] for module in layout.of_bias()]
+        dtypes = {tensor.dtype for tensor in tensors}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         values = self._empty(layout.nnz, dtype)
-        torch.cat([part.bypass.reshape(-1).to(dtype) for part in parts], out=values)
+        torch.cat([tensor.to(dtype) for tensor in tensors], out=values)
         head = None if adapter.head is None else adapter.head.float()
         return self._checked(layout, columns, values, head, repr(adapter.digest[:12]), [])
 
@@ -232,11 +270,13 @@ class ValuesReader:
             self._refuse_large(table.layout, total, "mixed")
             return AdapterValues(table, total)
         index, bypass = _union(parts, self._base)
+        biases = _bias_sums(parts)
         k = next(iter(index.values())).shape[1]
-        layout = self.order.layout(index, k)
+        layout = self.order.layout(index, k, biases)
         columns = [index[module].reshape(-1).numpy() for module in layout.d_outs]
         total = self._empty(layout.nnz, torch.float32)
-        torch.cat([bypass[module].reshape(-1) for module in layout.d_outs], out=total)
+        tensors = [bypass[module].reshape(-1) for module in layout.d_outs]
+        torch.cat(tensors + [biases[module] for module in layout.of_bias()], out=total)
         return self._checked(layout, columns, total, None, "mixed", [])
 
     def _empty(self, nnz: int, dtype: torch.dtype) -> Tensor:
@@ -253,10 +293,10 @@ class ValuesReader:
     ) -> AdapterValues:
         table, faults = self._table(layout, columns)
         if not bool((values.abs().max() <= self._largest).item()):  # false for NaN too
-            for module, part in layout.of_module().items():
-                faults += value_faults(module, values[part])
+            for name, part in layout.of_tensor().items():
+                faults += value_faults(name, values[part])
         if head is not None:
-            faults += head_faults(head)
+            faults += value_faults(HEAD, head)
         if faults or damage:  # which value is wrong says more than that some are
             raise AdapterFormatError(source, (faults or damage)[:MAX_FAULTS])
         self._refuse_large(layout, values, source)
@@ -269,8 +309,8 @@ class ValuesReader:
         raise AdapterFormatError(
             source,
             [
-                f"a value of {module} is so large that a weight overflows {self._dtype}"
-                for module, part in layout.of_module().items()
+                f"a value of {name} is so large that a weight overflows {self._dtype}"
+                for name, part in layout.of_tensor().items()
                 if not bool((values[part].abs().max() <= self._largest).item())
             ][:MAX_FAULTS],
         )
@@ -279,7 +319,8 @@ class ValuesReader:
         self, layout: Layout, columns: Sequence[Columns]
     ) -> tuple[IndexTable | None, list[str]]:
         """The table of these columns, checked; None with its faults."""
-        digest = hashlib.sha256(f"{layout.k} {tuple(layout.d_outs)}".encode())
+        said = f"{layout.k} {tuple(layout.d_outs)} {tuple(layout.of_bias())}"
+        digest = hashlib.sha256(said.encode())
         for part in columns:
             narrow = _narrowed(part)
             digest.update(narrow.dtype.str.encode())
@@ -289,7 +330,7 @@ class ValuesReader:
             known = self._tables.get(key)
         if known is not None:
             return known, []
-        index = torch.empty(layout.nnz, dtype=torch.int32)
+        index = torch.empty(layout.num_entries, dtype=torch.int32)
         faults: list[str] = []
         for (module, place), own in zip(layout.of_module().items(), columns, strict=True):
             index[place] = torch.from_numpy(own.astype(np.int32))
@@ -316,7 +357,7 @@ def realise(originals: Tensor, values: Tensor) -> Tensor:
     dtype wherever |v| <= |W0| / 2 (Sterbenz).
 
     Args:
-        originals: [nnz] W0, the base's weights at the adapter's index.
+        originals: [nnz] W0, the base's weights at the adapter's index, and its biases.
         values: [nnz] v, any float dtype, same device.
     """
     merged = merged_weights(originals, values)
@@ -350,6 +391,16 @@ def _union(
         index, bypass = _padded(columns, sums, kept, k, base.shapes[module][1])
         every_index[module], every_bypass[module] = index, bypass
     return every_index, every_bypass
+
+
+def _bias_sums(parts: Sequence[tuple[AdapterValues, float]]) -> dict[str, Tensor]:
+    """Module -> [d_out] the weighted sum of what adapters add to its bias."""
+    sums: dict[str, Tensor] = {}
+    for values, weight in parts:
+        for module, own in values.table.layout.of_bias().items():
+            scaled = values.values[own].float() * weight
+            sums[module] = sums[module] + scaled if module in sums else scaled
+    return sums
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

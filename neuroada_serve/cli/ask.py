@@ -98,6 +98,7 @@ def inspect(
     config = loaded.config
     values = torch.cat([part.bypass.float().flatten() for part in loaded.modules.values()])
     dtypes = {str(part.bypass.dtype).removeprefix("torch.") for part in loaded.modules.values()}
+    biased = [part.bias for part in loaded.modules.values() if part.bias is not None]
     table = Table(show_header=False, title=str(adapter))
     for key, value in (
         ("base", config.base_model_name_or_path),
@@ -109,7 +110,8 @@ def inspect(
         *([("labels", ", ".join(config.labels))] if config.labels else []),
         ("target modules", ", ".join(config.target_modules)),
         ("modules", len(loaded.modules)),
-        ("values", f"{loaded.nnz:,} {', '.join(sorted(dtypes))}"),
+        ("values", f"{values.numel():,} {', '.join(sorted(dtypes))}"),
+        *([("biases", f"{sum(map(len, biased)):,} in {len(biased)} modules")] if biased else []),
         ("weights file", f"{(adapter / WEIGHTS_FILE).stat().st_size:,} bytes"),
         ("mean |value|", f"{values.abs().mean():.4g}"),
         ("largest |value|", f"{values.abs().max():.4g}"),

@@ -35,6 +35,9 @@ def train(
     ] = None,
     selection_rows: Annotated[int, typer.Option(help=help_of(TrainConfig, "selection_rows"))] = 256,
     coverage: Annotated[float, typer.Option(help=help_of(TrainConfig, "coverage"))] = 1.0,
+    tune_bias: Annotated[
+        bool, typer.Option("--tune-bias", help=help_of(TrainConfig, "tune_bias"))
+    ] = False,
     lr: Annotated[str | None, typer.Option(help=help_of(TrainConfig, "lr"))] = None,
     epochs: Annotated[float | None, typer.Option(help=help_of(TrainConfig, "epochs"))] = None,
     max_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "max_steps"))] = None,
@@ -98,6 +101,7 @@ def train(
         index_file=index_file,
         selection_rows=selection_rows,
         coverage=coverage,
+        tune_bias=tune_bias,
         lr=_learning_rate(lr),
         gradient_accumulation=gradient_accumulation,
         eval_steps=eval_steps,

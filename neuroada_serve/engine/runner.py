@@ -154,7 +154,11 @@ class ModelRunner:
         seen: list[Tensor] = []
         kept = self._tensor(last_tokens + [token for _, _, tokens in scored for token in tokens])
         decoder = self._cpu_decoder
-        if decoder is not None and decoder.takes(len(ids)):
+        if (
+            decoder is not None
+            and decoder.takes(len(ids))
+            and not _adds_biases(residents, in_weights)
+        ):
             inputs = Tokens(self._tensor(ids), step.positions, step.slots, max(positions) + 1)
             logits = decoder.run(inputs, kept, residents, in_weights)
             if classifies:
@@ -232,6 +236,14 @@ class ModelRunner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._base.device)
+
+
+def _adds_biases(residents: Seq[ResidentAdapter | None], merged: ResidentAdapter | None) -> bool:
+    """Whether any token of a step has another bias than what is in the weights."""
+    return any(
+        one is not merged and any(r is not None and r.plane.has_biases for r in (one, merged))
+        for one in set(residents)
+    )
 
 
 def _refuse_unsupported(base: BaseModel) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neuroada_serve.adapters.bank import BankBatch, SiteBypass
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, matrix_shape
 from neuroada_serve.ops import triton_bypass
-from neuroada_serve.ops.bypass import bypass_add_
+from neuroada_serve.ops.bypass import bias_add_, bypass_add_
 from neuroada_serve.ops.matrix import (
     DenseMatrix,
     FrozenMatrix,
@@ -106,20 +106,33 @@ class BypassSite:
             whole = part.table.d_out == self._d_out
             rows = y if whole else y[:, part.rows]
             bypass_add_(rows, tokens, part.table, token_slots)
+        for bias, token_slots in batch.bias_calls(self.name):
+            bias_add_(y[:, bias.rows], bias.values, token_slots)
         return y.view(*x.shape[:-1], -1)
 
     def _multiply_runs(self, x: Tensor, batch: BankBatch) -> Tensor:
-        """The product for x [tokens, d_in], each run's by a weight that holds its values."""
+        """The product for x [tokens, d_in], each run's by a weight and a bias that hold its
+        values."""
         products, done = [], 0
         for run in batch.runs:
             if run.start > done:
                 products.append(self.matrix.multiply(x[done : run.start], self.bias))
             with self._added(batch.adds(self.name, run)):
-                products.append(self.matrix.multiply(x[run.start : run.stop], self.bias))
+                bias = self._bias_of(batch.run_biases(self.name, run))
+                products.append(self.matrix.multiply(x[run.start : run.stop], bias))
             done = run.stop
         if done < len(x):
             products.append(self.matrix.multiply(x[done:], self.bias))
         return products[0] if len(products) == 1 else torch.cat(products)
+
+    def _bias_of(self, adds: Sequence[tuple[slice, Tensor, int]]) -> Tensor | None:
+        """The bias with values added, summed in float32 and rounded once."""
+        if not adds or self.bias is None:
+            return self.bias
+        total = self.bias.to(torch.float32, copy=True)
+        for rows, values, sign in adds:
+            total[rows] += sign * values.float()
+        return total.to(self.bias.dtype)
 
     @contextmanager
     def _added(self, adds: Sequence[tuple[SiteBypass, Tensor]]) -> Iterator[None]:
@@ -162,6 +175,8 @@ class BypassLinear(nn.Module):
         self._rows = site.rows[name]
         self.d_out, self.d_in = matrix_shape(base)
         self.register_parameter("bias", base.bias if isinstance(base.bias, nn.Parameter) else None)
+        if self.bias is not None and site.bias is not None:  # merging changes the site's
+            self.bias.data = site.bias[self._rows]
         self._packed = isinstance(site.matrix, PackedMatrix)
         self._transposed = is_transposed(base)
         if not self._packed:

@@ -6,7 +6,7 @@ of k: the largest |value| of a row where it has more, filled up with zeros where
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from neuroada_serve.adapters.format import (
     make_adapter,
     save_adapter,
 )
-from neuroada_serve.adapters.official import ARGS_FILE, read_official
+from neuroada_serve.adapters.official import ARGS_FILE, OfficialRun, read_official
 from neuroada_serve.adapters.peft_files import (
     largest_places,
     read_shira,
@@ -90,6 +90,7 @@ class _Origin:
     """What is to be converted.
 
     energy: by module, of all that the origin changes, where modules have only a part of it.
+    biases: [d_out] float32 what is added to biases, by module, all of them among modules.
     """
 
     name: str
@@ -100,6 +101,7 @@ class _Origin:
     num_entries: int
     energy: Mapping[str, float]
     warnings: tuple[str, ...] = ()
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def convert_official(
@@ -120,13 +122,6 @@ def convert_official(
     _check_arguments(out, k, dtype)
     found = read_official(run)
     base = _loaded(source)
-    if found.bias_twice:
-        for name in found.modules:
-            if getattr(adaptable_modules(base.model).get(name), "bias", None) is not None:
-                raise AdapterFormatError(
-                    repr(run.name),
-                    [f"in an '_appr' run {name} added its bias twice, which an adapter cannot"],
-                )
     peft_type = str(found.args.get("peft_type", ""))
     origin = _whole(
         base,
@@ -136,6 +131,7 @@ def convert_official(
         "magnitude" if peft_type == "perCell_mag_add" else _as_text(peft_type) or "official",
         {"args": _recorded(found.args)} if found.args else {},
     )
+    origin = replace(origin, biases=_official_biases(base, run.name, found))
     if peft_type == "perCell_mag_add":
         share = _share_of_largest(base, found.modules)
         if share < _RIGHT_BASE:
@@ -226,13 +222,16 @@ def convert_diff(
     model = load_checked(tuned)
     ours, theirs = adaptable_modules(base.model), adaptable_modules(model)
     _check_same_architecture(base, model, tuned.name)
-    modules, energy, num_entries = {}, {}, 0
+    modules, biases, energy, num_entries = {}, dict[str, Tensor](), {}, 0
     for name in ours:
         weight = _matrix(ours[name])
         difference = _matrix(theirs[name]).float() - weight.float()
-        if not bool((difference != 0).any()):
+        bias = _bias_difference(ours[name], theirs[name])
+        if bias is not None:
+            biases[name] = bias
+        elif not bool((difference != 0).any()):
             continue
-        if not bool(difference.isfinite().all()):
+        if not all(bool(d.isfinite().all()) for d in (difference, bias) if d is not None):
             raise ModelError(f"model {tuned.name!r} has NaN or infinite weights in {name}")
         num_entries += int((difference != 0).sum())
         energy[name] = float(difference.double().square().sum())
@@ -252,7 +251,9 @@ def convert_diff(
             f"{', '.join(others[:_MOST_NAMED])}{more} differ too, and stay those of the base: an "
             "adapter changes linear layers in the model's blocks alone",
         )
-    origin = _Origin(tuned.name, "diff", modules, "difference", {}, num_entries, energy, warnings)
+    origin = _Origin(
+        tuned.name, "diff", modules, "difference", {}, num_entries, energy, warnings, biases
+    )
     return _written(base, origin, out, k, dtype)
 
 
@@ -272,6 +273,8 @@ def export_shira(source: ModelSource, adapter: Path, out: Path) -> int:
     loaded = load_adapter(adapter, base.spec)
     if loaded.head is not None:
         raise AdapterError(f"adapter {adapter.name!r} is a classifier; PEFT's SHiRA has no head")
+    if any(part.bias is not None for part in loaded.modules.values()):
+        raise AdapterError(f"adapter {adapter.name!r} has biases; PEFT's SHiRA has none")
     for name, module in adaptable_modules(base.model).items():
         if name in loaded.modules and is_transposed(module):
             raise AdapterError(f"PEFT has no SHiRA for {name}, a {type(module).__name__}")
@@ -329,6 +332,33 @@ def _whole(
         sum(len(entries.value) for entries in changed.values()),
         {module: entries.energy() for module, entries in changed.items()},
     )
+
+
+def _official_biases(base: BaseModel, source: str, run: OfficialRun) -> dict[str, Tensor]:
+    """What a run has added to the base's biases.
+
+    Raises:
+        AdapterFormatError: the base has no such biases.
+    """
+    adaptable, biases, faults = adaptable_modules(base.model), dict[str, Tensor](), list[str]()
+    for name in run.modules:
+        trained, before = run.biases.get(name), adaptable[name].bias
+        if before is None:
+            faults += [] if trained is None else [f"{name} has no bias in the base"]
+            continue
+        if trained is None and not run.bias_twice:
+            continue
+        before = before.detach().float()
+        after = before if trained is None else trained
+        if after.shape != before.shape:
+            faults.append(f"{name}.bias is {list(after.shape)}, the base's {list(before.shape)}")
+        elif not bool(after.isfinite().all()):
+            faults.append(f"{name}.bias has NaN or infinite values")
+        else:
+            biases[name] = (2 * after if run.bias_twice else after) - before
+    if faults:
+        raise AdapterFormatError(repr(source), faults[:MAX_FAULTS])
+    return biases
 
 
 def _no_module(source: str, base: BaseModel, names: list[str]) -> AdapterFormatError:
@@ -389,11 +419,16 @@ def _written(base: BaseModel, origin: _Origin, out: Path, k: int | None, dtype: 
         kept_energy[name] = largest.energy()
         part = as_rows(largest, _matrix(adaptable[name]), used_k)
         stored = part.bypass.dtype if part.bypass.dtype in _DTYPES.values() else torch.float32
-        parts[name] = ModuleBypass(part.index, part.bypass.to(_DTYPES[dtype] or stored))
+        bias = origin.biases.get(name)
+        parts[name] = ModuleBypass(
+            part.index,
+            part.bypass.to(_DTYPES[dtype] or stored),
+            None if bias is None else bias.to(_DTYPES[dtype] or torch.float32),
+        )
     kept = {name: _share(kept_energy[name], origin.energy[name]) for name in parts}
     in_all = _share(sum(kept_energy.values()), sum(origin.energy.values()))
     warnings = list(origin.warnings)
-    if not origin.num_entries:
+    if not origin.num_entries and not any(bool(b.any()) for b in origin.biases.values()):
         warnings.append("all its values are 0: it answers as the base does")
     if in_all < _MUCH_LOST:
         warnings.append(
@@ -475,13 +510,21 @@ def _check_same_architecture(base: BaseModel, model: Any, name: str) -> None:
             )
 
 
+def _bias_difference(ours: Any, theirs: Any) -> Tensor | None:
+    """[d_out] float32, where two layers' biases differ."""
+    if ours.bias is None or theirs.bias is None:
+        return None
+    difference: Tensor = theirs.bias.detach().float() - ours.bias.detach().float()
+    return difference if bool((difference != 0).any()) else None
+
+
 def _other_differences(base: Any, tuned: Any) -> list[str]:
     """Names of parameters, outside the modules that an adapter changes, that differ."""
     ours, theirs = dict(base.named_parameters()), dict(tuned.named_parameters())
-    adapted = {f"{module}.weight" for module in adaptable_modules(base)}
+    adapted = {f"{m}.{kind}" for m in adaptable_modules(base) for kind in ("weight", "bias")}
     return [
         name
-        for name in sorted((ours.keys() | theirs.keys()) - adapted)
+        for name in sorted((ours.keys() | theirs.keys()) - (adapted & ours.keys() & theirs.keys()))
         if name not in ours
         or name not in theirs
         or ours[name].shape != theirs[name].shape

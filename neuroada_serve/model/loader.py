@@ -64,19 +64,18 @@ def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") ->
     with _refusing(source):
         tokenizer = load_tokenizer(source.path)
     place_(model, torch_device, None if dtype == "auto" else getattr(torch, dtype))
-    shapes = {name: matrix_shape(m) for name, m in adaptable_modules(model).items()}
-    if not shapes:
+    modules = adaptable_modules(model)
+    if not modules:
         raise ModelError(
             f"model {source.name!r} ({type(model).__name__}) has no linear layers in its blocks"
         )
-    fingerprint = base_fingerprint(source.path, list(shapes), model.base_model_prefix)
     text_config = model.config.get_text_config()
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
-        spec=BaseSpec(source.name, fingerprint, shapes, _hidden_size(model)),
+        spec=_spec(source, model),
         path=source.path,
-        dtype=next(iter(adaptable_modules(model).values())).weight.dtype,
+        dtype=next(iter(modules.values())).weight.dtype,
         device=torch_device,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         max_model_len=int(getattr(text_config, "max_position_embeddings", None) or 1 << 20),
@@ -177,9 +176,15 @@ def load_spec(source: ModelSource) -> BaseSpec:
             model = AutoModelForCausalLM.from_config(config)
         except Exception as error:
             raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error
-    shapes = {name: matrix_shape(m) for name, m in adaptable_modules(model).items()}
-    fingerprint = base_fingerprint(source.path, list(shapes), model.base_model_prefix)
-    return BaseSpec(source.name, fingerprint, shapes, _hidden_size(model))
+    return _spec(source, model)
+
+
+def _spec(source: ModelSource, model: Any) -> BaseSpec:
+    modules = adaptable_modules(model)
+    fingerprint = base_fingerprint(source.path, list(modules), model.base_model_prefix)
+    shapes = {name: matrix_shape(module) for name, module in modules.items()}
+    biased = frozenset(name for name, module in modules.items() if module.bias is not None)
+    return BaseSpec(source.name, fingerprint, shapes, _hidden_size(model), biased)
 
 
 def _hidden_size(model: Any) -> int | None:

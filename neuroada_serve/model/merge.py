@@ -24,7 +24,7 @@ class _Merged:
 
     table: IndexTable
     entries: WeightEntries
-    originals: Tensor  # [nnz] W0
+    originals: Tensor  # [nnz] W0, and biases
     weights: Tensor  # [nnz] round(W0 + v)
 
 
@@ -48,7 +48,7 @@ class WeightMerger:
         return self._merged is not None
 
     def originals(self, table: IndexTable) -> Tensor:
-        """[nnz] the base's weights at an index, whatever is merged just now.
+        """[nnz] the base's weights at an index, and its biases, whatever is merged just now.
 
         Raises:
             DirtyWeightsError: the weights are not usable, or no longer so.
@@ -129,6 +129,10 @@ class WeightMerger:
             matrix = self._layers[stretch.modules[0]].site.matrix
             index = columns.to(matrix.entries.device)
             parts.append((matrix.entries, matrix.positions(index, stretch.first)))
+        for stretch in table.layout.biases:
+            bias = self._layers[stretch.modules[0]].site.bias
+            assert bias is not None, "checked when it was read"
+            parts.append((bias, torch.arange(stretch.first, stretch.stop, device=bias.device)))
         self._last = table, WeightEntries(parts)
         return self._last[1]
 

@@ -152,6 +152,38 @@ def bypass_add_(y: Tensor, x: Tensor, table: BypassTable, token_slots: TokenSlot
         _add_lane_by_lane(y, x, table.index, table.bypass, token_slots)
 
 
+def bias_add_(y: Tensor, bias: Tensor, token_slots: TokenSlots) -> None:
+    """Add what each token's adapter adds to a layer's bias, in place.
+
+    Semantics, with s and m as of `bypass_add_`:
+        y[t, i] += bias[s, i] - bias[m, i]
+
+    Args:
+        y: [num_tokens, d_out]. Changed in place; sums are in float32, rounded once.
+        bias: [num_slots, d_out]; slots may lie apart, or begin within each other.
+        token_slots: num_tokens slots, each NO_SLOT or in [0, num_slots).
+
+    Raises:
+        ShapeError: names the shapes that disagree.
+    """
+    if y.shape != (token_slots.num_tokens, bias.shape[1]):
+        raise ShapeError(
+            f"y {tuple(y.shape)} must be [num_tokens, d_out], for {token_slots.num_tokens} token "
+            f"slots and bias {tuple(bias.shape)}"
+        )
+    if token_slots.idle:
+        return
+    slots, merged_slot = token_slots.on_device
+    added = _biases_of(bias, slots) - _biases_of(bias, merged_slot)
+    y.copy_(y.float() + added)
+
+
+def _biases_of(bias: Tensor, slots: Tensor) -> Tensor:
+    """[num_slots, d_out] float32, zeros for NO_SLOT, whatever lies in memory there."""
+    found = bias.index_select(0, slots.clamp_min(0)).float()
+    return torch.where((slots == NO_SLOT).unsqueeze(1), 0.0, found)
+
+
 def _add_lane_by_lane(
     y: Tensor, x: Tensor, index: Tensor, bypass: Tensor, token_slots: TokenSlots
 ) -> None:

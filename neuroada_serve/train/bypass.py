@@ -25,19 +25,27 @@ class BypassedLinear(nn.Module):
     index: [d_out, k] int32.
     trained: [d_out, k] bool, entries whose values get a gradient; None for all.
     value: [d_out, k] trainable float32, starts at 0.
+    bias_value: [d_out] likewise, added to the bias, where there is one and `tune_bias`.
     """
 
-    def __init__(self, base: nn.Module, selection: Selection) -> None:
+    bias_value: Tensor | None
+
+    def __init__(self, base: nn.Module, selection: Selection, tune_bias: bool = False) -> None:
         super().__init__()
         self.base = base
         self.index, self.trained = selection.index, selection.trained
         self.value = nn.Parameter(
             torch.zeros(self.index.shape, dtype=torch.float32, device=self.index.device)
         )
+        self.bias_value = None
+        if tune_bias and getattr(base, "bias", None) is not None:
+            self.bias_value = nn.Parameter(self.value.new_zeros(len(self.index)))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         bypass: Tensor = _Bypass.apply(x, self.value, self.index, self.trained)  # type: ignore[no-untyped-call]
+        if self.bias_value is not None:
+            bypass = bypass + self.bias_value
         return y + bypass.to(y.dtype)
 
 
@@ -80,7 +88,10 @@ class _Bypass(torch.autograd.Function):
 
 @contextmanager
 def bypass_training(
-    model: Any, modules: Mapping[str, nn.Module], selections: Mapping[str, Selection]
+    model: Any,
+    modules: Mapping[str, nn.Module],
+    selections: Mapping[str, Selection],
+    tune_bias: bool = False,
 ) -> Iterator[dict[str, BypassedLinear]]:
     """Put a bypass beside `modules` of a model for the length of a block. Yields the layers.
 
@@ -91,7 +102,10 @@ def bypass_training(
         selections: by the same names, on the device of the inputs.
     """
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    layers = {name: BypassedLinear(module, selections[name]) for name, module in modules.items()}
+    layers = {
+        name: BypassedLinear(module, selections[name], tune_bias)
+        for name, module in modules.items()
+    }
     model.requires_grad_(False)
     try:
         for name, layer in layers.items():

@@ -31,11 +31,13 @@ class InplaceLinear(nn.Module):
     index: [d_out, k] int32.
     trained: [d_out, k] bool, entries whose values get a gradient; None for all.
     value: [d_out, k] trainable, starts at 0; float32, or float64 for a float64 weight.
+    bias_value: [d_out] likewise, added to the bias, where there is one and `tune_bias`.
     """
 
     bias: Tensor | None
+    bias_value: Tensor | None
 
-    def __init__(self, base: nn.Module, selection: Selection) -> None:
+    def __init__(self, base: nn.Module, selection: Selection, tune_bias: bool = False) -> None:
         super().__init__()
         index = selection.index
         assert isinstance(base.weight, nn.Parameter)
@@ -44,13 +46,12 @@ class InplaceLinear(nn.Module):
         self.transposed = is_transposed(base)
         self.index = index
         self.trained = selection.trained
-        self.value = nn.Parameter(
-            torch.zeros(
-                index.shape,
-                dtype=torch.promote_types(base.weight.dtype, torch.float32),
-                device=index.device,
-            )
-        )
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        self.value = nn.Parameter(torch.zeros(index.shape, dtype=wide, device=index.device))
+        self.bias_value = None
+        if tune_bias and self.bias is not None:
+            shape = self.bias.shape
+            self.bias_value = nn.Parameter(torch.zeros(shape, dtype=wide, device=index.device))
         matrix = DenseMatrix(self.weight, self.transposed)
         self._positions = matrix.positions(index)
         self._original = read_entries(matrix.entries, self._positions)
@@ -60,7 +61,8 @@ class InplaceLinear(nn.Module):
         if not torch.compiler.is_compiling():  # else `inplace_training` has done it
             self.write_values_()
         where = (self.index, self.trained)
-        return _linear(x, self.value, self.weight, self.bias, *where, self.transposed)
+        bias = self.bias, self.bias_value
+        return _linear(x, self.value, self.weight, *bias, *where, self.transposed)
 
     @torch.no_grad()
     def write_values_(self, always: bool = False) -> None:
@@ -98,7 +100,7 @@ class FrozenLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return _linear(x, None, self.weight, self.bias, None, None, False)
+        return _linear(x, None, self.weight, self.bias, None, None, None, False)
 
 
 def _linear(x: Tensor, *others: Any) -> Tensor:
@@ -111,7 +113,8 @@ def _linear(x: Tensor, *others: Any) -> Tensor:
 
 
 class _InplaceLinear(torch.autograd.Function):
-    """A linear layer whose backward gives dx and the gradient of the values at `index`."""
+    """A linear layer whose backward gives dx and the gradient of the values at `index`, and of what
+    is added to the bias."""
 
     @staticmethod
     def forward(
@@ -120,6 +123,7 @@ class _InplaceLinear(torch.autograd.Function):
         value: Tensor | None,  # not read: its effect is already in the weight
         weight: Tensor,
         bias: Tensor | None,
+        bias_value: Tensor | None,
         index: Tensor | None,
         trained: Tensor | None,
         transposed: bool,
@@ -129,6 +133,8 @@ class _InplaceLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, index, trained)
         ctx.transposed = transposed
         weight = weight.t() if transposed else weight  # (d_out, d_in)
+        if bias is not None and bias_value is not None:
+            bias = (bias + bias_value).to(bias.dtype)  # as merging realises it
         if weight.dtype == x.dtype or not torch.is_autocast_enabled(x.device.type):
             return linear(x, weight, bias)
         return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -137,7 +143,7 @@ class _InplaceLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, index, trained = ctx.saved_tensors
         grad = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, d_out)
-        grad_x = grad_value = None
+        grad_x = grad_value = grad_bias = None
         if ctx.needs_input_grad[0]:
             turned = weight if ctx.transposed else weight.t()  # (d_in, d_out)
             grad_x = linear(grad, turned.to(grad.dtype)).view(x.shape)
@@ -145,11 +151,16 @@ class _InplaceLinear(torch.autograd.Function):
             grad_value = value_grad(grad, x.reshape(-1, x.shape[-1]), index)
             if trained is not None:
                 grad_value = grad_value * trained
-        return grad_x, grad_value, None, None, None, None, None
+        if ctx.needs_input_grad[4]:
+            grad_bias = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+        return grad_x, grad_value, None, None, grad_bias, None, None, None
 
 
 def attach_inplace(
-    model: nn.Module, modules: Mapping[str, Any], selections: Mapping[str, Selection]
+    model: nn.Module,
+    modules: Mapping[str, Any],
+    selections: Mapping[str, Selection],
+    tune_bias: bool = False,
 ) -> dict[str, InplaceLinear]:
     """Replace `modules` of the model by InplaceLinear layers on the same parameters.
 
@@ -157,11 +168,14 @@ def attach_inplace(
         model: a causal LM; all its parameters are frozen, only values are left to train.
         modules: name -> Linear or Conv1D, such as `adaptable_modules` gives, or some of them.
         selections: by the same names, on the device of the weights.
+        tune_bias: train their biases too, of those that have one.
 
     Returns:
         The new layers by the same names.
     """
-    layers = {name: InplaceLinear(module, selections[name]) for name, module in modules.items()}
+    layers = {
+        name: InplaceLinear(module, selections[name], tune_bias) for name, module in modules.items()
+    }
     model.requires_grad_(False)
     for name, layer in layers.items():
         replace_module(model, name, layer)
@@ -179,7 +193,10 @@ def detach_inplace(
 
 @contextmanager
 def inplace_training(
-    model: Any, modules: Mapping[str, Any], selections: Mapping[str, Selection]
+    model: Any,
+    modules: Mapping[str, Any],
+    selections: Mapping[str, Selection],
+    tune_bias: bool = False,
 ) -> Iterator[dict[str, InplaceLinear]]:
     """`attach_inplace` for the length of a block, however it ends. Yields the layers.
 
@@ -187,7 +204,7 @@ def inplace_training(
     The model, or modules of it, may be compiled; it must then be called as a whole.
     """
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    layers = attach_inplace(model, modules, selections)
+    layers = attach_inplace(model, modules, selections, tune_bias)
     head = model.get_output_embeddings()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -40,6 +40,15 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CPU_RANDOM, _CUDA_RANDOM = "random.cpu", "random.cuda"
 
 
+def values_of(layers: Layers) -> dict[str, nn.Parameter]:
+    """What is trained of them: M.value for every layer M, and M.bias where that is trained too."""
+    values = {f"{name}.value": layer.value for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if isinstance(layer.bias_value, nn.Parameter):
+            values[f"{name}.bias"] = layer.bias_value
+    return values
+
+
 class LengthGroupedBatches(Sampler[list[int]]):
     """Batches of row numbers: rows of like length together, yet in random order.
 
@@ -126,7 +135,7 @@ class Loop:
         steps: int,
         head: ClassHead | None = None,
     ) -> None:
-        self._trained = {f"{name}.value": layer.value for name, layer in layers.items()}
+        self._trained = values_of(layers)
         groups = [{"params": list(self._trained.values()), "lr": config.peak_lr}]
         if head is not None:
             self._trained[HEAD] = head.weight

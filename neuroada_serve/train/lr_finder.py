@@ -11,7 +11,7 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import Example, TrainingData
-from neuroada_serve.train.loop import Layers, Loop, Notify
+from neuroada_serve.train.loop import Layers, Loop, Notify, values_of
 from neuroada_serve.train.processes import current
 from neuroada_serve.train.score import score
 
@@ -67,8 +67,8 @@ def find_learning_rate(
         told = "diverges" if losses[-1] is None else f"{scored} loss {loss:.4f}"
         notify(f"lr {lr:.2g}: {told} after {_STEPS} steps.")
         with torch.no_grad():
-            for layer in layers.values():
-                layer.value.zero_()
+            for value in values_of(layers).values():
+                value.zero_()
             if head is not None:
                 head.reset_()
     known = [(loss, lr) for loss, lr in zip(losses, tried, strict=True) if loss is not None]

@@ -26,7 +26,7 @@ from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.train.checkpoint import Checkpoint, Checkpoints
 from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import TrainingData
-from neuroada_serve.train.loop import Layers, Loop, Notify, diverged
+from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, values_of
 from neuroada_serve.train.lr_finder import LearningRates
 from neuroada_serve.train.processes import current
 from neuroada_serve.train.publish import Publisher
@@ -63,6 +63,7 @@ class Run:
         notify: Notify,
     ) -> None:
         self._base, self._data, self._layers, self._head = base, data, layers, head
+        self._values = values_of(layers)
         self._data_name = data_name
         self._config, self._out = config, out
         self._publisher, self._notify = publisher, notify
@@ -70,7 +71,7 @@ class Run:
         self.before: Score | None = None
         self.evaluations: list[Evaluation] = []
         self.best_step = 0
-        self._best: dict[str, Tensor] = {}  # values, as a file would hold them
+        self._best: dict[str, Tensor] = {}  # by the names of `values_of`, as a file would hold them
 
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
@@ -80,7 +81,7 @@ class Run:
             Evaluation(one["step"], Score(**one["score"])) for one in state["evaluations"]
         ]
         self.best_step = state["best_step"]
-        best = {name: checkpoint.tensors.get(f"{name}.best") for name in (*self._layers, HEAD)}
+        best = {name: checkpoint.tensors.get(f"{name}.best") for name in (*self._values, HEAD)}
         self._best = {name: values for name, values in best.items() if values is not None}
 
     def begin(self, loop: Loop, checkpoints: Checkpoints, searched: LearningRates | None) -> None:
@@ -175,21 +176,19 @@ class Run:
     @contextmanager
     def _rounded(self) -> Iterator[None]:
         """The values as the file will hold them: what is scored is what will be served."""
-        exact = {name: layer.value.detach().clone() for name, layer in self._layers.items()}
+        exact = {name: value.detach().clone() for name, value in self._values.items()}
         with torch.no_grad():
-            for layer in self._layers.values():
-                layer.value.copy_(layer.value.to(FILE_DTYPE))
+            for value in self._values.values():
+                value.copy_(value.to(FILE_DTYPE))
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, layer in self._layers.items():
-                    layer.value.copy_(exact[name])
+                for name, value in self._values.items():
+                    value.copy_(exact[name])
 
     def _file_values(self) -> dict[str, Tensor]:
-        values = {
-            name: layer.value.detach().to(FILE_DTYPE).cpu() for name, layer in self._layers.items()
-        }
+        values = {name: v.detach().to(FILE_DTYPE).cpu() for name, v in self._values.items()}
         if self._head is not None:
             values[HEAD] = self._head.weight.detach().cpu().clone()
         return values
@@ -211,7 +210,9 @@ class Run:
     def adapter(self) -> Adapter:
         """Of the best values so far."""
         parts = {
-            name: ModuleBypass(layer.index.cpu(), self._best[name])
+            name: ModuleBypass(
+                layer.index.cpu(), self._best[f"{name}.value"], self._best.get(f"{name}.bias")
+            )
             for name, layer in self._layers.items()
         }
         config = AdapterConfig(
@@ -269,6 +270,7 @@ class Run:
             recipe["selection_rows"] = config.selection_rows
         for name in (
             "coverage",
+            "tune_bias",
             "weight_decay",
             "max_grad_norm",
             "bf16",

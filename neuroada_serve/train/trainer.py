@@ -31,7 +31,7 @@ from neuroada_serve.train.checkpoint import Checkpoints
 from neuroada_serve.train.classify import class_head
 from neuroada_serve.train.data import DataReport, TrainingData, load_data
 from neuroada_serve.train.inplace import inplace_training
-from neuroada_serve.train.loop import Layers, Loop, Notify, selections_of
+from neuroada_serve.train.loop import Layers, Loop, Notify, selections_of, values_of
 from neuroada_serve.train.lr_finder import LearningRates, find_learning_rate
 from neuroada_serve.train.plot import learning_rate_plot, loss_curve
 from neuroada_serve.train.processes import current
@@ -147,7 +147,9 @@ def train_adapter(
             modules = {name: modules[name] for name in k_of_modules(modules, config)}
             selections = selections_of(resumed, modules)
         attach = bypass_training if beside else inplace_training
-        layers: Layers = stack.enter_context(attach(base.model, modules, selections))
+        layers: Layers = stack.enter_context(
+            attach(base.model, modules, selections, config.tune_bias)
+        )
         if head is not None:  # attaching has frozen it with the rest
             head.requires_grad_(True)
         run = Run(base, loaded, data.name, layers, head, config, out, publisher, notify)
@@ -177,7 +179,8 @@ def train_adapter(
         if resumed is not None:
             loop.restore(resumed)
         run.begin(loop, checkpoints, searched)
-        count = sum(selections[name].nnz for name in layers)
+        biases = [v for name, v in values_of(layers).items() if name.endswith(".bias")]
+        count = sum(selections[name].nnz for name in layers) + sum(map(len, biases))
         notify(f"Training {count:,} values for {run.steps} steps, lr {config.peak_lr:.2g}.")
         if processes.size > 1:
             each = "a batch" if (n := config.gradient_accumulation) == 1 else f"{n} batches"
@@ -288,6 +291,10 @@ def _check_fits(base: BaseModel, config: TrainConfig) -> None:
     k_of = k_of_modules(base.spec.shapes, config)
     if config.task_type == SEQ_CLS and base.spec.hidden_size is None:
         raise UsageError(f"base {base.spec.name!r} has no linear output head to replace")
+    if config.tune_bias and not base.spec.biased & k_of.keys():
+        raise UsageError(
+            f"the layers to train of base {base.spec.name!r} have no biases; leave out --tune-bias"
+        )
     module = min(k_of, key=lambda name: base.spec.shapes[name][1])
     d_in, k = base.spec.shapes[module][1], max(k_of.values())
     if k > d_in:
