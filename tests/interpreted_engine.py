@@ -1,6 +1,7 @@
 """The engine through its decode graphs, recorded and replayed as plain calls; run by
 test_cuda_graphs.py in a process of its own (see interpreted_bypass.py)."""
 
+import pytest
 import torch
 from tiny import random_adapter, save_tiny_model
 from triton_interpreter import DEVICE
@@ -23,9 +24,14 @@ def record(launch):
     return launch
 
 
-def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
-    source = save_tiny_model(tmp_path, "gemma2")  # a sliding window and a soft cap
-    adapters = {"a": random_adapter(source, 1, k=2), "b": random_adapter(source, 2, k=5)}
+# Gemma 2 has a sliding window and a soft cap, Qwen2 biases.
+@pytest.mark.parametrize("family", ["gemma2", "qwen2"])
+def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch, family):
+    source = save_tiny_model(tmp_path, family)
+    adapters = {
+        "a": random_adapter(source, 1, k=2, biases=True),
+        "b": random_adapter(source, 2, k=5, biases=True),
+    }
     llm = LLM(str(source.path), adapters, max_num_seqs=5, device=DEVICE.type)
     engine = llm.engine
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 1, 3, 2)]
