@@ -59,6 +59,7 @@ from neuroada_serve.model.loader import BaseModel, adaptable_modules, matrix_sha
 from neuroada_serve.ops.bypass import (
     BypassTable,
     TokenSlots,
+    bias_add_,
     bypass_add_,
     bypass_add_reference,
 )
@@ -366,6 +367,15 @@ def check_kernels(report: Report) -> None:
                 errors.append(float((y.float() - expected).norm() / expected.norm()))
             report.facts.setdefault("relative_error", {})[name] = max(errors)
             report.checks[name] = all(error < bound for error in errors)  # nan never passes
+        slots = TokenSlots((0, -1, 4, 7, 4), device, 4)
+        y = torch.randn(5, 33, device=device).to(dtype)
+        bias = torch.randn(9, 33, device=device).to(dtype)
+        expected = y.float() - bias[4].float()
+        for token in (0, 2, 3, 4):
+            expected[token] += bias[slots.slots[token]].float()
+        bias_add_(y, bias, slots)
+        error = float((y.float() - expected).norm() / expected.norm())
+        report.checks[f"biases {dtype}"] = error < bound
 
 
 def check_entries(report: Report) -> None:
