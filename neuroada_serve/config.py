@@ -214,10 +214,12 @@ class TrainConfig:
     task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = _option(
         "CAUSAL_LM",
         "CAUSAL_LM learns to write answers; SEQ_CLS to classify plain texts, with a head of its "
-        "own: a row's label is its class.",
+        "own: a row's label is its class, or a number (see --labels).",
     )
     labels: tuple[str, ...] = _option(
-        (), "A classifier's labels, in order: bad,good. Default: those of the rows, sorted."
+        (),
+        "A classifier's labels, in order: bad,good. Default: those of the rows, sorted. One alone "
+        "names a number that is learnt: score.",
     )
     head_lr: float = _option(1e-2, "Peak learning rate of a classifier's head.")
     columns: Mapping[str, str] = _option(

@@ -204,7 +204,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class ClassifyOutput:
-    """What a classifier makes of one text: probs of its labels, in their order."""
+    """What a classifier makes of one text: probs of its labels, in their order; of a regression,
+    which has one label, the number itself."""
 
     prompt_token_ids: tuple[int, ...]
     adapter: str

@@ -69,7 +69,8 @@ def test_a_file_comes_back_as_it_was(source, tmp_path):
     ("config", "fault"),
     [
         ({"labels": ["a", "b"]}, r"score.weight has shape \[3, 32\], expected \[2, 32\]"),
-        ({"labels": ["a"]}, "there are 1 labels, SEQ_CLS takes 2 to 1000"),
+        ({"labels": ["a"]}, r"score.weight has shape \[3, 32\], expected \[1, 32\]"),
+        ({"labels": []}, "there are 0 labels, SEQ_CLS takes 1 to 1000"),
         ({"labels": ["a", "b", "b"]}, "labels names one twice"),
         ({"labels": ["a", "b", ""]}, "labels must be texts, none empty"),
         ({"labels": ["a", "b", 3]}, "labels must be texts, none empty"),

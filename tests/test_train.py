@@ -300,7 +300,7 @@ def test_exact_match_wants_every_token_of_the_answer():
     right = greedy((5, 6), 3)
     wrong = (*right[:2], (right[2] + 1) % 48)
     examples = [Example((5, 6), right), Example((5, 6), wrong), Example((7,), greedy((7,), 2))]
-    assert score(model, examples, 2).exact_match == pytest.approx(2 / 3)
+    assert score(model, examples, 2).figure == pytest.approx(2 / 3)
 
 
 # --- a whole run -------------------------------------------------------------------------------
@@ -348,8 +348,8 @@ def test_the_config_tells_how_it_was_made(base, data, tmp_path):
     assert set(recipe["versions"]) == {"neuroada-serve", "torch", "transformers"}
     assert scores == {
         "heldout_rows": 6,
-        "before": vars(report.before),
-        "after": vars(report.after),
+        "before": {"loss": report.before.loss, "exact_match": report.before.figure},
+        "after": {"loss": report.after.loss, "exact_match": report.after.figure},
         "exact_match_by": "teacher forcing",
     }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from neuroada_serve.adapters.durable import write_durably
-from neuroada_serve.adapters.format import AdapterConfig
+from neuroada_serve.adapters.format import AdapterConfig, is_regression
 from neuroada_serve.intervals import wilson
 
 CARD_FILE = "README.md"
@@ -84,7 +84,8 @@ def _facts(config: AdapterConfig) -> str:
         f"- modules: {_code(', '.join(config.target_modules))}",
     ]
     if config.labels:
-        lines.append(f"- task: classification, labels {_code(', '.join(config.labels))}")
+        task = "regression of" if is_regression(config.labels) else "classification, labels"
+        lines.append(f"- task: {task} {_code(', '.join(config.labels))}")
     return "\n".join(lines)
 
 
@@ -124,14 +125,16 @@ def _training_scores(scores: Mapping[str, Any]) -> Iterator[list[str]]:
         return
     by = scores.get("exact_match_by")
     how = f" ({_cell(by)})" if isinstance(by, str) else ""
-    for key, words in (
-        ("loss", "loss per answer token"),
-        ("exact_match", f"exact match{how}"),
-        ("accuracy", "accuracy"),
+    loss = "mean squared error" if "pearson" in after else "loss per answer token"
+    for key, words, is_share in (
+        ("loss", loss, False),
+        ("exact_match", f"exact match{how}", True),
+        ("accuracy", "accuracy", True),
+        ("pearson", "Pearson's correlation", False),
     ):
         if _is_number(before.get(key)) and _is_number(after.get(key)):
             cells = [
-                _figure(value) if key == "loss" else _share(value, rows)
+                _share(value, rows) if is_share else _figure(value)
                 for value in (before[key], after[key])
             ]
             yield ["held out in training", str(rows), words, *cells]

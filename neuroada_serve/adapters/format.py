@@ -5,7 +5,8 @@ An adapter is a directory of two files.
 adapter_config.json
     peft_type "NEUROADA", format_version 1, base_model_name_or_path, base_fingerprint (64 hex
     digits), k, selection, target_modules (module names or their endings), task_type ("CAUSAL_LM" or
-    "SEQ_CLS"), labels (of SEQ_CLS: the classes' names, in order), metadata.
+    "SEQ_CLS"), labels (of SEQ_CLS: the classes' names, in order; one alone is the name of a number
+    that is learnt, a regression), metadata.
 adapter_model.safetensors
     per target module M: M.index [d_out, k] uint16 or int32, the input columns each neuron keeps,
     distinct within a row; M.bypass [d_out, k] bfloat16, float16 or float32, their values.
@@ -244,11 +245,16 @@ def task_faults(task_type: str, labels: Sequence[Any]) -> list[str]:
         return [f"task_type is {task_type[:40]!r}; {CAUSAL_LM} and {SEQ_CLS} are served"]
     if task_type == CAUSAL_LM:
         return [f"labels are for task_type {SEQ_CLS}"] if labels else []
-    if not 2 <= len(labels) <= MAX_LABELS:
-        return [f"there are {len(labels)} labels, {SEQ_CLS} takes 2 to {MAX_LABELS}"]
+    if not 1 <= len(labels) <= MAX_LABELS:
+        return [f"there are {len(labels)} labels, {SEQ_CLS} takes 1 to {MAX_LABELS}"]
     if not all(isinstance(label, str) and label.strip() for label in labels):
         return ["labels must be texts, none empty"]
     return ["labels names one twice"] if len(set(labels)) < len(labels) else []
+
+
+def is_regression(labels: Sequence[str]) -> bool:
+    """Whether a classifier gives a number instead of classes."""
+    return len(labels) == 1
 
 
 def index_faults(module: str, index: Tensor, d_in: int | None) -> list[str]:

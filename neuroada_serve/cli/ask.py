@@ -58,7 +58,8 @@ def classify(
     adapter: Annotated[Path, typer.Option(help="Folder of a classifier's adapter.")],
     dtype: Dtype = "auto",
 ) -> None:
-    """Label texts by a classifier: a line for each, its label and the labels' probabilities."""
+    """Label texts by a classifier: a line for each, its label and the labels' probabilities, or a
+    regression's number."""
     llm, name = llm_with(model, adapter, dtype)
     for output in llm.classify(text, name):
         shares = zip(output.labels, output.probs, strict=True)

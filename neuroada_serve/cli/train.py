@@ -153,11 +153,13 @@ def train(
         )
     if not processes.is_first:
         return
+    from neuroada_serve.train.run import figure_name
+
     table = Table("held-out", "before", "after")
     if report.before is not None and report.after is not None:
         table.add_row("loss", f"{report.before.loss:.3f}", f"{report.after.loss:.3f}")
-        share = "accuracy" if report.adapter.config.labels else "exact match"
-        table.add_row(share, f"{report.before.exact_match:.3f}", f"{report.after.exact_match:.3f}")
+        figure = figure_name(report.adapter.config.labels).replace("_", " ")
+        table.add_row(figure, f"{report.before.figure:.3f}", f"{report.after.figure:.3f}")
         out.print(table)
     notify(f"Adapter written to {out_dir}; serve it with:")
     notify(f"  neuroada serve {model} --adapter {out_dir.name}={out_dir}")

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from neuroada_serve.adapters.format import is_regression
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.adapter_plane import AdapterPlane
 from neuroada_serve.engine.detokenizer import Detokenizer
@@ -376,7 +377,7 @@ class Engine:
         return self._output(sequence, (token_id,), logprobs)
 
     def _classify(self, sequence: Sequence, hidden: Tensor) -> Output:
-        """End a sequence with the probabilities of its classifier's labels.
+        """End a sequence with the probabilities of its classifier's labels, or its number.
 
         Args:
             hidden: [hidden_size] what the output head sees at the prompt's last token.
@@ -388,7 +389,8 @@ class Engine:
             return self._fail(sequence, "the classifier gave non-finite logits")
         self._keep_prefix(sequence)
         output = self._end(sequence, FinishReason.STOP)
-        return replace(output, labels=version.labels, probs=tuple(logits.softmax(0).tolist()))
+        probs = logits if is_regression(version.labels) else logits.softmax(0)
+        return replace(output, labels=version.labels, probs=tuple(probs.tolist()))
 
     def _end(
         self,

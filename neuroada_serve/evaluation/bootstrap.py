@@ -46,6 +46,16 @@ def confusion_interval(
     return _interval(len(cells), of_rows)
 
 
+def paired_interval(
+    given: Sequence[float],
+    true: Sequence[float],
+    of: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
+) -> tuple[float, float]:
+    """Of a figure of pairs, such as `pearson`, drawn by row."""
+    x, y = np.asarray(given, np.float64), np.asarray(true, np.float64)
+    return _interval(len(x), lambda rows: of(x[rows], y[rows]))
+
+
 def _interval(num: int, of: Callable[[NDArray[np.int64]], float]) -> tuple[float, float]:
     random = np.random.default_rng(0)  # the same rows always give the same interval
     drawn = [of(random.integers(num, size=num)) for _ in range(_RESAMPLES)]

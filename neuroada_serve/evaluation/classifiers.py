@@ -1,4 +1,4 @@
-"""How well classifiers label held-out rows, by GLUE's figures."""
+"""How well classifiers label held-out rows, and regressions number them, by GLUE's figures."""
 
 import math
 from collections.abc import Sequence
@@ -7,18 +7,25 @@ from functools import partial
 from rich.console import Console
 from rich.progress import track
 
+from neuroada_serve.adapters.format import is_regression
 from neuroada_serve.engine.llm import LLM
-from neuroada_serve.errors import DataError, RequestError
-from neuroada_serve.evaluation.bootstrap import confusion_interval, mean_interval
+from neuroada_serve.errors import DataError, RequestError, UsageError
+from neuroada_serve.evaluation.bootstrap import (
+    confusion_interval,
+    mean_interval,
+    paired_interval,
+)
 from neuroada_serve.evaluation.f1 import macro_f1
 from neuroada_serve.evaluation.matthews import matthews
 from neuroada_serve.evaluation.questions import Question
 from neuroada_serve.evaluation.run import Evaluation, Prediction, Result, Score, confusion_of
 from neuroada_serve.intervals import wilson
+from neuroada_serve.train.correlation import pearson, spearman
 from neuroada_serve.train.data import encode_labelled, read_rows
 from neuroada_serve.train.rows import Data, place
 
 CLASSIFIER_METRICS = ("loss", "accuracy", "macro_f1", "matthews")
+REGRESSION_METRICS = ("mse", "pearson", "spearman")
 _ROWS_AT_ONCE = 64
 
 
@@ -30,20 +37,29 @@ def evaluate_classifiers(
     *,
     console: Console | None = None,
 ) -> Evaluation:
-    """Score loaded classifiers on the rows of a file, all in the same batches.
+    """Score loaded classifiers, or regressions, on the rows of a file, all in the same batches.
 
     Args:
         data: rows in the shapes that training reads; a row's answer is its label.
+        adapters: all classifiers, or all regressions.
         limit: most rows, from the top.
         console: shows a progress bar.
 
     Raises:
-        DataError: a row's label is none of a classifier's, or its text does not fit; names the row.
+        UsageError: there are both kinds.
+        DataError: a row's label is none of a classifier's, or no number for a regression, or its
+            text does not fit; names the row.
         EngineError: a request failed.
     """
     rows = read_rows(data)[:limit]
     labels = {name: llm.engine.adapters.store.get(name).labels for name in adapters}
-    prompts = []
+    regressions = [name for name in adapters if is_regression(labels[name])]
+    if len(regressions) not in (0, len(adapters)):
+        other = next(name for name in adapters if name not in regressions)
+        raise UsageError(
+            f"{regressions[0]} is a regression and {other} a classifier; score them apart"
+        )
+    prompts, targets = [], list[float | None]()
     for row in rows:
         where = f"{data} {place(data, row.number)}"
         try:
@@ -57,6 +73,7 @@ def evaluate_classifiers(
                 f"{llm.engine.max_model_len}"
             )
         prompts.append(ids)
+        targets.append(encoded[0].target)
 
     predictions: dict[str, list[Prediction]] = {name: [] for name in adapters}
     digests: dict[str, str | None] = {}
@@ -69,6 +86,11 @@ def evaluate_classifiers(
             digests[name] = output.adapter_digest
             right = rows[i].answer
             question = Question(rows[i], right, True, output.labels, True, "", "")
+            if (target := targets[i]) is not None:
+                [value] = output.probs
+                squared = (value - target) ** 2
+                predictions[name].append(Prediction(question, loss=(squared, 1), value=value))
+                continue
             probs = dict(zip(output.labels, output.probs, strict=True))
             logs = {label: math.log(max(p, 1e-45)) for label, p in probs.items()}
             predictions[name].append(
@@ -80,8 +102,25 @@ def evaluate_classifiers(
                     loss=(-logs[right], 1),
                 )
             )
+    if regressions:
+        true = [target for target in targets if target is not None]
+        results = [_regression(name, digests[name], true, predictions[name]) for name in adapters]
+        return Evaluation(len(rows), REGRESSION_METRICS, tuple(results))
     results = [_result(name, digests[name], labels[name], predictions[name]) for name in adapters]
     return Evaluation(len(rows), CLASSIFIER_METRICS, tuple(results))
+
+
+def _regression(
+    name: str, digest: str | None, true: list[float], predictions: list[Prediction]
+) -> Result:
+    rows = len(predictions)
+    given = [said.value for said in predictions if said.value is not None]
+    errors = [said.loss[0] for said in predictions if said.loss is not None]
+    scores = {"mse": Score(math.fsum(errors) / rows, *mean_interval(errors), rows, "bootstrap")}
+    for figure, of in (("pearson", pearson), ("spearman", spearman)):
+        interval = paired_interval(given, true, of)
+        scores[figure] = Score(of(given, true), *interval, rows, "bootstrap")
+    return Result(name, digest, scores, {}, predictions)
 
 
 def _result(

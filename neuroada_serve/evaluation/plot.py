@@ -13,12 +13,13 @@ _MOST_LETTERS = 24  # of a name in a picture
 
 
 def score_bars(scores: Mapping[str, Mapping[str, Score]], title: str) -> bytes:
-    """A PNG of all shares and F1s, a group of bars for each, with their 95 % intervals.
+    """A PNG of all shares, F1s and correlations, a group of bars for each, with their 95 %
+    intervals.
 
     Args:
         scores: subject -> score name -> score; losses are left out.
     """
-    names = [name for name in next(iter(scores.values())) if name != "loss"]
+    names = [name for name in next(iter(scores.values())) if name not in ("loss", "mse")]
     figure, axes = _new_figure(max(8, 1 + len(names) * max(1.1, len(scores) * 0.45)))
     width = 0.8 / len(scores)
     for number, (subject, its) in enumerate(scores.items()):
@@ -41,7 +42,7 @@ def score_bars(scores: Mapping[str, Mapping[str, Score]], title: str) -> bytes:
     words = [fill(name.replace("_", " "), _LINE_LETTERS) for name in names]
     axes.set_xticks(range(len(names)), words, fontsize=8)
     axes.set(ylabel="score, with its 95 % interval", title=_plain(title))
-    axes.set_ylim(0, 1.08)
+    axes.set_ylim(min([0.0, *(its[name].low for its in scores.values() for name in names)]), 1.08)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)

@@ -11,8 +11,8 @@ The document (`schema` is "neuroada-eval/1"):
     confusion           subject -> choice metric -> {"labels", "counts"}, see `run.Confusion`
 
 A line of predictions: {"number", "subject", "prompt", "right", "text", "chosen", "loglikelihoods",
-"points", "loss"}, see `run.Prediction`; number is the line or row. What a run did not need is left
-out.
+"points", "loss", "value"}, see `run.Prediction`; number is the line or row. What a run did not need
+is left out.
 """
 
 import json
@@ -147,6 +147,7 @@ def _prediction_lines(evaluation: Evaluation, subjects: Sequence[str]) -> Iterat
                 "loglikelihoods": said.loglikelihoods or None,
                 "points": said.points or None,
                 "loss": said.loss,
+                "value": said.value,
             }
             kept = {key: value for key, value in line.items() if value is not None}
             yield json.dumps(kept, ensure_ascii=False) + "\n"

@@ -108,6 +108,7 @@ class Prediction:
     loglikelihoods: option -> (sum, mean per token) in nats.
     points: score name -> 1 or 0, or the row's F1.
     loss: (sum, tokens) of the row's answer.
+    value: what a regression gave.
     """
 
     question: Question
@@ -116,6 +117,7 @@ class Prediction:
     loglikelihoods: dict[str, tuple[float, float]] = field(default_factory=dict)
     points: dict[str, float] = field(default_factory=dict)
     loss: tuple[float, int] | None = None
+    value: float | None = None
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,8 @@ class ChatAnswer(Answer):
 
 
 class ClassifyAnswer:
-    """The reply of /v1/classify: vLLM's object, and the labels that its probabilities are of."""
+    """The reply of /v1/classify: vLLM's object, and the labels that its probabilities are of. Of a
+    regression, as there, probs is the number."""
 
     def __init__(self, model: str, num_prompt_tokens: int, num_inputs: int) -> None:
         self.id = f"classify-{uuid.uuid4().hex}"

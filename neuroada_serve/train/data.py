@@ -14,17 +14,18 @@ With prompt_format "chat", and a base that has a chat template, the prompt goes 
 text: a `prompt` as it is, the contents of the other shapes with a line break after each.
 
 Of a classifier (task_type SEQ_CLS) the prompt is the plain text, without a last line break, and the
-answer its label's number.
+answer its label's number; of a regression the label is the number that is learnt.
 """
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from neuroada_serve.adapters.format import SEQ_CLS, task_faults
+from neuroada_serve.adapters.format import SEQ_CLS, is_regression, task_faults
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, RequestError
 from neuroada_serve.model.loader import BaseModel
@@ -72,10 +73,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as token ids. The answer ends with the base's end token; only it is trained on."""
+    """A row as token ids. The answer ends with the base's end token; only it is trained on.
+
+    target: the number that a regression is to give.
+    """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    target: float | None = None
 
     def __post_init__(self) -> None:
         assert self.prompt_ids, "the first answer token needs one before it"
@@ -95,6 +100,7 @@ class DataReport:
     rows whose prompt, as cut, is trained on.
     most_frequent: (an answer, its share of the training rows).
     classes: (label, training rows) of a classifier.
+    numbers: (lowest, highest) training label of a regression.
     """
 
     rows: int
@@ -109,6 +115,7 @@ class DataReport:
     seen: int
     most_frequent: tuple[str, float]
     classes: tuple[tuple[str, int], ...] = ()
+    numbers: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         text = f"{self.rows} rows: {self.train_rows} to train on, {self.heldout_rows} held out"
@@ -117,13 +124,16 @@ class DataReport:
         if self.cut:
             text += f", {self.cut} prompts cut at their beginning"
         text += f"; {self.tokens} tokens, "
-        if not self.classes:
+        if not self.classes and self.numbers is None:
             text += f"{self.answer_tokens} of them in answers, "
         text += f"the longest row {self.longest}"
         if self.classes:
             told = [f"{label} {count}" for label, count in self.classes[:_MOST_CLASSES_TOLD]]
             more = len(self.classes) - len(told)
             text += f"; {len(self.classes)} classes: {', '.join(told)}" + ", ..." * bool(more)
+        if self.numbers is not None:
+            low, high = self.numbers
+            text += f"; labels from {low:g} to {high:g}"
         if self.duplicates:
             text += f"; {self.duplicates} rows repeat others to the letter"
         if self.seen:
@@ -185,6 +195,7 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
     used = short_train + short_heldout
     all_rows = [*train_rows, *heldout_rows]
     trained = {e.prompt_ids for e in short_train}
+    targets = [e.target for e in short_train if e.target is not None]
     answers = Counter(row.answer for row in train_rows)
     [(answer, count)] = answers.most_common(1)
     report = DataReport(
@@ -199,7 +210,8 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
         duplicates=len(all_rows) - len({(row.text, row.answer) for row in all_rows}),
         seen=sum(e.prompt_ids in trained for e in short_heldout),
         most_frequent=(answer, count / len(train_rows)),
-        classes=tuple((label, answers[label]) for label in labels),
+        classes=() if is_regression(labels) else tuple((name, answers[name]) for name in labels),
+        numbers=(min(targets), max(targets)) if targets else None,
     )
     return TrainingData(short_train, short_heldout, report, labels)
 
@@ -207,6 +219,11 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
 def _labels(data: Data, rows: Sequence[Row], given: Sequence[str]) -> tuple[str, ...]:
     """A classifier's labels: as given, else those of the rows."""
     labels = tuple(given) or tuple(sorted({row.answer for row in rows}))
+    if not given and is_regression(labels):
+        raise DataError(
+            f"{data}: all rows have the label {labels[0][:80]!r}; a classifier needs two, or more "
+            "by --labels. To learn numbers name what they are: --labels score"
+        )
     if faults := task_faults(SEQ_CLS, labels):
         raise DataError(f"{data}: {faults[0]}; a row's label, or --labels, names its class")
     return labels
@@ -219,7 +236,7 @@ def _fitted(examples: Iterable[Example], most: int, cuts: bool) -> Iterable[Exam
         if len(example) <= most:
             yield example
         elif cuts and room >= 1:
-            yield Example(example.prompt_ids[-room:], example.answer_ids)
+            yield replace(example, prompt_ids=example.prompt_ids[-room:])
 
 
 def read_rows(data: Data, columns: Mapping[str, str] | None = None) -> list[Row]:
@@ -311,18 +328,30 @@ def encode_row(base: BaseModel, row: Row, prompt_format: str) -> Example:
 
 
 def encode_labelled(base: BaseModel, row: Row, labels: Sequence[str]) -> Example:
-    """Token ids of a row's plain text, and its label's number in place of an answer.
+    """Token ids of a row's plain text, and its label's number in place of an answer; of a
+    regression 0, and the label as the target.
 
     Raises:
-        RequestError: its label is none of these, or nothing is left of the text.
+        RequestError: its label is none of these, or no number, or nothing is left of the text.
     """
-    if row.answer not in labels:
+    target = _number(row.answer) if is_regression(labels) else None
+    if target is None and row.answer not in labels:
         known = ", ".join(labels[:_MOST_CLASSES_TOLD])
         raise RequestError(f"label {row.answer[:80]!r} is none of {known}")
     ids = encode_text(base, row.text.removesuffix("\n"))
     if not ids:
         raise RequestError("the text has no tokens")
-    return Example(tuple(ids), (labels.index(row.answer),))
+    return Example(tuple(ids), (0 if target is not None else labels.index(row.answer),), target)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise RequestError(f"label {text[:80]!r} is no number; a regression learns numbers")
+    return number
 
 
 def end_token_id(base: BaseModel) -> int:
@@ -400,7 +429,7 @@ def _row(number: int, raw: dict[str, Any]) -> Row:
 
 def _label(value: Any) -> str:
     """A label's name; numbers and booleans are names too."""
-    if isinstance(value, bool | int):
+    if isinstance(value, bool | int | float):
         return str(value)
     return _text({"label": value}, "label")
 

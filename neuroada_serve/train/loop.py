@@ -13,7 +13,6 @@ from random import Random
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from neuroada_serve.train.data import Example
 from neuroada_serve.train.inplace import InplaceLinear
 from neuroada_serve.train.processes import Processes, current, unlaunched
 from neuroada_serve.train.recompute import set_recompute
-from neuroada_serve.train.score import answer_logits, collate, collate_packed
+from neuroada_serve.train.score import answer_logits, answer_loss, collate, collate_packed
 
 Layers = Mapping[str, InplaceLinear | BypassedLinear]
 Notify = Callable[[str], None]
@@ -358,9 +357,9 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """The batch's share of the mean loss per answer token of the whole step."""
+        """The batch's share of the mean loss per answer token, or row, of the whole step."""
         logits, targets, _ = answer_logits(model, inputs)
-        loss: Tensor = F.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+        loss: Tensor = answer_loss(logits, targets) / num_items_in_batch
         value = loss.item()
         if not math.isfinite(value):
             raise diverged(len(self._losses) + 1, self.args.learning_rate)

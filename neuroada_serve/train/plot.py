@@ -16,6 +16,7 @@ def loss_curve(
     evaluations: Sequence[tuple[int, Score]],
     kept: int,
     title: str,
+    figure_name: str = "exact_match",
 ) -> bytes:
     """A PNG of the training loss per step, smoothed, and of the held-out loss.
 
@@ -24,8 +25,10 @@ def loss_curve(
         before: the base's held-out score, drawn at step 0.
         evaluations: (step, held-out score).
         kept: the step whose values are the adapter's.
+        figure_name: what `Score.figure` is; "pearson" says that the loss is a squared error.
     """
     figure, axes = _new_figure()
+    words = figure_name.replace("_", " ")
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="training, each step")
     axes.plot(steps, smoothed(losses), color="#1f4e8c", linewidth=2, label="training, smoothed")
@@ -43,9 +46,10 @@ def loss_curve(
             markerfacecolor="#c8501e" if when == "kept" else "white",
             clip_on=False,
             zorder=3,
-            label=when and f"held out, {when}: {score.loss:.3f} ({score.exact_match:.0%} exact)",
+            label=when and f"held out, {when}: {score.loss:.3f} ({words} {score.figure:.2f})",
         )
-    axes.set(xlabel="step", ylabel="loss (nats per answer token)", title=title)
+    what = "mean squared error" if figure_name == "pearson" else "loss (nats per answer token)"
+    axes.set(xlabel="step", ylabel=what, title=title)
     axes.set_xlim(0, len(losses))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

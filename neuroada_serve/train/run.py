@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from neuroada_serve.adapters.format import (
     Adapter,
     AdapterConfig,
     ModuleBypass,
+    is_regression,
     make_adapter,
     target_modules,
 )
@@ -291,12 +292,19 @@ class Run:
         if self.before is not None and self.after is not None:
             scores["before"] = asdict(self.before)
             scores["after"] = asdict(self.after)
+            name = figure_name(self._data.labels)
+            for score in (scores["before"], scores["after"]):
+                score[name] = score.pop("figure")
             if self._head is None:
                 scores["exact_match_by"] = "teacher forcing"
-            else:
-                for score in (scores["before"], scores["after"]):
-                    score["accuracy"] = score.pop("exact_match")
         return scores
+
+
+def figure_name(labels: Sequence[str]) -> str:
+    """What `Score.figure` is, for a task of these labels."""
+    if is_regression(labels):
+        return "pearson"
+    return "accuracy" if labels else "exact_match"
 
 
 def steps_of(config: TrainConfig, data: TrainingData) -> int:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuroada_serve.train.classify import ClassHead
+from neuroada_serve.train.correlation import pearson
 from neuroada_serve.train.data import Example
 
 _NOT_AN_ANSWER = -100
@@ -19,14 +20,15 @@ _PADDING = 0  # any token will do: nothing before it can see it, and nothing it 
 class Score:
     """How well a model gives the answers of some rows.
 
-    loss: mean negative log likelihood per answer token, end token included, in nats.
-    exact_match: share of rows whose every answer token, end token included, is the model's first
-        choice after the true ones before it (teacher forcing: what greedy decoding gives); of a
-        classifier, its accuracy.
+    loss: mean negative log likelihood per answer token, end token included, in nats; of a
+        regression the mean squared error.
+    figure: share of rows whose every answer token, end token included, is the model's first choice
+        after the true ones before it (teacher forcing: what greedy decoding gives); of a
+        classifier, its accuracy; of a regression, Pearson's correlation.
     """
 
     loss: float
-    exact_match: float
+    figure: float
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -37,6 +39,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
     Returns:
         input_ids: [rows, width] int64.
         labels: [rows, width] int64; the token itself where it belongs to an answer, else -100.
+        targets: [rows] float32, of a regression alone.
     """
     width = max(map(len, examples))
     input_ids = torch.full((len(examples), width), _PADDING)
@@ -45,7 +48,13 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
         start, stop = len(example.prompt_ids), len(example)
         input_ids[row, :stop] = torch.tensor(example.prompt_ids + example.answer_ids)
         labels[row, start:stop] = torch.tensor(example.answer_ids)
-    return {"input_ids": input_ids, "labels": labels}
+    return {"input_ids": input_ids, "labels": labels} | _targets(examples)
+
+
+def _targets(examples: Sequence[Example]) -> dict[str, Tensor]:
+    targets = [example.target for example in examples if example.target is not None]
+    assert len(targets) in (0, len(examples)), "all rows are of one task"
+    return {"targets": torch.tensor(targets)} if targets else {}
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -55,6 +64,7 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
 
     Returns:
         input_ids, labels, position_ids: [1, tokens] int64.
+        targets: [rows] float32, of a regression alone.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -64,7 +74,7 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Tensor]:
         labels += [_NOT_AN_ANSWER] * len(example.prompt_ids) + list(example.answer_ids)
         positions += range(len(example))
     batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    return {name: torch.tensor([values]) for name, values in batch.items()}
+    return {name: torch.tensor([values]) for name, values in batch.items()} | _targets(examples)
 
 
 def answer_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +83,7 @@ def answer_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor,
 
     Returns:
         logits: [answer_tokens, vocabulary] float32, row after row; of a classifier [rows, labels].
-        targets: [answer_tokens] int64, the true tokens.
+        targets: [answer_tokens] int64, the true tokens; of a regression [rows] float32.
         is_answer: [rows, width] bool, where they stand.
     """
     is_answer = batch["labels"] != _NOT_AN_ANSWER
@@ -93,7 +103,15 @@ def answer_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor,
         hook.remove()
     if isinstance(head, ClassHead):
         logits, head.output = head.output, None
-    return logits.float(), batch["labels"][is_answer], is_answer
+    targets = batch["targets"] if "targets" in batch else batch["labels"][is_answer]
+    return logits.float(), targets, is_answer
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed over answer tokens: what `answer_logits` gives as a loss, see `Score`."""
+    if targets.is_floating_point():
+        return (logits.squeeze(1) - targets).square().sum()
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 @torch.no_grad()
@@ -111,15 +129,22 @@ def score(model: Any, examples: Sequence[Example], batch_size: int) -> Score:
     by_length = sorted(examples, key=len)
     device = next(model.parameters()).device
     loss, tokens, exact = 0.0, 0, 0
+    numbers: list[tuple[Tensor, Tensor]] = []  # given and true, of a regression
     for start in range(0, len(by_length), batch_size):
         batch = collate(by_length[start : start + batch_size])
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         logits, targets, is_answer = answer_logits(model, batch)
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        loss += answer_loss(logits, targets).item()
         tokens += len(targets)
+        if targets.is_floating_point():
+            numbers.append((logits.squeeze(1), targets))
+            continue
         right = ~is_answer
         right[is_answer] = logits.argmax(dim=-1) == targets
         exact += int(right.all(dim=1).sum())
+    if numbers:
+        given, true = (torch.cat(side).tolist() for side in zip(*numbers, strict=True))
+        return Score(loss / tokens, pearson(given, true))
     return Score(loss / tokens, exact / len(by_length))
 
 

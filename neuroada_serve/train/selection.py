@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
@@ -39,7 +38,7 @@ from neuroada_serve.model.loader import is_transposed
 from neuroada_serve.train.data import Example
 from neuroada_serve.train.loop import Notify
 from neuroada_serve.train.quantize import dense_weight
-from neuroada_serve.train.score import answer_logits, collate
+from neuroada_serve.train.score import answer_logits, answer_loss, collate
 
 _SUM_BYTES = 2 << 30  # of dense gradient sums held at a time
 _MATRIX_MOST = 4  # times k; bench/LOG.md has what it cuts off
@@ -164,7 +163,7 @@ def gradient_indices(
                 batch = collate(examples[start : start + batch_size])
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 logits, targets, _ = answer_logits(model, batch)
-                torch.autograd.backward(F.cross_entropy(logits, targets))
+                torch.autograd.backward(answer_loss(logits, targets) / len(targets))
                 for name, module in group.items():
                     sums[name] += module.weight.grad
                     module.weight.grad = None

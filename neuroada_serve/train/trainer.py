@@ -38,7 +38,7 @@ from neuroada_serve.train.processes import current
 from neuroada_serve.train.publish import Publisher
 from neuroada_serve.train.quantize import quantize_
 from neuroada_serve.train.rows import Data
-from neuroada_serve.train.run import Evaluation, Run, steps_of
+from neuroada_serve.train.run import Evaluation, Run, figure_name, steps_of
 from neuroada_serve.train.score import Score, packs
 from neuroada_serve.train.selection import k_of_modules, select
 
@@ -211,7 +211,8 @@ def train_adapter(
         save_adapter(adapter, out)
         title = f"{out.name}: {base.spec.name}, k={config.k_words}, lr {config.peak_lr:.2g}"
         points = [(one.step, one.score) for one in run.evaluations]
-        curve = loss_curve(loop.losses, run.before, points, run.best_step, title)
+        figure = figure_name(loaded.labels)
+        curve = loss_curve(loop.losses, run.before, points, run.best_step, title, figure)
         write_durably(out / LOSS_FILE, curve)
         write_durably(out / LOG_FILE, run.log().encode())
         write_card(out, adapter.config)
@@ -232,7 +233,7 @@ def _identity(base: BaseModel, data: TrainingData, config: TrainConfig) -> dict[
     """All that decides what a run does, as JSON holds it."""
     rows = hashlib.sha256()
     for side in (data.train, data.heldout):
-        rows.update(repr([(e.prompt_ids, e.answer_ids) for e in side]).encode())
+        rows.update(repr([(e.prompt_ids, e.answer_ids, e.target) for e in side]).encode())
     of_run = {n: v for n, v in vars(config).items() if n not in _NOT_OF_THE_RUN}
     of_run["index_file"] = None if config.index_file is None else str(config.index_file)
     return of_run | {
