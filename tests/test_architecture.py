@@ -18,6 +18,7 @@ FLOORS: list[list[str]] = [
         "adapters.readiness",
         "adapters.format",
         "adapters.card",
+        "adapters.parse",
         "adapters.reader",
         "adapters.select",
         "adapters.entries",
