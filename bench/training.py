@@ -63,11 +63,12 @@ LR = 1e-3
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train. size: k, or the rank."""
+    """One way to train. size: k, or the rank. share: of the layers that recompute."""
 
     way: str
     size: int = 0
     recompute: Recompute = "nothing"
+    share: float = 1.0
     compiled: bool = False
     all_positions: bool = False
 
@@ -75,6 +76,7 @@ class Method:
     def name(self) -> str:
         size = {"lora": f" r={self.size}", "shira": f" r={self.size}", "full": ""}
         notes = [f"recompute {self.recompute}"] if self.recompute != "nothing" else []
+        notes += [f"{self.share:g} of the layers"] if self.share < 1 else []
         notes += ["compiled"] if self.compiled else []
         notes += ["all positions"] if self.all_positions else []
         note = f" ({', '.join(notes)})" if notes else ""
@@ -115,6 +117,8 @@ GPU_METHODS = [
     Method("neuroada", 8, recompute="cheap", compiled=True),
     Method("neuroada", 1, recompute="all", compiled=True),
     Method("neuroada", 8, recompute="all", compiled=True),
+    Method("neuroada", 1, recompute="all", share=0.75, compiled=True),
+    Method("neuroada", 8, recompute="all", share=0.75, compiled=True),
     Method("lora", 1),
 ]
 
@@ -142,7 +146,7 @@ def prepared(model: Any, method: Method) -> Iterator[tuple[list[nn.Parameter], l
             trained = list(model.parameters())
         else:
             trained = _by_peft(model, method)
-        stack.callback(set_recompute(model, method.recompute))
+        stack.callback(set_recompute(model, method.recompute, method.share))
         if method.compiled:
             for block in model.model.layers:
                 block.compile()

@@ -258,6 +258,9 @@ class TrainConfig:
         "What the backward computes again to save memory: nothing, cheap (all but products and "
         "attention) or all (whole layers).",
     )
+    recompute_share: float = _option(
+        1.0, "Share of the decoder layers that compute again; the last ones keep all."
+    )
     compile: bool = _option(False, "Let torch.compile take each decoder layer.")
     packing: bool = _option(
         False, "Put a batch's rows one behind the other instead of padding them to one length."
@@ -309,6 +312,10 @@ class TrainConfig:
             )
         if not 0 < self.coverage <= 1:
             raise UsageError(f"coverage must be above 0 and at most 1, got {self.coverage}")
+        if not 0 < self.recompute_share <= 1:
+            raise UsageError(
+                f"recompute_share must be above 0 and at most 1, got {self.recompute_share}"
+            )
         _at_least(self, selection_rows=1)
         _at_least(self, gradient_accumulation=1, eval_steps=1, patience=1, save_steps=0)
         _at_least(self, weight_decay=0, max_grad_norm=0)

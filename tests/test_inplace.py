@@ -137,6 +137,25 @@ def test_recomputing_changes_no_gradient(family, what):
         assert_close(found, expected, 1e-6)
 
 
+@pytest.mark.parametrize(("share", "again"), [(1.0, [1, 1, 1]), (0.5, [1, 1, 0]), (0.3, [1, 0, 0])])
+def test_a_share_of_the_layers_computes_again(share, again):
+    model, ids = random_model("llama", layers=3).train(), torch.randint(VOCABULARY, (2, 9))
+    with training(model, 2) as layers:
+        _, expected = grads_of(model, layers, ids)
+        forwards = [0] * 3
+        for number, layer in enumerate(model.model.layers):
+
+            def count(*_, number=number):
+                forwards[number] += 1
+
+            layer.mlp.register_forward_pre_hook(count)
+        undo = set_recompute(model, "all", share)
+        _, found = grads_of(model, layers, ids)
+        undo()
+        assert forwards == [1 + more for more in again]
+        assert_close(found, expected, 1e-6)
+
+
 def test_one_backward_through_two_forwards():
     model, ids = random_model("llama"), torch.randint(VOCABULARY, (2, 9))
     with training(model, 2) as layers:

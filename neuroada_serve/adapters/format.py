@@ -333,8 +333,8 @@ def _check_in_memory(
         faults += [] if head is None else value_faults(HEAD, head)
         for name, part in modules.items():
             faults += index_faults(name, part.index, None if base is None else base.shapes[name][1])
-            for kind in part.tensors.keys() - {"index"}:
-                faults += value_faults(f"{name}.{kind}", part.tensors[kind])
+            for kind, tensor in part.tensors.items():
+                faults += [] if kind == "index" else value_faults(f"{name}.{kind}", tensor)
     if faults:
         raise AdapterFormatError("in memory", faults[:MAX_FAULTS])
 

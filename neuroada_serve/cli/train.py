@@ -82,6 +82,9 @@ def train(
     dtype: Dtype = "auto",
     bf16: Annotated[bool, typer.Option("--bf16", help=help_of(TrainConfig, "bf16"))] = False,
     recompute: Annotated[str, typer.Option(help=help_of(TrainConfig, "recompute"))] = "nothing",
+    recompute_share: Annotated[
+        float, typer.Option(help=help_of(TrainConfig, "recompute_share"))
+    ] = 1.0,
     compile_: Annotated[
         bool, typer.Option("--compile", help=help_of(TrainConfig, "compile"))
     ] = False,
@@ -112,6 +115,7 @@ def train(
         max_grad_norm=max_grad_norm,
         bf16=bf16,
         recompute=cast(Any, recompute),
+        recompute_share=recompute_share,
         compile=compile_,
         packing=packing,
         bypass=bypass,

@@ -175,7 +175,8 @@ class Loop:
             return
         config = self._config
         with unlaunched(), ExitStack() as stack:
-            stack.callback(set_recompute(self._model, config.recompute))
+            recompute = config.recompute, config.recompute_share
+            stack.callback(set_recompute(self._model, *recompute))
             if config.compile:
                 stack.callback(_compile_blocks(self._model))
             scratch = stack.enter_context(tempfile.TemporaryDirectory())

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 Recompute = Literal["nothing", "cheap", "all"]
 
@@ -25,12 +26,16 @@ _KEPT = {
 }
 
 
-def set_recompute(model: Any, what: Recompute) -> Callable[[], None]:
+def set_recompute(model: Any, what: Recompute, share: float = 1.0) -> Callable[[], None]:
     """Choose what the backward computes again, for a model of transformers in training mode.
 
     nothing: everything is kept; the fastest.
     cheap: products and attention are kept, all else in a layer is computed again.
     all: only the layers' inputs are kept; a second forward, the least memory.
+
+    Args:
+        share: of the layers that do so, the first ones: what the last ones keep is given back
+            before the others need room to compute again.
 
     Returns:
         What undoes it.
@@ -44,6 +49,9 @@ def set_recompute(model: Any, what: Recompute) -> Callable[[], None]:
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     enable = getattr(model, f"{kind}_checkpointing_enable")
     enable(**{f"{kind}_checkpointing_kwargs": arguments})
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers[round(share * len(layers)) :]:
+        layer.gradient_checkpointing = False
     undo: Callable[[], None] = getattr(model, f"{kind}_checkpointing_disable")
     return undo
 
