@@ -30,6 +30,7 @@ import gc
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -346,8 +347,11 @@ class Worker:
 
     def step(self) -> dict[str, Any]:
         assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write("step\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `_read` says what has become of it
         return self._read()
 
     def close(self) -> None:
@@ -359,7 +363,9 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a worker ended with code {self._process.wait()}")
+            code = self._process.wait()
+            hint = "; out of memory? measure fewer with --only" if code == -signal.SIGKILL else ""
+            raise RuntimeError(f"a worker ended with code {code}{hint}")
         found: dict[str, Any] = json.loads(line)
         return found
 
