@@ -23,10 +23,10 @@ Runs are spread over --workers processes, each line of OUT.runs.jsonl is one tha
 again with the same settings, it goes on from there, if need be on another machine: `parts` in the
 report says which made which runs. --minutes: no run is started after that.
 
-    python bench/quality.py --prepare rows.json.gz                  needs the data, not a GPU
-    python bench/quality.py --prepared rows.json.gz --base FOLDER --minutes 4 --workers 8
-    python bench/quality.py --prepared rows.json.gz --part 1/2      every second set and method
-    python bench/quality.py --merge a.runs.jsonl b.runs.jsonl       reports on parts together
+    python -m bench.quality --prepare rows.json.gz                  needs the data, not a GPU
+    python -m bench.quality --prepared rows.json.gz --base FOLDER --minutes 4 --workers 8
+    python -m bench.quality --prepared rows.json.gz --part 1/2      every second set and method
+    python -m bench.quality --merge a.runs.jsonl b.runs.jsonl       reports on parts together
 
 Not measured: bases of another size, long training (the longest here is some hundred steps), free
 generation of multiple-choice answers, other layers or layouts for LoRA, tuning of anything but the
@@ -42,123 +42,36 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import statistics
 import sys
 import time
 import traceback
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
-from neuroada_serve.adapters.select import Selection, magnitude_index
+from bench.quality_methods import METHODS, number_accuracy, score, train
+from bench.quality_rows import TASKS, batches_of, load_prepared, prepare
 from neuroada_serve.benchmark.report import environment, plain
-from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine.engine import Engine
 from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import (
     BaseModel,
-    adaptable_modules,
     find_device,
-    is_transposed,
     load_base,
-    matrix_shape,
 )
-from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.model.source import resolve_model
-from neuroada_serve.request import SamplingParams
-from neuroada_serve.train.data import Row, encode_row
-from neuroada_serve.train.inplace import InplaceLinear, inplace_training, magnitude_selections
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "neuroada-bench/1"
 TUNING_SEED = 0
-GRADIENT_BATCHES = 4
-WARMUP = 0.1
-MAX_GRAD_NORM = 1.0
-TOLERANCE = 1e-3
-_MOST_AT_ONCE = 256  # word problems answered together
-_WINDOW = 4  # batches whose rows are sorted by length together
-_FORMAT = re.compile(r"Answer format: (\S+)\s*$")
-_NUMBER = re.compile(r"-?\d+\.?\d*")
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to train.
-
-    kind: "neuroada", "lora" or "full".
-    k: entries per neuron; of LoRA, those whose parameters it is to have, None for rank 1.
-    usual_lr: the middle of the grid.
-    """
-
-    kind: str
-    usual_lr: float
-    k: int | None = None
-    selection: str = "magnitude"
-
-    def rank(self, modules: Mapping[str, Any]) -> int:
-        """LoRA's rank whose parameters come closest to k per neuron, at least 1."""
-        if self.k is None:
-            return 1
-        shapes = [matrix_shape(module) for module in modules.values()]
-        neurons, per_rank = sum(d_out for d_out, _ in shapes), sum(map(sum, shapes))
-        return max(1, round(self.k * neurons / per_rank))
-
-
-# LoRA's and full fine-tuning's usual rates are for a few hundred steps of a model this small.
-METHODS = {
-    "neuroada-k1": Method("neuroada", 0.02, 1),
-    "neuroada-k8": Method("neuroada", 0.02 / 8**0.5, 8),
-    "neuroada-k20": Method("neuroada", 0.02 / 20**0.5, 20),
-    "lora-r1": Method("lora", 2e-3),
-    "lora-as-k8": Method("lora", 2e-3, 8),
-    "lora-8x-k8": Method("lora", 1e-3, 64),
-    "full": Method("full", 1e-4),
-    "neuroada-k8-random": Method("neuroada", 0.02 / 8**0.5, 8, "random"),
-    "neuroada-k8-gradient": Method("neuroada", 0.02 / 8**0.5, 8, "gradient"),
-}
-
-
-@dataclass(frozen=True)
-class Task:
-    """A file to train on and those to score on: name -> (file, kind of score)."""
-
-    train: str
-    evals: dict[str, tuple[str, str]]
-
-
-TASKS = {
-    "math": Task(
-        "math_10k.train",
-        {
-            "math_10k": ("math_10k.train", "loss"),
-            "MultiArith": ("MultiArith.test", "number"),
-            "AddSub": ("AddSub.test", "number"),
-        },
-    ),
-    "commonsense": Task(
-        "commonsense_15k.train",
-        {
-            "commonsense": ("commonsense_15k.validation", "choice"),
-            "BoolQ": ("boolq.test", "choice"),
-            "ARC-Easy": ("ARC-Easy.test", "choice"),
-        },
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -198,410 +111,6 @@ class Settings:
         usual = self.usual_lr.get(method, METHODS[method].usual_lr)
         middle = (self.lr_values - 1) / 2
         return [usual * self.lr_factor ** (i - middle) for i in range(self.lr_values)]
-
-
-# --- rows ------------------------------------------------------------------------------------
-
-
-def prepare(base: BaseModel, data: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Token ids of all rows that are trained or scored on, drawn once.
-
-    Returns:
-        A JSON document: "base", "fingerprint", "sizes", and per task "train" and "tune" (rows of
-        "p", "a": ids of prompt and answer) and "evals": name -> "kind", "majority", "chance",
-        "rows". Rows to choose in have "at", "o", "y": where in the answer the options part, each
-        option's token there, and which is right; word problems have "n", the number.
-    """
-    tasks: dict[str, Any] = {}
-    for name, task in TASKS.items():
-        drawn = _draw(read_jsonl(data / f"{task.train}.jsonl.gz"), task.train)
-        count = args.train_rows + args.tune_rows
-        own = args.eval_rows if any(f == task.train for f, _ in task.evals.values()) else 0
-        encoded = _encode_rows(base, drawn, "loss", args.max_length, count + own)
-        train, spare = encoded[:count], encoded[count:]
-        trained = {row["instruction"] for row in drawn}
-        evals = {}
-        for eval_name, (file, kind) in task.evals.items():
-            rows = spare
-            if file != task.train:
-                raw = _draw(read_jsonl(data / f"{file}.jsonl.gz"), file)
-                raw = [row for row in raw if row["instruction"] not in trained]
-                rows = _encode_rows(base, raw, kind, args.max_length, args.eval_rows)
-            if not rows:
-                raise DataError(f"no rows are left to score {eval_name}; lower --train-rows")
-            evals[eval_name] = {"kind": kind, **_guesses(rows, kind), "rows": rows}
-        tune, rest = train[: args.tune_rows], train[args.tune_rows :]
-        if not tune or not rest:
-            raise DataError(f"{task.train} has too few rows of {args.max_length} tokens to train")
-        tasks[name] = {"train": rest, "tune": tune, "evals": evals}
-    sizes = {name: getattr(args, name) for name in ("train_rows", "tune_rows", "eval_rows")}
-    sizes["max_length"] = args.max_length
-    return {
-        "base": base.spec.name,
-        "fingerprint": base.spec.fingerprint,
-        "sizes": sizes,
-        "tasks": tasks,
-    }
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    try:
-        with gzip.open(path, "rt") as file:
-            return [json.loads(line) for line in file]
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); name its folder by --data") from error
-
-
-def _draw(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The rows in an order that depends on the file's name alone, each prompt once."""
-    once = list({row["instruction"]: row for row in rows}.values())
-    random.Random(name).shuffle(once)
-    return once
-
-
-def _encode_rows(
-    base: BaseModel, rows: Sequence[dict[str, Any]], kind: str, most: int, count: int
-) -> list[dict[str, Any]]:
-    """The first `count` rows of at most `most` tokens."""
-    found: list[dict[str, Any]] = []
-    with quiet_transformers():
-        for row in rows:
-            if len(found) == count:
-                break
-            encoded = encode(base, row, kind)
-            if len(encoded["p"]) + len(encoded["a"]) <= most:
-                found.append(encoded)
-    return found
-
-
-def encode(base: BaseModel, row: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """A row as `prepare` describes it."""
-
-    def ids(answer: str) -> tuple[list[int], list[int]]:
-        messages = ({"role": "user", "content": row["instruction"]},)
-        example = encode_row(base, Row(0, messages, row["instruction"] + "\n", answer), "chat")
-        return list(example.prompt_ids), list(example.answer_ids)
-
-    prompt, answer = ids(row["output"])
-    encoded: dict[str, Any] = {"p": prompt, "a": answer}
-    if kind == "number":
-        encoded["n"] = float(row["answer"])
-    if kind == "choice":
-        options = options_of(row["instruction"])
-        right, output = str(row["answer"]), str(row["output"])
-        if right not in options or not output.endswith(right):
-            raise DataError(f"answer {right!r} is none of {options} at the end of {output!r}")
-        stem = output.removesuffix(right)
-        answers = [ids(stem + option)[1] for option in options]
-        at = len(os.path.commonprefix(answers))
-        encoded |= {"at": at, "o": [a[at] for a in answers], "y": options.index(right)}
-        if len(set(encoded["o"])) < len(options):
-            raise DataError(f"options {options} do not part at one token in this tokenizer")
-    return encoded
-
-
-def options_of(instruction: str) -> list[str]:
-    """What an instruction lets one answer with, as its last line says: true/false, say."""
-    if (found := _FORMAT.search(instruction)) is None:
-        raise DataError(f"no 'Answer format: a/b' at the end of {instruction[-80:]!r}")
-    return found[1].split("/")
-
-
-def _guesses(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
-    """majority: the accuracy of always giving the commonest answer among rows of the same options.
-    chance: that of guessing."""
-    if kind == "number":
-        [(_, most)] = Counter(row["n"] for row in rows).most_common(1)
-        return {"majority": most / len(rows), "chance": None}
-    if kind == "loss":
-        return {"majority": None, "chance": None}
-    groups: dict[tuple[int, ...], Counter[int]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row["o"]), Counter())[row["y"]] += 1
-    return {
-        "majority": sum(max(group.values()) for group in groups.values()) / len(rows),
-        "chance": statistics.fmean(1 / len(row["o"]) for row in rows),
-    }
-
-
-# --- batches ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows padded on the right; no mask is needed, no token sees the padding behind it.
-
-    input_ids: [rows, width] int64.
-    predicting: [answer_tokens] int64, flat positions whose logits predict the targets.
-    targets: [answer_tokens] int64, row after row.
-    starts: of each row, where its answer begins in `targets`.
-    """
-
-    input_ids: Tensor
-    predicting: Tensor
-    targets: Tensor
-    starts: list[int]
-
-
-def make_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Batch:
-    width = max(len(row["p"]) + len(row["a"]) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    predicting, targets, starts = [], [], []
-    for i, row in enumerate(rows):
-        start, stop = len(row["p"]), len(row["p"]) + len(row["a"])
-        input_ids[i, :stop] = torch.tensor(row["p"] + row["a"])
-        starts.append(len(targets))
-        predicting += range(i * width + start - 1, i * width + stop - 1)
-        targets += row["a"]
-    flat = torch.tensor(predicting), torch.tensor(targets)
-    return Batch(input_ids.to(device), flat[0].to(device), flat[1].to(device), starts)
-
-
-def batches_of(
-    rows: Sequence[Mapping[str, Any]], size: int, steps: int, seed: int
-) -> list[list[Mapping[str, Any]]]:
-    """`steps` batches: passes over the rows in random order, like lengths together."""
-    draw = random.Random(seed)
-    batches: list[list[Mapping[str, Any]]] = []
-    while len(batches) < steps:
-        shuffled = draw.sample(rows, len(rows))
-        one_pass = []
-        for start in range(0, len(shuffled), _WINDOW * size):
-            window = shuffled[start : start + _WINDOW * size]
-            window.sort(key=lambda row: len(row["p"]) + len(row["a"]))
-            one_pass += [window[i : i + size] for i in range(0, len(window), size)]
-        draw.shuffle(one_pass)
-        batches += one_pass
-    return batches[:steps]
-
-
-def answer_logits(model: Any, batch: Batch) -> Tensor:
-    """[answer_tokens, vocabulary] float32. Unlike the trainer's, it never waits for the device."""
-
-    def only_predicting(head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0].flatten(0, 1)[batch.predicting],)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(only_predicting)
-    try:
-        logits: Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
-    finally:
-        hook.remove()
-    return logits.float()
-
-
-# --- methods ---------------------------------------------------------------------------------
-
-
-class Trainable:
-    """What the optimizer sees of a model: float32 parameters, and how they reach it."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = list(parameters)
-
-    def take_gradients_(self) -> None:
-        """Called after the backward."""
-
-    def publish_(self) -> None:
-        """Called after the optimizer's step."""
-
-
-class MasterCopy(Trainable):
-    """float32 copies of weights of another dtype."""
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__([weight.detach().float().clone() for weight in weights])
-        self._weights = list(weights)
-
-    def take_gradients_(self) -> None:
-        for master, weight in zip(self.parameters, self._weights, strict=True):
-            master.grad = None if weight.grad is None else weight.grad.float()
-            weight.grad = None
-
-    @torch.no_grad()
-    def publish_(self) -> None:
-        torch._foreach_copy_(self._weights, self.parameters)
-
-
-@contextmanager
-def trainable(
-    method: Method, model: Any, batches: Sequence[Batch], seed: int
-) -> Iterator[Trainable]:
-    """The model made ready for a method. LoRA and full fine-tuning leave it changed."""
-    modules = adaptable_modules(model)
-    if method.kind == "full":
-        model.requires_grad_(True)
-        yield MasterCopy(list(model.parameters()))
-    elif method.kind == "lora":
-        yield Trainable(_add_lora(model, modules, method.rank(modules), seed))
-    else:
-        assert method.k is not None
-        if method.selection == "random":
-            selections = random_selections(modules, method.k, seed)
-        elif method.selection == "gradient":
-            first = batches[:GRADIENT_BATCHES]
-            selections = gradient_selections(model, modules, method.k, first)
-        else:
-            selections = magnitude_selections(modules, method.k)
-        with inplace_training(model, modules, selections) as layers:
-            yield Trainable([layer.value for layer in layers.values()])
-
-
-def _add_lora(model: Any, modules: Mapping[str, Any], rank: int, seed: int) -> list[Tensor]:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    conv = any(map(is_transposed, modules.values()))
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        target_modules=list(modules),
-        fan_in_fan_out=conv,
-    )
-    with warnings.catch_warnings():  # peft asks for a name that transformers gives up
-        warnings.simplefilter("ignore", FutureWarning)
-        get_peft_model(model, config)  # changes the model in place, with float32 parameters
-    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    assert all(parameter.dtype == torch.float32 for parameter in found)
-    return found
-
-
-def random_selections(modules: Mapping[str, Any], k: int, seed: int) -> dict[str, Selection]:
-    """k columns of each row, all alike likely; the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    selections = {}
-    for name, module in modules.items():
-        scores = torch.rand(matrix_shape(module), generator=generator)
-        selections[name] = Selection(magnitude_index(scores, k).to(module.weight.device))
-    return selections
-
-
-def gradient_selections(
-    model: Any, modules: Mapping[str, Any], k: int, batches: Sequence[Batch]
-) -> dict[str, Selection]:
-    """The k columns of each row where the loss of these batches has its largest gradient."""
-    model.requires_grad_(False)
-    for module in modules.values():
-        module.weight.requires_grad_(True)
-    for batch in batches:
-        F.cross_entropy(answer_logits(model, batch), batch.targets).backward()
-    selections = {}
-    for name, module in modules.items():
-        gradient = module.weight.grad.t() if is_transposed(module) else module.weight.grad
-        selections[name] = Selection(magnitude_index(gradient, k))
-        module.weight.grad = None
-    model.requires_grad_(False)
-    return selections
-
-
-def train(
-    model: Any, method: Method, rows: Sequence[Sequence[Any]], seed: int, lr: float
-) -> Iterator[tuple[int, list[float]]]:
-    """Train, then yield (parameters, the loss of each step) once, with the method in place."""
-    device = next(model.parameters()).device
-    batches = [make_batch(batch, device) for batch in rows]
-    model.train()
-    with trainable(method, model, batches, seed) as trained:
-        steps = len(batches)
-        warmup = min(int(WARMUP * steps), steps - 1)
-        optimizer = torch.optim.AdamW(
-            trained.parameters, lr=lr, weight_decay=0.0, fused=device.type == "cuda"
-        )
-        losses = []
-        for step, batch in enumerate(batches):
-            share = min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * share
-            loss = F.cross_entropy(answer_logits(model, batch), batch.targets)
-            loss.backward()
-            trained.take_gradients_()
-            nn.utils.clip_grad_norm_(trained.parameters, MAX_GRAD_NORM)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            trained.publish_()
-            losses.append(loss.detach())
-        model.eval()
-        count = sum(parameter.numel() for parameter in trained.parameters)
-        yield count, torch.stack(losses).tolist()
-
-
-# --- scores ----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def score(model: Any, rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, float]:
-    """loss: mean per answer token of the reference, in nats; accuracy, where rows have options."""
-    device = next(model.parameters()).device
-    by_length = sorted(rows, key=lambda row: len(row["p"]) + len(row["a"]))
-    loss, tokens, right = torch.zeros((), device=device), 0, torch.zeros((), device=device)
-    for first in range(0, len(by_length), size):
-        part = by_length[first : first + size]
-        batch = make_batch(part, device)
-        logits = answer_logits(model, batch)
-        loss += F.cross_entropy(logits, batch.targets, reduction="sum")
-        tokens += len(batch.targets)
-        if "o" in part[0]:
-            most = max(len(row["o"]) for row in part)
-            options = torch.tensor([row["o"] + [-1] * (most - len(row["o"])) for row in part])
-            places = [start + row["at"] for start, row in zip(batch.starts, part, strict=True)]
-            options = options.to(device)
-            at = logits[torch.tensor(places, device=device)]  # (rows, vocabulary)
-            of_options = at.gather(1, options.clamp(min=0)).masked_fill(options < 0, -torch.inf)
-            wanted = torch.tensor([row["y"] for row in part], device=device)
-            right += (of_options.argmax(dim=1) == wanted).sum()
-    found = {"loss": loss.item() / tokens}
-    if "o" in rows[0]:
-        found["accuracy"] = right.item() / len(rows)
-    return found
-
-
-@torch.no_grad()
-def number_accuracy(
-    base: BaseModel, model: Any, rows: Sequence[Mapping[str, Any]], max_new_tokens: int
-) -> float:
-    """Share of rows whose greedy answer, by the engine, ends in the right number."""
-    served = replace(base, model=as_weights(base.model, model))
-    on_cuda = base.device.type == "cuda"
-    config = EngineConfig(
-        max_num_seqs=min(len(rows), _MOST_AT_ONCE), prefix_cache_memory=0, enforce_eager=on_cuda
-    )
-    engine = Engine(served, config)
-    texts = [""] * len(rows)
-    for i, row in enumerate(rows):
-        room = engine.max_model_len - len(row["p"])
-        sampling = SamplingParams(max_tokens=min(max_new_tokens, room), temperature=0)
-        engine.add_request(str(i), row["p"], sampling)
-    while engine.has_unfinished:
-        for output in engine.step():
-            texts[int(output.request_id)] += output.text
-    right = 0
-    for text, row in zip(texts, rows, strict=True):
-        number = last_number(text)
-        right += number is not None and abs(number - row["n"]) <= TOLERANCE
-    return right / len(rows)
-
-
-def as_weights(plain: Any, trained: Any) -> Any:
-    """A copy of the base that holds what was trained in its weights, rounded to their dtype."""
-    model = copy.deepcopy(plain)
-    learned = dict(trained.named_modules())
-    for module in learned.values():
-        if isinstance(module, InplaceLinear):
-            module.write_values_()
-    for name, module in model.named_modules():
-        source = learned[name]
-        if hasattr(source, "lora_A"):
-            weight = module.weight.float() + source.get_delta_weight("default").float()
-            module.weight.copy_(weight)
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            parameter.copy_(getattr(source, key))
-    return model.eval()
-
-
-def last_number(text: str) -> float | None:
-    found = _NUMBER.findall(text.replace(",", ""))
-    return float(found[-1]) if found else None
 
 
 # --- one run ---------------------------------------------------------------------------------
@@ -666,14 +175,6 @@ def work(connection: Connection, config: Mapping[str, Any]) -> None:
         except Exception:  # one run's failure is no other's
             record = {**asdict(job), "key": job.key, "error": traceback.format_exc(limit=-4)}
         connection.send(plain(record))
-
-
-def load_prepared(path: Path) -> Any:
-    try:
-        with gzip.open(path, "rt") as file:
-            return json.load(file)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); make it by --prepare") from error
 
 
 # --- all runs --------------------------------------------------------------------------------

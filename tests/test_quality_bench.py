@@ -14,10 +14,12 @@ from tiny import save_tiny_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import quality
+from bench import quality, quality_rows
+from bench.quality_methods import METHODS, as_weights, last_number, score, train
 from neuroada_serve.errors import DataError, UsageError
-from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.loader import adaptable_modules, load_base, matrix_shape
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--train-rows", "12", "--tune-rows", "4", "--eval-rows", "4"]
 RUN = ["--steps", "2", "--tune-steps", "1", "--batch", "4", "--eval-batch", "4", "--device", "cpu"]
 SHORT = ["--seeds", "2", "--lr-values", "2", "--max-new-tokens", "3"]
@@ -39,11 +41,15 @@ def sum_row(number: int) -> dict:
 
 def save_data(folder: Path) -> Path:
     folder.mkdir()
-    files = {task.train for task in quality.TASKS.values()}
-    files |= {file for task in quality.TASKS.values() for file, _ in task.evals.values()}
+    files = {task.train for task in quality_rows.TASKS.values()}
+    files |= {file for task in quality_rows.TASKS.values() for file, _ in task.evals.values()}
     for file in files:
         start = 0 if file.endswith("train") else 100
-        is_sum = file in quality.TASKS["math"].train or file in ("MultiArith.test", "AddSub.test")
+        math_rows = quality_rows.TASKS["math"].train
+        is_sum = file in math_rows or file in (
+            "MultiArith.test",
+            "AddSub.test",
+        )
         rows = [
             sum_row(i) if is_sum else choice_row(i, "false" if i % 2 else "true")
             for i in range(start, start + 30)
@@ -69,12 +75,12 @@ def prepared(source, tmp_path_factory):
 
 
 def rows_of(prepared: Path) -> list[dict]:
-    return quality.load_prepared(prepared)["tasks"]["commonsense"]["train"]
+    return quality_rows.load_prepared(prepared)["tasks"]["commonsense"]["train"]
 
 
 def test_options_part_where_their_answers_do(source):
     base = load_base(source, device="cpu")
-    row = quality.encode(base, choice_row(1, "ending2", "ending1/ending2/ending3"), "choice")
+    row = quality_rows.encode(base, choice_row(1, "ending2", "ending1/ending2/ending3"), "choice")
     text = base.tokenizer.decode(row["a"][: row["at"]])
     assert text == "the correct answer is ending"
     assert base.tokenizer.decode(row["o"]) == "123"
@@ -84,19 +90,19 @@ def test_options_part_where_their_answers_do(source):
 def test_answer_outside_its_options_is_refused(source):
     base = load_base(source, device="cpu")
     with pytest.raises(DataError, match="none of"):
-        quality.encode(base, choice_row(1, "maybe"), "choice")
+        quality_rows.encode(base, choice_row(1, "maybe"), "choice")
 
 
 @pytest.mark.parametrize(
     ("text", "number"), [("so 1,234.5 in all", 1234.5), ("3 - 5 is -2.", -2.0), ("none", None)]
 )
 def test_last_number_is_the_answer(text, number):
-    assert quality.last_number(text) == number
+    assert last_number(text) == number
 
 
 def test_choice_is_what_full_scoring_of_every_option_prefers(source, prepared):
     base = load_base(source, device="cpu")
-    rows = quality.load_prepared(prepared)["tasks"]["commonsense"]["evals"]["BoolQ"]["rows"]
+    rows = quality_rows.load_prepared(prepared)["tasks"]["commonsense"]["evals"]["BoolQ"]["rows"]
     right = 0
     for row in rows:
         scores = []
@@ -105,33 +111,33 @@ def test_choice_is_what_full_scoring_of_every_option_prefers(source, prepared):
             logits = base.model(ids).logits.float().log_softmax(-1)
             scores.append(logits[0, -2, option].item())
         right += scores.index(max(scores)) == row["y"]
-    assert quality.score(base.model, rows, 3)["accuracy"] == right / len(rows)
+    assert score(base.model, rows, 3)["accuracy"] == right / len(rows)
 
 
-@pytest.mark.parametrize("name", quality.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_lowers_the_loss_of_what_it_trains_on(source, prepared, name):
     base = load_base(source, device="cpu")
     rows = rows_of(prepared)[:4]
-    before = quality.score(base.model, rows, 4)["loss"]
-    method = quality.METHODS[name]
-    for count, losses in quality.train(base.model, method, [rows] * 12, 1, method.usual_lr):
-        after = quality.score(base.model, rows, 4)["loss"]
+    before = score(base.model, rows, 4)["loss"]
+    method = METHODS[name]
+    for count, losses in train(base.model, method, [rows] * 12, 1, method.usual_lr):
+        after = score(base.model, rows, 4)["loss"]
         assert count > 0
         assert losses[0] == pytest.approx(before, rel=0.02)
     assert after < before - 0.05
 
 
 def test_lora_has_about_the_parameters_of_its_k(source):
-    modules = quality.adaptable_modules(load_base(source, device="cpu").model)
-    shapes = [quality.matrix_shape(module) for module in modules.values()]
+    modules = adaptable_modules(load_base(source, device="cpu").model)
+    shapes = [matrix_shape(module) for module in modules.values()]
     wanted = 64 * sum(d_out for d_out, _ in shapes)
-    found = quality.METHODS["lora-8x-k8"].rank(modules) * sum(map(sum, shapes))
+    found = METHODS["lora-8x-k8"].rank(modules) * sum(map(sum, shapes))
     assert found == pytest.approx(wanted, rel=0.05)
 
 
 def test_same_seed_gives_the_same_batches_and_another_does_not(prepared):
     rows = rows_of(prepared)
-    one, same, other = (quality.batches_of(rows, 4, 7, seed) for seed in (1, 1, 2))
+    one, same, other = (quality_rows.batches_of(rows, 4, 7, seed) for seed in (1, 1, 2))
     assert one == same
     assert one != other
     assert len(one) == 7
@@ -194,8 +200,8 @@ def test_parts_stop_resume_and_merge_into_one_report(source, prepared, tmp_path,
     assert len(none["left_out"]) == 2 + 4 * (2 + 2)
     for number, out in enumerate(outs, 1):
         flags = [*common, "--part", f"{number}/2", "--out", out]
-        command = [sys.executable, quality.__file__, *map(str, flags)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-m", "bench.quality", *map(str, flags)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
         assert done.returncode == 0, done.stderr
     parts = [str(out.with_suffix(".runs.jsonl")) for out in outs]
     assert quality.main(["--merge", *parts, "--out", str(tmp_path / "both.json")]) == 0
@@ -219,8 +225,8 @@ def test_words_are_scored_on_the_weights_as_trained(source, prepared, name):
     base = load_base(source, device="cpu")
     model = copy.deepcopy(base.model)
     batch = rows_of(prepared)[:2]
-    for _ in quality.train(model, quality.METHODS[name], [batch] * 4, seed=1, lr=0.05):
-        served = quality.as_weights(base.model, model)
+    for _ in train(model, METHODS[name], [batch] * 4, seed=1, lr=0.05):
+        served = as_weights(base.model, model)
         input_ids = torch.tensor([batch[0]["p"]])
         with torch.no_grad():
             expected = model(input_ids=input_ids).logits.float()
