@@ -71,6 +71,7 @@ def test_every_format_gives_the_same_rows(name, tmp_path):
         ({"question": "q", "answer": "a"}, "q\n", "a"),
         ({"text": "nice", "label": "good"}, "nice\n", "good"),
         ({"sentence": "nice", "label": 1}, "nice\n", "1"),
+        ({"sentence": "nice", "label": 1.5}, "nice\n", "1.5"),
         ({"text": "nice", "label": True}, "nice\n", "True"),
         ({"instruction": "i", "input": "x", "output": "o", "answer": "z"}, "i\nx\n", "o"),
     ],
@@ -131,8 +132,9 @@ def test_what_could_be_read_in_two_ways_is_refused(also, named, tmp_path):
         ("a.json", "[" * 100_000, "no JSON that can be read"),
         ("a.jsonl.gz", b"no gzip", "is no whole gzip file"),
         ("a.parquet", b"PAR1 no", "is no parquet file"),
-        ("a.jsonl", '{"text": "a", "label": 1.5}\n', "line 1: label must be a string, not float"),
+        ("a.jsonl", '{"text": "a", "label": [1]}\n', "line 1: label must be a string, not list"),
         ("a.jsonl", '{"text": "a", "label": null}\n', "line 1: label must be a string"),
+        ("a.jsonl", '{"text": "a", "label": NaN}\n', "line 1: label is nan"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_the_fix(name, content, fault, tmp_path):

@@ -429,6 +429,8 @@ def _row(number: int, raw: dict[str, Any]) -> Row:
 
 def _label(value: Any) -> str:
     """A label's name; numbers and booleans are names too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecordFault(f"label is {value}")
     if isinstance(value, bool | int | float):
         return str(value)
     return _text({"label": value}, "label")
