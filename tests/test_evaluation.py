@@ -248,6 +248,14 @@ def test_adapters_in_one_run_score_as_alone(llm, write):
     assert together.results[0].scores["loss"] != together.results[1].scores["loss"]
 
 
+def test_columns_have_names_of_the_datas_own(llm, write):
+    rows = [{"prompt": f"{n}?", "completion": "yes"} for n in range(4)]
+    renamed = [{"question": row["prompt"], "reply": row["completion"]} for row in rows]
+    columns = {"prompt": "question", "completion": "reply"}
+    found = score(llm, write(renamed), columns=columns, metrics=("loss",)).results[0]
+    assert found.scores == score(llm, write(rows), metrics=("loss",)).results[0].scores
+
+
 def test_many_rows_are_scored_in_parts(llm, write, monkeypatch):
     path = write(BOOLQ)
     whole = score(llm, path)

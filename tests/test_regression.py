@@ -183,6 +183,13 @@ def test_eval_gives_correlations(source, tmp_path):
     predictions = (tmp_path / "scores.predictions.jsonl").read_text().splitlines()
     assert json.loads(predictions[7])["value"] == pytest.approx(given[7], abs=1e-4)
     assert (tmp_path / "scores.scores.png").exists()
+    own = write_rows(
+        tmp_path / "own.jsonl", [{"said": r["text"], "stars": r["label"]} for r in rows]
+    )
+    named = run(
+        *flags[:2], "--data", own, *flags[4:], "--columns", "text=said,label=stars", "--json"
+    )
+    assert json.loads(named.stdout)["mse"] == found["mse"]
     save_adapter(classifier(source, 1), tmp_path / "mood")
     mixed = run(*flags, "--adapter", tmp_path / "mood")
     assert "nines is a regression and mood a classifier; score them apart" in mixed.stderr

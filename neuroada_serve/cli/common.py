@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from neuroada_serve import uncollected
-from neuroada_serve.config import EngineConfig, help_of
+from neuroada_serve.config import EngineConfig, TrainConfig, help_of
 from neuroada_serve.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ Model = Annotated[
 Dtype = Annotated[str, typer.Option(help=help_of(EngineConfig, "dtype"))]
 Plain = Annotated[
     bool, typer.Option("--plain", help="Use prompts as they are, without the chat template.")
+]
+Columns = Annotated[
+    str, typer.Option(metavar="KEY=COLUMN,...", help=help_of(TrainConfig, "columns"))
 ]
 Adapter = Annotated[Path | None, typer.Option(help="Adapter folder; default: the base alone.")]
 
@@ -81,6 +84,17 @@ def notify(message: str) -> None:
 def words(text: str) -> tuple[str, ...]:
     """Comma-separated words."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def columns_of(text: str) -> dict[str, str]:
+    """--columns as a mapping: prompt=question,completion=reply."""
+    columns = {}
+    for part in filter(None, text.split(",")):
+        key, equals, column = part.partition("=")
+        if not equals or not key or not column:
+            raise UsageError(f"--columns takes KEY=COLUMN,KEY=COLUMN, not {text!r}")
+        columns[key.strip()] = column.strip()
+    return columns
 
 
 def rows_of(source: str) -> "Data":

@@ -8,9 +8,11 @@ from typing import Annotated, Any, cast
 import typer
 
 from neuroada_serve.cli.common import (
+    Columns,
     Dtype,
     Model,
     Plain,
+    columns_of,
     command,
     err,
     for_good,
@@ -70,6 +72,7 @@ def _eval(
             "choice_generation and f1, 512 for number."
         ),
     ] = None,
+    columns: Columns = "",
     limit: Annotated[
         int | None, typer.Option(help="Most rows to use, from the top; default: all.")
     ] = None,
@@ -110,6 +113,7 @@ def _eval(
         max_tokens=max_tokens,
         limit=limit,
         prompt_format="plain" if plain else "chat",
+        columns=columns_of(columns),
     )
     if out_file is not None:
         report.check_out(out_file)
@@ -135,7 +139,7 @@ def _eval(
             if given is not None:
                 raise UsageError(f"{flag} is for answers in text; {classifiers[0]} is a classifier")
         base = False  # it has no head for these labels
-        found = evaluate_classifiers(llm, rows, classifiers, limit, console=err)
+        found = evaluate_classifiers(llm, rows, classifiers, limit, settings.columns, console=err)
     else:
         asked = [*([None] if base else []), *folders]
         found = evaluate(llm, rows, asked, settings, console=err)

@@ -8,7 +8,18 @@ from typing import Annotated, Any, cast
 import typer
 from rich.table import Table
 
-from neuroada_serve.cli.common import Dtype, Model, Plain, command, notify, out, rows_of, words
+from neuroada_serve.cli.common import (
+    Columns,
+    Dtype,
+    Model,
+    Plain,
+    columns_of,
+    command,
+    notify,
+    out,
+    rows_of,
+    words,
+)
 from neuroada_serve.config import TrainConfig, help_of
 from neuroada_serve.errors import UsageError
 
@@ -52,9 +63,7 @@ def train(
     ] = None,
     head_lr: Annotated[float, typer.Option(help=help_of(TrainConfig, "head_lr"))] = 1e-2,
     too_long: Annotated[str, typer.Option(help=help_of(TrainConfig, "too_long"))] = "skip",
-    columns: Annotated[
-        str, typer.Option(metavar="KEY=COLUMN,...", help=help_of(TrainConfig, "columns"))
-    ] = "",
+    columns: Columns = "",
     check: Annotated[
         bool, typer.Option("--check", help="Only say what the rows are, and train nothing.")
     ] = False,
@@ -128,7 +137,7 @@ def train(
         task_type=cast(Any, task_type),
         labels=() if labels is None else tuple(words(labels)),
         head_lr=head_lr,
-        columns=_columns(columns),
+        columns=columns_of(columns),
         eval_fraction=eval_fraction,
         seed=seed,
         warmup_ratio=warmup_ratio,
@@ -178,17 +187,6 @@ def _k_by_module(text: str) -> tuple[int, dict[str, int]]:
     if not last.strip().isdecimal() or None in found:
         raise UsageError(f"--k takes a number or PATTERN=K,PATTERN=K,K, not {text!r}")
     return int(last), {each[1]: int(each[2]) for each in found if each is not None}
-
-
-def _columns(text: str) -> dict[str, str]:
-    """prompt=question,completion=reply as a mapping."""
-    columns = {}
-    for part in filter(None, text.split(",")):
-        key, equals, column = part.partition("=")
-        if not equals or not key or not column:
-            raise UsageError(f"--columns takes KEY=COLUMN,KEY=COLUMN, not {text!r}")
-        columns[key.strip()] = column.strip()
-    return columns
 
 
 def _learning_rate(text: str | None) -> Any:

@@ -1,7 +1,7 @@
 """How well classifiers label held-out rows, and regressions number them, by GLUE's figures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from rich.console import Console
@@ -34,6 +34,7 @@ def evaluate_classifiers(
     data: Data,
     adapters: Sequence[str],
     limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
     *,
     console: Console | None = None,
 ) -> Evaluation:
@@ -43,6 +44,7 @@ def evaluate_classifiers(
         data: rows in the shapes that training reads; a row's answer is its label.
         adapters: all classifiers, or all regressions.
         limit: most rows, from the top.
+        columns: our keys for the data's columns, see `read_rows`.
         console: shows a progress bar.
 
     Raises:
@@ -51,7 +53,7 @@ def evaluate_classifiers(
             text does not fit; names the row.
         EngineError: a request failed.
     """
-    rows = read_rows(data)[:limit]
+    rows = read_rows(data, columns)[:limit]
     labels = {name: llm.engine.adapters.store.get(name).labels for name in adapters}
     regressions = [name for name in adapters if is_regression(labels[name])]
     if len(regressions) not in (0, len(adapters)):

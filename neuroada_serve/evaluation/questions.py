@@ -48,6 +48,7 @@ def read_questions(
     answer_key: str | None = None,
     trigger: str | None = None,
     choices: Sequence[str] | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Question]:
     """The questions of a file or of a set on the hub.
 
@@ -59,11 +60,12 @@ def read_questions(
         choices: the options of all rows that bring none of their own. Default: those that a row of
             the paper ends with ("Answer format: true/false"), else all distinct answers of the
             file, if there are at most 20, and two rows to each.
+        columns: our keys for the data's columns, see `read_rows`.
 
     Raises:
         DataError: rows at fault; names the first.
     """
-    rows = read_rows(data)
+    rows = read_rows(data, columns)
     extras = [row.raw for row in rows]
     if answer_key is not None and not any(answer_key in extra for extra in extras):
         raise DataError(f"{data}: no row has the key {answer_key!r}; leave out --answer-key")

@@ -1,7 +1,7 @@
 """How well a base and its adapters answer held-out rows, as they would be served."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any
@@ -44,6 +44,7 @@ class EvalSettings:
         choice_generation and f1, at least 512 for number.
     limit: most rows, from the top.
     prompt_format: "chat" or "plain".
+    columns: our keys for the data's columns, see `read_rows`.
     """
 
     metrics: tuple[str, ...] | None = None
@@ -54,6 +55,7 @@ class EvalSettings:
     max_tokens: int | None = None
     limit: int | None = None
     prompt_format: str = "chat"
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.metrics is not None:
@@ -176,6 +178,7 @@ def evaluate(
         answer_key=settings.answer_key,
         trigger=settings.trigger,
         choices=settings.choices,
+        columns=settings.columns,
     )[: settings.limit]
     metrics = settings.metrics or default_metrics(questions)
     _check_metrics(data, questions, metrics)
