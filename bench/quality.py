@@ -45,6 +45,7 @@ import os
 import re
 import statistics
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,8 +160,17 @@ def run_job(
     return record
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def work(connection: Connection, config: Mapping[str, Any]) -> None:
-    """A worker: takes jobs until it is sent None, answers each with its record."""
+    """A worker: takes jobs until it is sent None, answers each with its record; ends when whoever
+    started it has been killed, and not only after the run under way."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(config["threads"])
     torch.set_float32_matmul_precision("high")
     prepared = load_prepared(config["prepared"])
