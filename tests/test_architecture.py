@@ -40,6 +40,7 @@ FLOORS: list[list[str]] = [
         "model.bypass_linear",
         "model.merge",
         "model.export",
+        "model.differences",
         "model.convert",
     ],
     ["engine", "train"],

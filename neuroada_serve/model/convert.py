@@ -33,13 +33,17 @@ from neuroada_serve.adapters.peft_files import (
 from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.errors import AdapterError, AdapterFormatError, ModelError, UsageError
+from neuroada_serve.model.differences import (
+    bias_difference,
+    check_same_architecture,
+    other_differences,
+)
 from neuroada_serve.model.loader import (
     BaseModel,
     adaptable_modules,
     is_transposed,
     load_base,
     load_checked,
-    matrix_shape,
 )
 from neuroada_serve.model.source import ModelSource
 
@@ -221,12 +225,12 @@ def convert_diff(
     base = _loaded(source)
     model = load_checked(tuned)
     ours, theirs = adaptable_modules(base.model), adaptable_modules(model)
-    _check_same_architecture(base, model, tuned.name)
+    check_same_architecture(base, model, tuned.name)
     modules, biases, energy, num_entries = {}, dict[str, Tensor](), {}, 0
     for name in ours:
         weight = _matrix(ours[name])
         difference = _matrix(theirs[name]).float() - weight.float()
-        bias = _bias_difference(ours[name], theirs[name])
+        bias = bias_difference(ours[name], theirs[name])
         if bias is not None:
             biases[name] = bias
         elif not bool((difference != 0).any()):
@@ -245,7 +249,7 @@ def convert_diff(
             "can change; there is nothing to convert"
         )
     warnings: tuple[str, ...] = ()
-    if others := _other_differences(base.model, model):
+    if others := other_differences(base.model, model):
         more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
         warnings = (
             f"{', '.join(others[:_MOST_NAMED])}{more} differ too, and stay those of the base: an "
@@ -490,43 +494,3 @@ def _as_text(text: str) -> str:
 
 def _share(part: float, whole: float) -> float:
     return min(1.0, part / whole) if whole else 1.0  # the two are summed in different orders
-
-
-# --- two checkpoints ---------------------------------------------------------------------------
-
-
-def _check_same_architecture(base: BaseModel, model: Any, name: str) -> None:
-    ours, theirs = base.model.config.model_type, model.config.model_type
-    if ours != theirs:
-        raise ModelError(f"{name!r} is a {theirs} model, {base.spec.name!r} a {ours}")
-    shapes = {module: matrix_shape(m) for module, m in adaptable_modules(model).items()}
-    for module in sorted(base.spec.shapes.keys() | shapes.keys()):
-        expected, found = base.spec.shapes.get(module), shapes.get(module)
-        if expected != found:
-            raise ModelError(
-                f"{name!r} is not made as {base.spec.name!r} is: {module} is "
-                f"{list(found) if found else 'absent'}, not "
-                f"{list(expected) if expected else 'absent'}"
-            )
-
-
-def _bias_difference(ours: Any, theirs: Any) -> Tensor | None:
-    """[d_out] float32, where two layers' biases differ."""
-    if ours.bias is None or theirs.bias is None:
-        return None
-    difference: Tensor = theirs.bias.detach().float() - ours.bias.detach().float()
-    return difference if bool((difference != 0).any()) else None
-
-
-def _other_differences(base: Any, tuned: Any) -> list[str]:
-    """Names of parameters, outside the modules that an adapter changes, that differ."""
-    ours, theirs = dict(base.named_parameters()), dict(tuned.named_parameters())
-    adapted = {f"{m}.{kind}" for m in adaptable_modules(base) for kind in ("weight", "bias")}
-    return [
-        name
-        for name in sorted((ours.keys() | theirs.keys()) - (adapted & ours.keys() & theirs.keys()))
-        if name not in ours
-        or name not in theirs
-        or ours[name].shape != theirs[name].shape
-        or not torch.equal(ours[name].float(), theirs[name].float())
-    ]
