@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from interrupted import train_interrupted
 from safetensors.torch import load_file, save_file
 from test_bypass_op import NUM_SLOTS, assert_close, slots_of
 from test_cli import run
@@ -16,7 +17,6 @@ from neuroada_serve.errors import AdapterFormatError, ShapeError, UsageError
 from neuroada_serve.model.loader import load_base, load_spec
 from neuroada_serve.ops.bypass import NO_SLOT, TokenSlots, bias_add_
 from neuroada_serve.train.data import load_data
-from neuroada_serve.train.loop import Loop
 from neuroada_serve.train.trainer import train_adapter
 
 CPU = torch.device("cpu")
@@ -170,19 +170,8 @@ def test_interrupted_it_goes_on_to_the_same_bytes(rows, tmp_path, monkeypatch):
     base = make_base(tmp_path / "tiny", "gpt2")
     config = replace(TUNED, max_steps=9, save_steps=2, eval_steps=3)
     train_adapter(base, rows, tmp_path / "whole" / "sum", config)
-    out, calls, taken = tmp_path / "cut" / "sum", [], Loop.checkpoint
-
-    def cut_short(self):
-        calls.append(self.done)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return taken(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "checkpoint", cut_short)
-        with pytest.raises(KeyboardInterrupt):
-            train_adapter(base, rows, out, config)
-    train_adapter(base, rows, out, config)
+    out = tmp_path / "cut" / "sum"
+    train_interrupted(base, rows, out, config, monkeypatch)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         assert (out / name).read_bytes() == (tmp_path / "whole" / "sum" / name).read_bytes()
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupted import train_interrupted
 from test_cli import run
 from test_train import make_base, write_rows
 from tiny import save_tiny_model
@@ -20,7 +21,6 @@ from neuroada_serve.model.loader import adaptable_modules, is_transposed, load_b
 from neuroada_serve.train.classify import class_head
 from neuroada_serve.train.data import Example, encode_labelled, load_data, read_rows
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
-from neuroada_serve.train.loop import Loop
 from neuroada_serve.train.score import answer_logits, collate
 from neuroada_serve.train.trainer import train_adapter
 
@@ -143,22 +143,7 @@ def test_interrupted_it_goes_on_to_the_same_bytes(base, data, tmp_path, monkeypa
     config = replace(QUICK, max_steps=9, save_steps=2, eval_steps=3)
     train_adapter(base, data, tmp_path / "whole" / "mood", config)
     out = tmp_path / "cut" / "mood"
-    taken = Loop.checkpoint
-    calls = []
-
-    def cut_short(self):
-        calls.append(self.done)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return taken(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "checkpoint", cut_short)
-        with pytest.raises(KeyboardInterrupt):
-            train_adapter(base, data, out, config)
-    told = []
-    train_adapter(base, data, out, config, told.append)
-    assert any(sentence.startswith("Going on from step 4") for sentence in told)
+    train_interrupted(base, data, out, config, monkeypatch)
     assert files_of(out) == files_of(tmp_path / "whole" / "mood")
 
 
