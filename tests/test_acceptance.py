@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from neuroada_serve import LLM, SamplingParams, load_adapter
 from neuroada_serve.model.export import export_merged
 from neuroada_serve.model.source import resolve_model
-from neuroada_serve.train.data import read_rows
+from neuroada_serve.train.shapes import read_rows
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MIX = [None, "sql", "json", "sql", "triage"]

@@ -19,9 +19,10 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, load_base
 from neuroada_serve.train.classify import class_head
-from neuroada_serve.train.data import Example, encode_labelled, load_data, read_rows
+from neuroada_serve.train.data import Example, encode_labelled, load_data
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
 from neuroada_serve.train.score import answer_logits, collate
+from neuroada_serve.train.shapes import read_rows
 from neuroada_serve.train.trainer import train_adapter
 
 WORDS = {"good": ["fine", "nice", "great"], "bad": ["poor", "grim", "awful"]}

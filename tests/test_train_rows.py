@@ -12,8 +12,9 @@ from test_train import make_base
 
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError
-from neuroada_serve.train.data import load_data, read_rows
+from neuroada_serve.train.data import load_data
 from neuroada_serve.train.rows import read_records
+from neuroada_serve.train.shapes import read_rows
 
 ROWS = [
     {"prompt": "Say hé,\nplease", "completion": 'He said "hé"'},

@@ -21,8 +21,9 @@ from neuroada_serve.evaluation.questions import Question
 from neuroada_serve.evaluation.run import Evaluation, Prediction, Result, Score, confusion_of
 from neuroada_serve.intervals import wilson
 from neuroada_serve.train.correlation import pearson, spearman
-from neuroada_serve.train.data import encode_labelled, read_rows
+from neuroada_serve.train.data import encode_labelled
 from neuroada_serve.train.rows import Data, place
+from neuroada_serve.train.shapes import read_rows
 
 CLASSIFIER_METRICS = ("loss", "accuracy", "macro_f1", "matthews")
 REGRESSION_METRICS = ("mse", "pearson", "spearman")

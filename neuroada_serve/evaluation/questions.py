@@ -13,8 +13,8 @@ from typing import Any
 
 from neuroada_serve.errors import DataError
 from neuroada_serve.evaluation.exact import after_trigger
-from neuroada_serve.train.data import Row, read_rows
 from neuroada_serve.train.rows import Data, place
+from neuroada_serve.train.shapes import Row, read_rows
 
 PAPER_TRIGGER = "the correct answer is "
 PAPER_KEY = "answer"

@@ -1,13 +1,6 @@
 """Rows in: a file of questions and answers becomes token ids to train and score on.
 
-`train/rows.py` reads it. A row has keys of one of these shapes; others are ignored:
-    messages [{"role", "content"}, ...]      the last message is the assistant's answer
-    prompt, completion
-    instruction, output, and input if there is one
-    question, answer
-    text (or sentence), label                the label's name is the answer
-    sentence1, sentence2, label; premise, hypothesis, label; question1, question2, label;
-    question, sentence, label                pairs, as GLUE has them: one text, one below the other
+`train/rows.py` reads it, `train/shapes.py` says what a row may look like.
 
 With prompt_format "chat", and a base that has a chat template, the prompt goes through the template
 (a `prompt`, or an instruction with its input below it, as one user message). Otherwise it is plain
@@ -21,9 +14,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from neuroada_serve.adapters.format import SEQ_CLS, is_regression, task_faults
 from neuroada_serve.config import TrainConfig
@@ -31,44 +23,11 @@ from neuroada_serve.errors import DataError, RequestError
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.prompt import encode_chat, encode_text
 from neuroada_serve.model.quiet import quiet_transformers
-from neuroada_serve.train.rows import Data, Faults, RecordFault, place, read_records
+from neuroada_serve.train.rows import Data, Faults, place
+from neuroada_serve.train.shapes import Row, read_rows
 
-_SHAPES = (
-    '{"messages"}, {"prompt", "completion"}, {"instruction", "input", "output"}, '
-    '{"question", "answer"}, {"text", "label"} or {"sentence1", "sentence2", "label"}'
-)
 _MUCH_ALIKE = 0.5  # share of one answer from which it is told
-_KEYS: tuple[tuple[str, ...], ...] = (  # a row has all keys of one of these
-    ("messages",),
-    ("instruction", "output"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("text", "label"),
-    ("sentence", "label"),
-    ("sentence1", "sentence2", "label"),
-    ("premise", "hypothesis", "label"),
-    ("question1", "question2", "label"),
-    ("question", "sentence", "label"),
-)
 _MOST_CLASSES_TOLD = 8
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question and its answer.
-
-    number: its line or row in its data, see `train.rows.place`.
-    messages: the conversation before the answer, as sent to the chat template.
-    text: the same as a plain prompt.
-    answer: what the model should say.
-    raw: all of the row.
-    """
-
-    number: int
-    messages: tuple[dict[str, Any], ...]
-    text: str
-    answer: str
-    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -239,38 +198,6 @@ def _fitted(examples: Iterable[Example], most: int, cuts: bool) -> Iterable[Exam
             yield replace(example, prompt_ids=example.prompt_ids[-room:])
 
 
-def read_rows(data: Data, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """The rows of a file or of the hub, see `read_records`.
-
-    Args:
-        columns: our keys -> the data's, as {"prompt": "question", "completion": "reply"}.
-
-    Raises:
-        DataError: no such file, no rows, or rows of no known shape; the first faults are listed.
-    """
-    rows = []
-    faults = Faults(data)
-    for number, record in read_records(data):
-        try:
-            if isinstance(record, RecordFault):
-                raise record
-            row = _row(number, _renamed(record, columns or {}))
-            rows.append(replace(row, raw=record))
-        except RecordFault as fault:
-            faults.add(number, str(fault))
-    faults.raise_if_any()
-    if not rows:
-        raise DataError(f"{data} has no rows; it needs some of {_SHAPES}")
-    return rows
-
-
-def _renamed(raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    if missing := sorted(set(columns.values()) - raw.keys()):
-        raise RecordFault(f"has no {', '.join(missing)}, which --columns names")
-    own = {key: raw[theirs] for key, theirs in columns.items()}
-    return own if columns else dict(raw)
-
-
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """(train, held out). The same rows, fraction and seed always give the same split.
 
@@ -396,79 +323,3 @@ def _encode_rows(
                 faults.add(row.number, str(error))
     faults.raise_if_any()
     return examples
-
-
-# --- one row -----------------------------------------------------------------------------------
-
-
-def _row(number: int, raw: dict[str, Any]) -> Row:
-    found = [keys for keys in _KEYS if raw.keys() >= set(keys)]
-    found = [keys for keys in found if not any(set(keys) < set(other) for other in found)]
-    if len(found) > 1:
-        names = " and ".join(", ".join(keys) for keys in found)
-        raise RecordFault(f"could be read as {names}; say which with --columns")
-    if not found:
-        raise RecordFault(
-            f"has keys {sorted(raw)}; expected {_SHAPES}, or name yours, as in "
-            "--columns prompt=question,completion=reply"
-        )
-    if found == [("messages",)]:
-        return _row_of_messages(number, raw["messages"])
-    if found == [("instruction", "output")]:
-        prompt = _text(raw, "instruction")
-        if raw.get("input") not in (None, ""):
-            prompt += "\n" + _text(raw, "input")
-        return Row(number, (_user(prompt),), prompt + "\n", _text(raw, "output"))
-    *texts, answer = found[0]
-    prompt = "\n".join(_text(raw, key) for key in texts)
-    if answer == "label":
-        return Row(number, (_user(prompt),), prompt + "\n", _label(raw[answer]))
-    after = "" if texts == ["prompt"] else "\n"
-    return Row(number, (_user(prompt),), prompt + after, _text(raw, answer))
-
-
-def _label(value: Any) -> str:
-    """A label's name; numbers and booleans are names too."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RecordFault(f"label is {value}")
-    if isinstance(value, bool | int | float):
-        return str(value)
-    return _text({"label": value}, "label")
-
-
-def _row_of_messages(number: int, messages: Any) -> Row:
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise RecordFault("messages must be a list of at least a question and an answer")
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RecordFault(f'messages[{position}] must be an object {{"role", "content"}}')
-        _string(message, "content", f"messages[{position}].")
-    if messages[-1]["role"] != "assistant":
-        role = messages[-1]["role"]
-        raise RecordFault(f"the last message must have role 'assistant', not {role!r}")
-    *question, last = messages
-    answer = _text(last, "content", f"messages[{len(question)}].")
-    text = "".join(f"{message['content']}\n" for message in question)
-    return Row(number, tuple(question), text, answer)
-
-
-def _user(content: str) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def _text(raw: dict[str, Any], key: str, path: str = "") -> str:
-    value = _string(raw, key, path)
-    if not value.strip():
-        raise RecordFault(f"{path}{key} is empty")
-    return value
-
-
-def _string(raw: dict[str, Any], key: str, path: str = "") -> str:
-    value = raw.get(key)
-    if not isinstance(value, str):
-        raise RecordFault(f"{path}{key} must be a string, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RecordFault(f"{path}{key} has half a surrogate pair, which is no text") from None
-    return value
