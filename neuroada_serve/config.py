@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from neuroada_serve.errors import UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def _option(default: Any, help: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from neuroada_serve.adapters.format import CONFIG_FILE
 from neuroada_serve.adapters.reader import AdapterHeader, AdapterReader, adapter_stamp
-from neuroada_serve.adapters.store import ADAPTER_NAME
+from neuroada_serve.config import ADAPTER_NAME
 from neuroada_serve.errors import AdapterError, UsageError
 
 

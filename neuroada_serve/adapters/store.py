@@ -13,7 +13,6 @@ finding and leasing a version waits for nobody.
 import hashlib
 import itertools
 import math
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -25,6 +24,7 @@ from typing import Any
 
 from neuroada_serve.adapters.format import Adapter
 from neuroada_serve.adapters.reader import AdapterHeader
+from neuroada_serve.config import ADAPTER_NAME
 from neuroada_serve.errors import (
     AdapterConflictError,
     AdapterError,
@@ -32,7 +32,6 @@ from neuroada_serve.errors import (
     AdapterNotFoundError,
 )
 
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 MAX_MIXED = 8  # adapters in one mix
 MAX_WEIGHT = 100.0  # of an adapter in a mix, either sign
 _MOST_IDLE_MIXES = 256

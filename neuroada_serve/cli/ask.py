@@ -55,7 +55,12 @@ def generate(
 def classify(
     model: Model,
     text: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to classify.")],
-    adapter: Annotated[Path, typer.Option(help="Folder of a classifier's adapter.")],
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PATH", help="A classifier's folder, under NAME or its own name."
+        ),
+    ],
     dtype: Dtype = "auto",
 ) -> None:
     """Label texts by a classifier: a line for each, its label and the labels' probabilities, or a

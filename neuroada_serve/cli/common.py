@@ -1,7 +1,7 @@
 """What the commands share: registration, options, and where messages go."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from neuroada_serve import uncollected
-from neuroada_serve.config import EngineConfig, TrainConfig, help_of
+from neuroada_serve.config import ADAPTER_NAME, EngineConfig, TrainConfig, help_of
 from neuroada_serve.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -39,7 +39,22 @@ Plain = Annotated[
 Columns = Annotated[
     str, typer.Option(metavar="KEY=COLUMN,...", help=help_of(TrainConfig, "columns"))
 ]
-Adapter = Annotated[Path | None, typer.Option(help="Adapter folder; default: the base alone.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="[NAME=]PATH",
+        help="Adapter folder, under NAME or its own name. Repeatable.",
+    ),
+]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="[NAME=]PATH",
+        help="Adapter folder, under NAME or its own name. Default: the base alone.",
+    ),
+]
 
 
 def command(
@@ -109,13 +124,43 @@ def rows_of(source: str) -> "Data":
     return open_hub_rows(source)
 
 
+def adapters_of(flags: Sequence[str] | None, reserved: Collection[str] = ()) -> dict[str, Path]:
+    """The folders of --adapter NAME=PATH or PATH by name; without one, their folder's.
+
+    Args:
+        reserved: names that no adapter can have here.
+    """
+    folders: dict[str, Path] = {}
+    for flag in flags or ():
+        name, separator, path = flag.partition("=")
+        if not separator or Path(flag).is_dir():
+            name, path = Path(flag).resolve().name, flag
+        if not path or not Path(path).is_dir():
+            raise UsageError(
+                f"--adapter {flag}: no folder {path!r}; give NAME=PATH, or PATH to name the "
+                "adapter after its folder"
+            )
+        if not ADAPTER_NAME.fullmatch(name):
+            raise UsageError(
+                f"--adapter {flag}: {name!r} cannot be a name; give NAME={path}, NAME of letters, "
+                "digits, '.', '_' and '-', a letter or digit first, at most 63"
+            )
+        if name in folders or name in reserved:
+            taken = "two adapters are called" if name in folders else "no adapter can be called"
+            raise UsageError(f"{taken} {name!r}; give another name, --adapter NAME={path}")
+        folders[name] = Path(path)
+    return folders
+
+
 def llm_with(
-    model: str, adapter: Path | None, dtype: str, **config: Any
+    model: str, adapter: Sequence[str] | None, dtype: str, **config: Any
 ) -> "tuple[LLM, str | None]":
-    """A model with at most one adapter, and the name it is served under."""
-    adapters = {} if adapter is None else {"adapter": adapter}
+    """A model with the adapter of --adapter, if any, and the name it is served under."""
+    adapters = adapters_of(adapter)
+    if len(adapters) > 1:
+        raise UsageError(f"this command uses one --adapter, got {len(adapters)}")
     with for_good():
         from neuroada_serve.engine.llm import LLM
 
         llm = LLM(model, adapters, dtype=dtype, notify=notify, **config)
-    return llm, None if adapter is None else "adapter"
+    return llm, next(iter(adapters), None)

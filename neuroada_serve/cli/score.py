@@ -1,17 +1,18 @@
 """`neuroada eval`."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from neuroada_serve.cli.common import (
+    Adapters,
     Columns,
     Dtype,
     Model,
     Plain,
+    adapters_of,
     columns_of,
     command,
     err,
@@ -28,10 +29,7 @@ from neuroada_serve.errors import UsageError
 def _eval(
     model: Model,
     data: Annotated[str, typer.Option(help="Rows, as train takes them.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]PATH", help="Adapter folder to score. Repeatable."),
-    ] = None,
+    adapter: Adapters = None,
     base: Annotated[
         bool, typer.Option("--base/--no-base", help="Score the base beside the adapters.")
     ] = True,
@@ -95,7 +93,7 @@ def _eval(
 ) -> None:
     """Score a base and adapters on the answers of rows, in one run."""
     rows = rows_of(data)
-    folders = _adapters_to_score(adapter or [])
+    folders = adapters_of(adapter, reserved=["base"])
     if save and not folders:
         raise UsageError("--save puts scores into adapters; name one with --adapter")
     if not base and not folders:
@@ -159,18 +157,3 @@ def _eval(
         print(json.dumps({"rows": found.rows, **flat, **whole}))
         return
     out.print(report.score_table(found, subjects, f"{rows.name}, {found.rows} rows"))
-
-
-def _adapters_to_score(flags: list[str]) -> dict[str, Path]:
-    """The folders of --adapter PATH or NAME=PATH by name; without one, their folder's."""
-    folders: dict[str, Path] = {}
-    for flag in flags:
-        name, separator, path = flag.partition("=")
-        if not separator or Path(flag).exists():
-            name, path = Path(flag).resolve().name, flag
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name) or not path:
-            raise UsageError(f"--adapter {flag!r}: write NAME={path}, NAME of letters and digits")
-        if name in folders or name == "base":
-            raise UsageError(f"two models are called {name!r}: name one, --adapter NAME={path}")
-        folders[name] = Path(path)
-    return folders

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuroada_serve.cli.common import Dtype, Model, command, err, for_good, notify, out
+from neuroada_serve.cli.common import (
+    Adapters,
+    Dtype,
+    Model,
+    adapters_of,
+    command,
+    err,
+    for_good,
+    notify,
+    out,
+)
 from neuroada_serve.config import EngineConfig, ServerConfig, help_of, parse_bytes
 from neuroada_serve.errors import UsageError
 
@@ -27,10 +37,7 @@ def demo() -> None:
 @command
 def serve(
     model: Model,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=PATH", help="Serve the adapter in PATH as NAME. Repeatable."),
-    ] = None,
+    adapter: Adapters = None,
     adapter_dir: Annotated[
         Path | None, typer.Option(help=help_of(ServerConfig, "adapter_dir"))
     ] = None,
@@ -94,7 +101,7 @@ def serve(
         max_waiting=max_waiting,
         drain_timeout_s=drain_timeout_s,
     )
-    adapters = _named_adapters(adapter or [])
+    adapters = adapters_of(adapter)
     with for_good():
         from neuroada_serve.benchmark.report import progress_bar
         from neuroada_serve.engine.llm import LLM
@@ -136,17 +143,6 @@ def serve(
     notify(f"Stopped. Answers by ending: {endings}; {metrics.num_output_tokens} tokens in all.")
     if code:
         raise typer.Exit(code)
-
-
-def _named_adapters(flags: list[str]) -> dict[str, Path]:
-    """The adapters of --adapter NAME=PATH."""
-    adapters: dict[str, Path] = {}
-    for flag in flags:
-        name, separator, path = flag.partition("=")
-        if not separator or not name or not path:
-            raise UsageError(f"--adapter takes NAME=PATH, got {flag!r}")
-        adapters[name] = Path(path)
-    return adapters
 
 
 def _weights(option: str, flags: list[str]) -> dict[str, float]:
