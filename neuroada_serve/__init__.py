@@ -43,6 +43,10 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No garbage collection inside. Importing torch and transformers makes very many objects, all

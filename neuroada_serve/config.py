@@ -47,6 +47,8 @@ def parse_bytes(text: str) -> int:
 def _at_least(config: object, **minimums: float) -> None:
     for name, minimum in minimums.items():
         value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise UsageError(f"{name} must be a number, got {value!r}")
         if value is not None and not value >= minimum:  # refuses nan too
             raise UsageError(f"{name} must be at least {minimum}, got {value}")
 
@@ -106,7 +108,7 @@ class EngineConfig:
         _at_least(self, max_num_seqs=1, max_model_len=1, max_num_batched_tokens=1)
         _at_least(self, adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
         for name, weight in {**self.tenant_weights, **self.adapter_weights}.items():
-            if not 0 < weight < math.inf:
+            if not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 raise UsageError(f"the weight of {name!r} must be above 0, got {weight}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UsageError(

@@ -65,7 +65,7 @@ def run_demo(console: Console, notify: Callable[[str], None]) -> None:
     started = time.perf_counter()
     llm.merge(name)
     merge_ms = (time.perf_counter() - started) * 1000
-    merged: RequestOutput = llm.chat(questions[0], _PARAMS, name)[0]
+    merged: RequestOutput = llm.chat(questions[0], _PARAMS, name, use_tqdm=False)[0]
     llm.unmerge()
     after = llm.base_digest()
     say(f"{name} merged into the weights in {merge_ms:.0f} ms: {merged.text.strip()}")

@@ -49,9 +49,9 @@ FLOORS: list[list[str]] = [
 ]
 CORE = ("ops", "adapters", "model", "engine")
 CORE_LIBRARIES = {"torch", "transformers", "safetensors", "numpy"}
-# What these bring along themselves (jinja2 with torch, the hub client with transformers), and what
-# only a GGUF file needs.
-CORE_COMPANIONS = {"jinja2", "huggingface_hub", "gguf"}
+# What these bring along themselves (jinja2 with torch, the hub client and tqdm with transformers),
+# and what only a GGUF file needs.
+CORE_COMPANIONS = {"jinja2", "huggingface_hub", "tqdm", "gguf"}
 # Compilers of kernels, each for the modules that cannot be without it.
 KERNEL_LIBRARIES = {
     "ops.cpu_vectors": {"numba", "llvmlite"},

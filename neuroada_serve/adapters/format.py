@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from neuroada_serve.adapters.durable import write_durably
-from neuroada_serve.errors import AdapterFormatError, ShapeError
+from neuroada_serve.errors import AdapterFormatError, ShapeError, UsageError
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -346,7 +346,13 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     config. Between the two renames the new weights stand under the old config: refused where base,
     k or modules differ, else served, and described by the old metadata. Columns are stored as
     uint16 where all of them fit, else as int32.
+
+    Raises:
+        UsageError: these are no adapter and no path.
     """
+    if not isinstance(adapter, Adapter) or not isinstance(path, str | os.PathLike):
+        found = f"{type(adapter).__name__}, {type(path).__name__}"
+        raise UsageError(f"save_adapter takes an Adapter and a folder to write, not ({found})")
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     weights, config = adapter_files(adapter)

@@ -43,7 +43,7 @@ from neuroada_serve.adapters.parse import (
     header_size,
     parse_config,
 )
-from neuroada_serve.errors import AdapterFormatError, AdapterNotFoundError
+from neuroada_serve.errors import AdapterFormatError, AdapterNotFoundError, UsageError
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
@@ -251,7 +251,14 @@ def load_adapter(
     Raises:
         AdapterNotFoundError: no such directory, or one of the two files is not there.
         AdapterFormatError: anything wrong with them; `.faults` lists what was found.
+        UsageError: these are no path and no BaseSpec.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"path must be an adapter's folder, not {type(path).__name__}")
+    if not isinstance(base, BaseSpec | None):
+        raise UsageError(
+            f"base must be a BaseSpec, such as LLM(...).engine.base.spec, not {type(base).__name__}"
+        )
     reader = AdapterReader(base, allow_other_base=allow_other_base)
     return reader.adapter(reader.header(path, root))
 

@@ -66,7 +66,7 @@ def classify(
     """Label texts by a classifier: a line for each, its label and the labels' probabilities, or a
     regression's number."""
     llm, name = llm_with(model, adapter, dtype)
-    for output in llm.classify(text, name):
+    for output in llm.classify(text, name, use_tqdm=False):
         shares = zip(output.labels, output.probs, strict=True)
         print(output.label, *(f"{label}={share:.4f}" for label, share in shares), sep="\t")
 

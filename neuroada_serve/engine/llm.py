@@ -1,17 +1,29 @@
 """The offline front door: a model, its adapters, and batches of prompts in plain Python."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from neuroada_serve.adapters.format import Adapter
-from neuroada_serve.adapters.store import mix_name
 from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.arguments import (
+    AdapterChoice,
+    Folder,
+    Prompt,
+    adapter_list,
+    adapter_name,
+    adapters_by_name,
+    conversation_list,
+    params_list,
+    prompt_list,
+)
 from neuroada_serve.engine.engine import Engine
+from neuroada_serve.engine.progress import Progress, UseTqdm
 from neuroada_serve.errors import EngineError, UsageError
 from neuroada_serve.model.loader import find_device, load_base
 from neuroada_serve.model.prompt import Message, encode_chat, encode_text
@@ -27,10 +39,8 @@ from neuroada_serve.request import (
     SamplingParams,
 )
 
-Prompt = str | Seq[int]
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 _MOST_NAMED = 5  # folders that are told of
-AdapterChoice = str | Mapping[str, float] | None
 
 
 class LLM:
@@ -41,7 +51,8 @@ class LLM:
 
     Args:
         model: a local folder, a `.gguf` file, `demo`, or a hub id.
-        adapters: name -> adapter directory, or an Adapter in memory.
+        adapters: name -> adapter folder, or an Adapter in memory; or a list of folders, each under
+            its own name.
         adapter_dir: serve every adapter folder in it under its folder's name. They are known by
             their headers, and read when they are first asked for, or now with `preload`.
         notify: told in a sentence about work that takes a while (a download, a conversion).
@@ -50,21 +61,27 @@ class LLM:
 
     Raises:
         UsageError: its subclasses name what is wrong with the model or an adapter.
+        TypeError: EngineConfig has no such field.
     """
 
     def __init__(
         self,
-        model: str,
-        adapters: Mapping[str, str | os.PathLike[str] | Adapter] | None = None,
+        model: str | os.PathLike[str],
+        adapters: Mapping[str, Folder | Adapter] | Iterable[Folder] | None = None,
         *,
-        adapter_dir: str | os.PathLike[str] | None = None,
+        adapter_dir: Folder | None = None,
         preload: bool = False,
         notify: Notify = lambda message: None,
-        on_progress: Progress = lambda what, done, total: None,
+        on_progress: OnProgress = lambda what, done, total: None,
         **config: Any,
     ) -> None:
+        if unknown := sorted(config.keys() - {field.name for field in fields(EngineConfig)}):
+            raise TypeError(f"LLM() got an unexpected keyword argument {unknown[0]!r}")
+        if not isinstance(model, str | os.PathLike):
+            raise UsageError(f"model must be a name or a path, not {type(model).__name__}")
         engine_config = EngineConfig(**config)
-        source = resolve_model(model, notify)
+        named = adapters_by_name(adapters)
+        source = resolve_model(os.fspath(model), notify)
         kernels = Thread(target=cpu_forward.prepare, daemon=True)
         if find_device(engine_config.device).type == "cpu":
             kernels.start()
@@ -75,7 +92,7 @@ class LLM:
                 notify("Compiling the CPU kernels; the next start finds them compiled.")
             kernels.join()
         self.engine = Engine(base, engine_config)
-        for name, adapter in (adapters or {}).items():
+        for name, adapter in named.items():
             self.load_adapter(name, adapter)
         if adapter_dir is not None:
             failed = dict(
@@ -107,14 +124,19 @@ class LLM:
         """Name of the merged adapter."""
         return self.engine.merged
 
-    def load_adapter(
-        self, name: str, adapter: str | os.PathLike[str] | Adapter, replace: bool = False
-    ) -> None:
-        """Load an adapter directory under a name.
+    def load_adapter(self, name: str, adapter: Folder | Adapter, replace: bool = False) -> None:
+        """Load an adapter folder under a name.
 
         Raises:
             AdapterError: its subclasses say what is wrong; nothing has changed then.
+            UsageError: these are no name and no folder.
         """
+        if not isinstance(name, str):
+            raise UsageError(f"an adapter's name must be a text, not {type(name).__name__}")
+        if not isinstance(adapter, str | os.PathLike | Adapter):
+            raise UsageError(
+                f"adapter {name!r} must be a folder or an Adapter, not {type(adapter).__name__}"
+            )
         adapters = self.engine.adapters
         if isinstance(adapter, Adapter):
             adapters.check(adapter)
@@ -129,7 +151,7 @@ class LLM:
 
     def merge(self, adapter: str | Mapping[str, float]) -> None:
         """Write an adapter, or a mix, into the weights, swapping out a merged one."""
-        self.engine.adapters.merge(_adapter_name(adapter))
+        self.engine.adapters.merge(adapter_name(adapter))
 
     def unmerge(self) -> None:
         """Give the base weights back, bit for bit."""
@@ -144,18 +166,22 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
-        params: SamplingParams | Seq[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         adapters: AdapterChoice | Seq[AdapterChoice] = None,
         *,
+        use_tqdm: UseTqdm = True,
         on_output: Callable[[Output], None] | None = None,
     ) -> list[RequestOutput]:
         """Answer prompts, all in one continuous batch.
 
         Args:
-            prompts: texts or lists of token ids; a single one is a batch of one.
-            params: for all prompts, or one per prompt; default SamplingParams().
+            prompts: texts, lists of token ids, {"prompt": text} or {"prompt_token_ids": ids}; a
+                single one is a batch of one.
+            sampling_params: for all prompts, or one per prompt; default SamplingParams().
             adapters: for all prompts, or one per prompt; None is the base, {"sql": 0.7,
                 "json": 0.3} or "sql:0.7+json:0.3" the weighted sum of two.
+            use_tqdm: draw a progress bar with the speed, where stderr is a terminal or in a
+                notebook, and without on_output; or something to call like `tqdm` for a bar.
             on_output: sees every output as it comes.
 
         Returns:
@@ -164,48 +190,49 @@ class LLM:
         Raises:
             UsageError: a prompt, parameter or adapter is wrong; nothing was generated.
         """
-        batch = _prompt_list(prompts)
-        texts = [p if isinstance(p, str) else None for p in batch]
-        ids = [encode_text(self.engine.base, p) if isinstance(p, str) else p for p in batch]
-        return self._run(ids, texts, params, adapters, on_output)
+        texts, ids = self._encoded(prompts)
+        return self._run(ids, texts, sampling_params, adapters, use_tqdm, on_output)
 
     def chat(
         self,
-        conversations: Seq[Message] | Seq[Seq[Message]],
-        params: SamplingParams | Seq[SamplingParams] | None = None,
+        messages: Seq[Message] | Seq[Seq[Message]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         adapters: AdapterChoice | Seq[AdapterChoice] = None,
         *,
+        use_tqdm: UseTqdm = True,
         on_output: Callable[[Output], None] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations through the base's chat template; otherwise like `generate`.
 
         Args:
-            conversations: lists of {"role", "content"}; a single one is a batch of one.
+            messages: lists of {"role", "content"}; a single one is a batch of one.
         """
-        single = bool(conversations) and isinstance(conversations[0], Mapping)
-        batch: Any = [conversations] if single else conversations
-        ids = [encode_chat(self.engine.base, messages) for messages in batch]
-        return self._run(ids, [None] * len(ids), params, adapters, on_output)
+        batch = conversation_list(messages)
+        ids = [encode_chat(self.engine.base, conversation) for conversation in batch]
+        return self._run(ids, [None] * len(ids), sampling_params, adapters, use_tqdm, on_output)
 
     def classify(
-        self, prompts: Prompt | Seq[Prompt], adapters: AdapterChoice | Seq[AdapterChoice]
+        self,
+        prompts: Prompt | Seq[Prompt],
+        adapters: AdapterChoice | Seq[AdapterChoice],
+        *,
+        use_tqdm: UseTqdm = True,
     ) -> list[ClassifyOutput]:
         """What classifiers make of prompts, all in one batch.
 
         Args:
-            prompts: texts or lists of token ids; a single one is a batch of one.
+            prompts: as for `generate`.
             adapters: adapters of task_type SEQ_CLS, for all prompts or one per prompt.
+            use_tqdm: as for `generate`.
 
         Raises:
             UsageError: a prompt is wrong, or an adapter no classifier.
             EngineError: a classifier gave no numbers.
         """
-        batch = _prompt_list(prompts)
-        ids = [encode_text(self.engine.base, p) if isinstance(p, str) else p for p in batch]
-        chosen = _one_each(adapters, len(ids), str | Mapping | None, "adapters")
-        names = [None if one is None else _adapter_name(one) for one in chosen]
+        _, ids = self._encoded(prompts)
+        names = adapter_list(adapters, len(ids))
         outputs = []
-        for collected in self._collect(ids, [CLASSIFY] * len(ids), names, None):
+        for collected in self._collect(ids, [CLASSIFY] * len(ids), names, use_tqdm, None):
             last = collected[-1]
             if last.finish_reason is not FinishReason.STOP:
                 raise EngineError(last.error or "the request was ended")
@@ -215,22 +242,36 @@ class LLM:
             for prompt, o in zip(ids, outputs, strict=True)
         ]
 
+    def _encoded(self, prompts: Prompt | Seq[Prompt]) -> tuple[list[str | None], list[list[int]]]:
+        """Texts, where there are, and token ids of prompts."""
+        batch = prompt_list(prompts)
+        base = self.engine.base
+        ids = [encode_text(base, text or "") if ids is None else ids for text, ids in batch]
+        return [text for text, _ in batch], ids
+
     def _collect(
         self,
         prompts: Seq[Seq[int]],
         params: Seq[SamplingParams],
         adapters: Seq[str | None],
+        use_tqdm: UseTqdm,
         on_output: Callable[[Output], None] | None,
     ) -> list[list[Output]]:
         """All outputs of each prompt's request."""
         request_ids = [f"llm-{self._num_requests + i}" for i in range(len(prompts))]
         self._num_requests += len(prompts)
         collected: dict[str, list[Output]] = {request_id: [] for request_id in request_ids}
+        if use_tqdm is True and on_output is not None:
+            use_tqdm = False
+        lengths = dict(zip(request_ids, map(len, prompts), strict=True))
+        progress = Progress(use_tqdm, lengths, params)
         try:
             for request in zip(request_ids, prompts, params, adapters, strict=True):
                 self.engine.add_request(*request)
             while self.engine.has_unfinished:
-                for output in self.engine.step():
+                outputs = self.engine.step()
+                progress.see(outputs)
+                for output in outputs:
                     collected[output.request_id].append(output)
                     if on_output is not None:
                         on_output(output)
@@ -239,6 +280,8 @@ class LLM:
                 self.engine.abort(request_id)
             self.engine.step()  # hands out, and so forgets, the aborted ones
             raise
+        finally:
+            progress.close()
         return list(collected.values())
 
     def _run(
@@ -247,13 +290,12 @@ class LLM:
         texts: Seq[str | None],
         params: SamplingParams | Seq[SamplingParams] | None,
         adapters: AdapterChoice | Seq[AdapterChoice],
+        use_tqdm: UseTqdm,
         on_output: Callable[[Output], None] | None,
     ) -> list[RequestOutput]:
-        num = len(prompts)
-        each_params = _one_each(params or SamplingParams(), num, SamplingParams, "params")
-        chosen = _one_each(adapters, num, str | Mapping | None, "adapters")
-        each_adapter = [None if one is None else _adapter_name(one) for one in chosen]
-        collected = self._collect(prompts, each_params, each_adapter, on_output)
+        each_params = params_list(params, len(prompts))
+        each_adapter = adapter_list(adapters, len(prompts))
+        collected = self._collect(prompts, each_params, each_adapter, use_tqdm, on_output)
         return [
             RequestOutput(
                 outputs[0].request_id,
@@ -274,24 +316,6 @@ class LLM:
                 collected, texts, prompts, each_params, each_adapter, strict=True
             )
         ]
-
-
-def _adapter_name(adapter: str | Mapping[str, float]) -> str:
-    return adapter if isinstance(adapter, str) else mix_name(adapter)
-
-
-def _prompt_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    batch: Any = prompts
-    one_of_ids = not isinstance(batch, str) and batch and all(isinstance(p, int) for p in batch)
-    return [batch] if isinstance(batch, str) or one_of_ids else list(batch)
-
-
-def _one_each(value: Any, num: int, single: Any, what: str) -> list[Any]:
-    if isinstance(value, single):
-        return [value] * num
-    if len(value) != num:
-        raise UsageError(f"{len(value)} {what} for {num} prompts; give one, or one per prompt")
-    return list(value)
 
 
 def _completion(index: int, outputs: Seq[Output], params: SamplingParams) -> Completion:

@@ -84,7 +84,9 @@ def evaluate_classifiers(
     for start in track(starts, "scoring", console=console, disable=console is None):
         part = range(start, min(start + _ROWS_AT_ONCE, len(rows)))
         asked = [(i, name) for i in part for name in adapters]
-        outputs = llm.classify([prompts[i] for i, _ in asked], [name for _, name in asked])
+        outputs = llm.classify(
+            [prompts[i] for i, _ in asked], [name for _, name in asked], use_tqdm=False
+        )
         for (i, name), output in zip(asked, outputs, strict=True):
             digests[name] = output.adapter_digest
             right = rows[i].answer
