@@ -6,7 +6,7 @@ NeuroAdaError
 │   ├── ModelError              a base model that is absent, unreadable or of an unsupported kind
 │   ├── DataError               training or evaluation rows that do not fit
 │   ├── AdapterError            an adapter that cannot be used
-│   │   ├── AdapterFormatError  its files break the format; `.faults` lists every fault found
+│   │   ├── AdapterFormatError  its files break the format; `.faults` lists the faults found
 │   │   ├── AdapterNotFoundError
 │   │   ├── AdapterConflictError  its name is taken
 │   │   └── AdapterInUseError   requests still run with it; `.num_leases` says how many
@@ -18,6 +18,9 @@ NeuroAdaError
 """
 
 from collections.abc import Sequence
+
+MAX_FAULTS = 20  # kept of one error
+_MOST_SHOWN = 5  # in its message
 
 
 class NeuroAdaError(Exception):
@@ -52,8 +55,14 @@ class AdapterFormatError(AdapterError):
     """An adapter whose files break the format, or that belongs to another base."""
 
     def __init__(self, source: str, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
-        super().__init__(f"adapter {source}: " + "; ".join(self.faults))
+        self.faults = tuple(faults[:MAX_FAULTS])
+        super().__init__(f"adapter {source}: {listed_faults(faults)}")
+
+
+def listed_faults(faults: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    more = len(faults) - _MOST_SHOWN
+    return "; ".join([*faults[:_MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 class AdapterNotFoundError(AdapterError):

@@ -20,7 +20,7 @@ from broken import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import adapter_for, save_tiny_model
+from tiny import adapter_for, random_adapter, save_tiny_model
 
 from neuroada_serve import SamplingParams
 from neuroada_serve.adapters.format import BaseSpec, save_adapter
@@ -141,6 +141,33 @@ def test_at_most_twenty_faults_are_reported(base, folder):
     extra = {f"extra{i}": Part("F32", [1], bytes(4)) for i in range(50)}
     edit_parts(folder, lambda parts, metadata: parts.update(extra))
     assert len(refusal(folder, base.spec, folder.parent).faults) == 20
+
+
+def test_more_faults_than_a_message_holds_are_counted(base, folder):
+    extra = {f"extra{i}": Part("F32", [1], bytes(4)) for i in range(50)}
+    edit_parts(folder, lambda parts, metadata: parts.update(extra))
+    message = str(refusal(folder, base.spec, folder.parent))
+    assert message.endswith("; and 45 more")
+    assert message.count("unexpected tensor") == 5
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_adapter_of_another_base_is_told_once_with_both_names(base, tmp_path, family):
+    """Other modules and shapes follow from that, and a file may well be larger than any for this
+    base."""
+    other = save_tiny_model(tmp_path / "other", family)
+    save_adapter(random_adapter(other, seed=1, k=8), tmp_path / "fr")
+    error = refusal(tmp_path / "fr", base.spec, tmp_path)
+    assert len(error.faults) == 1
+    assert f"'tiny-{family}'" in str(error)
+    assert repr(base.spec.name) in str(error)
+    assert "serve it on its own base or train it again on this one" in str(error)
+
+
+def test_larger_adapter_of_another_base_is_told_as_such(base, folder):
+    edit_config(folder, base_fingerprint="0" * 64)
+    (folder / WEIGHTS).write_bytes(bytes(4 << 20))
+    assert "another base" in str(refusal(folder, base.spec, folder.parent))
 
 
 # --- mutations -------------------------------------------------------------------------------

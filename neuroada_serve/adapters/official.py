@@ -159,7 +159,7 @@ def _read_values(file: Path, source: str) -> dict[str, Tensor]:
         elif not tensor.is_floating_point() and not dense:
             faults.append(f"{name} has dtype {tensor.dtype}, values are floats")
     if faults:
-        raise AdapterFormatError(source, faults[:_MOST_NAMED])
+        raise AdapterFormatError(source, faults)
     return {name: tensor.detach() for name, tensor in loaded.items()}
 
 

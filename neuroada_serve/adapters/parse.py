@@ -19,14 +19,12 @@ from neuroada_serve.adapters.format import (
     DATA_SHA256,
     FORMAT_VERSION,
     INDEX_DTYPES,
-    MAX_FAULTS,
     MAX_HEADER_BYTES,
     MODULE_NAME,
     SHA256,
     WEIGHTS_FILE,
     AdapterConfig,
     BaseSpec,
-    base_fault,
     table_faults,
     task_faults,
     weights_metadata,
@@ -73,7 +71,7 @@ def parse_config(data: bytes, source: str) -> AdapterConfig:
         elif not isinstance(raw[key], kind) or isinstance(raw[key], bool):
             faults.append(f"{key} must be of type {kind.__name__}, not {type(raw[key]).__name__}")
     if faults:
-        raise AdapterFormatError(source, faults[:MAX_FAULTS])
+        raise AdapterFormatError(source, faults)
 
     targets = raw["target_modules"]
     if raw["format_version"] != FORMAT_VERSION:
@@ -95,7 +93,7 @@ def parse_config(data: bytes, source: str) -> AdapterConfig:
     labels = tuple(raw.pop("labels", ()))
     faults += task_faults(raw["task_type"], labels)
     if faults:
-        raise AdapterFormatError(source, faults[:MAX_FAULTS])
+        raise AdapterFormatError(source, faults)
     return AdapterConfig(**{**raw, "target_modules": tuple(targets), "labels": labels})
 
 
@@ -181,7 +179,6 @@ def check_header(
     header_bytes: bytes,
     file_size: int,
     base: BaseSpec | None,
-    allow_other_base: bool,
     source: str,
 ) -> Mapping[str, TensorSpan]:
     """The tensors that a weights file has, by its header.
@@ -191,7 +188,7 @@ def check_header(
     """
     tensors, metadata, faults = _parse_header(header_bytes, file_size)
     if faults:
-        raise AdapterFormatError(source, faults[:MAX_FAULTS])
+        raise AdapterFormatError(source, faults)
     said = SAID_SHA256.search(header_bytes)
     if metadata.get(DATA_SHA256) != (None if said is None else said[1].decode()):
         faults.append(f"__metadata__ {DATA_SHA256} must be 64 hexadecimal digits, and stand once")
@@ -199,12 +196,10 @@ def check_header(
         if metadata.get(key) != value:
             found = str(metadata.get(key))[:80]
             faults.append(f"__metadata__ {key} is {found!r}, {CONFIG_FILE} implies {value!r}")
-    if base is not None and (fault := base_fault(config, base, allow_other_base)):
-        faults.append(fault)
     table = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     faults += table_faults(table, config, base)
     if faults:
-        raise AdapterFormatError(source, faults[:MAX_FAULTS])
+        raise AdapterFormatError(source, faults)
     return tensors
 
 

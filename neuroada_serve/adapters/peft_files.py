@@ -103,7 +103,7 @@ def read_peft(folder: Path, peft_type: str, kinds: tuple[str, ...]) -> PeftFiles
     if not tensors:
         faults.append(f"it has no {kinds[0]}")
     if faults:
-        raise AdapterFormatError(source, faults[:_MOST_NAMED])
+        raise AdapterFormatError(source, faults)
     return PeftFiles(config, tensors, source)
 
 

@@ -25,13 +25,13 @@ from neuroada_serve.adapters.format import (
     CONFIG_FILE,
     DATA_SHA256,
     HEAD,
-    MAX_FAULTS,
     MAX_HEADER_BYTES,
     WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
     BaseSpec,
     ModuleBypass,
+    base_fault,
     file_digest,
     index_faults,
     value_faults,
@@ -131,6 +131,9 @@ class AdapterReader:
             config_stamp = _stamp(file)
             config_bytes = _read_whole(file, source)
         config = self._shared(parse_config(config_bytes, source))
+        fault = self._base and base_fault(config, self._base, self._allow_other_base)
+        if fault:  # modules, shapes and a size that differ only follow from it
+            raise AdapterFormatError(source, [fault])
         limit = MAX_WEIGHTS_BYTES if self._base is None else _most_bytes(config, self._base)
         with _open_file(directory / WEIGHTS_FILE, limit, root, source) as file:
             stamp = _stamp(file)
@@ -198,7 +201,7 @@ class AdapterReader:
         head = loaded.get(HEAD)
         faults += [] if head is None else value_faults(HEAD, head)
         if faults or damage:  # which value is wrong says more than that some are
-            raise AdapterFormatError(header.source, (faults or damage)[:MAX_FAULTS])
+            raise AdapterFormatError(header.source, faults or damage)
         return Adapter(header.config, parts, header.digest, head)
 
     def _shared(self, config: AdapterConfig) -> AdapterConfig:
@@ -224,9 +227,7 @@ class AdapterReader:
         of_config = (config.k, config.target_modules, config.base_fingerprint, config.labels)
         key = (blank, file_size, *of_config)
         if (known := self._checked.get(key)) is None:
-            known = check_header(
-                config, header_bytes, file_size, self._base, self._allow_other_base, source
-            )
+            known = check_header(config, header_bytes, file_size, self._base, source)
             if len(self._checked) >= _MOST_CHECKED:
                 self._checked.clear()
             self._checked[key] = known

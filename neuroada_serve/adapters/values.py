@@ -21,7 +21,6 @@ from torch import Tensor
 
 from neuroada_serve.adapters.format import (
     HEAD,
-    MAX_FAULTS,
     Adapter,
     BaseSpec,
     index_faults,
@@ -298,7 +297,7 @@ class ValuesReader:
         if head is not None:
             faults += value_faults(HEAD, head)
         if faults or damage:  # which value is wrong says more than that some are
-            raise AdapterFormatError(source, (faults or damage)[:MAX_FAULTS])
+            raise AdapterFormatError(source, faults or damage)
         self._refuse_large(layout, values, source)
         assert table is not None
         return AdapterValues(table, values, head)
@@ -312,7 +311,7 @@ class ValuesReader:
                 f"a value of {name} is so large that a weight overflows {self._dtype}"
                 for name, part in layout.of_tensor().items()
                 if not bool((values[part].abs().max() <= self._largest).item())
-            ][:MAX_FAULTS],
+            ],
         )
 
     def _table(

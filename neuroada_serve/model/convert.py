@@ -15,7 +15,6 @@ from torch import Tensor
 
 from neuroada_serve.adapters.entries import Entries, as_rows, target_modules
 from neuroada_serve.adapters.format import (
-    MAX_FAULTS,
     Adapter,
     AdapterConfig,
     ModuleBypass,
@@ -361,17 +360,14 @@ def _official_biases(base: BaseModel, source: str, run: OfficialRun) -> dict[str
         else:
             biases[name] = (2 * after if run.bias_twice else after) - before
     if faults:
-        raise AdapterFormatError(repr(source), faults[:MAX_FAULTS])
+        raise AdapterFormatError(repr(source), faults)
     return biases
 
 
 def _no_module(source: str, base: BaseModel, names: list[str]) -> AdapterFormatError:
     return AdapterFormatError(
         source,
-        [
-            f"{name} is no linear layer in the blocks of {base.spec.name!r}"
-            for name in names[:MAX_FAULTS]
-        ],
+        [f"{name} is no linear layer in the blocks of {base.spec.name!r}" for name in names],
     )
 
 
@@ -385,7 +381,7 @@ def _check_places(base: BaseModel, source: str, modules: Mapping[str, Entries]) 
             faults.append(f"{name} is a Conv1D in the base, which this method does not change")
         faults += [f"{name} {fault}" for fault in entries.faults(*base.spec.shapes[name])]
     if faults:
-        raise AdapterFormatError(repr(source), faults[:MAX_FAULTS])
+        raise AdapterFormatError(repr(source), faults)
 
 
 def _share_of_largest(base: BaseModel, modules: Mapping[str, Entries]) -> float:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from neuroada_serve.adapters.format import MAX_FAULTS, index_faults
+from neuroada_serve.adapters.format import index_faults
 from neuroada_serve.adapters.select import (
     Selection,
     magnitude_index,
@@ -33,7 +33,7 @@ from neuroada_serve.adapters.select import (
     smallest_index,
 )
 from neuroada_serve.config import TrainConfig
-from neuroada_serve.errors import DataError, UsageError
+from neuroada_serve.errors import DataError, UsageError, listed_faults
 from neuroada_serve.model.loader import is_transposed
 from neuroada_serve.train.data import Example
 from neuroada_serve.train.loop import Notify
@@ -214,7 +214,7 @@ def _from_file(path: Path, modules: Mapping[str, Any], k: int) -> dict[str, Tens
             faults += index_faults(name, found[name], d_in)
             found[name] = found[name].to(module.weight.device)
     if faults:
-        raise DataError(f"index file {path} does not fit: {'; '.join(faults[:MAX_FAULTS])}")
+        raise DataError(f"index file {path} does not fit: {listed_faults(faults)}")
     return found
 
 
