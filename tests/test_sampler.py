@@ -10,7 +10,7 @@ from tiny import save_tiny_model
 
 from neuroada_serve import LLM
 from neuroada_serve.engine import sampler
-from neuroada_serve.engine.sampler import new_generator, sample, score
+from neuroada_serve.engine.sampler import new_draws, sample, score
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.request import SamplingParams
 
@@ -28,7 +28,7 @@ def new_sequence(prompt=(), output=(), end=(), index=0, **params) -> Sequence:
         end_token_ids=tuple(end),
         lease=None,
         detokenizer=None,
-        random=new_generator(sampling, index),
+        random=new_draws(sampling, index),
         output_token_ids=list(output),
     )
 
@@ -378,7 +378,7 @@ def test_without_a_seed_draws_differ():
 
 
 def test_greedy_needs_no_random_numbers():
-    assert new_generator(SamplingParams(temperature=0, seed=3), 0) is None
+    assert new_draws(SamplingParams(temperature=0, seed=3), 0) is None
 
 
 # --- logprobs --------------------------------------------------------------------------------

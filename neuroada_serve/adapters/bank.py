@@ -295,9 +295,14 @@ class AdapterBank:
         index = self._take(-(-table.size_bytes // SLOT_BYTES))
         if index is None:
             return None
-        plane = self._planes[table] = Plane(next(self._numbers), table, index)
+        plane = Plane(next(self._numbers), table, index)
+        try:
+            self._columns_of(plane).copy_(table.index)
+        except BaseException:
+            self._give_back(index)
+            raise
+        self._planes[table] = plane
         self._empty[table] = None
-        self._columns_of(plane).copy_(table.index)
         return plane
 
     def keep_originals(self, plane: Plane, originals: Tensor) -> None:

@@ -264,7 +264,12 @@ class AdapterTiers:
                     place.stays_until = time.monotonic() + FRESH_S
             self._fresh.clear()
         for table, loads in waiting.items():
-            ready = self._ready_plane(table, [load.place for load in loads])
+            try:
+                ready = self._ready_plane(table, [load.place for load in loads])
+            except Exception as error:  # for want of memory, say: the engine goes on
+                for load in loads:
+                    self._failed(load, error)
+                continue
             for load in loads:
                 if ready is None:
                     self._give_up(load.place)
@@ -532,7 +537,12 @@ class AdapterTiers:
             plane.num_coming += len(places)
         originals = plane.originals
         if originals is None:
-            originals = self._originals(table)
+            try:
+                originals = self._originals(table)
+            except BaseException:
+                with self._lock:
+                    plane.num_coming -= len(places)
+                raise
             with self._lock:
                 self._bank.keep_originals(plane, originals)
         return _Ready(plane, originals)

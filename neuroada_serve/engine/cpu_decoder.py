@@ -85,6 +85,10 @@ class CpuDecoder:
         caches = Caches(self._cache.version, self._cache.layer)
         return self._forward(tokens, kept, caches, _additions(batch))
 
+    def release(self) -> None:
+        """Give back what grows with requests."""
+        self._forward.release()
+
     def seen_by_head(self, num_kept: int) -> Tensor:
         """[num_kept, hidden] what the last run's logits were made of; valid until the next step."""
         return self._forward.seen_by_head(num_kept)

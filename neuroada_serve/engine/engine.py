@@ -18,10 +18,11 @@ from neuroada_serve.engine.adapter_plane import AdapterPlane
 from neuroada_serve.engine.detokenizer import Detokenizer
 from neuroada_serve.engine.fairness import OUTPUT_COST, FairQueue
 from neuroada_serve.engine.kv_cache import KVBlocks, KVCache
+from neuroada_serve.engine.memory import describe_need, is_out_of_memory, most_demanding
 from neuroada_serve.engine.merge_policy import Load
 from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS, PrefixCache, prefix_root
-from neuroada_serve.engine.runner import ModelRunner, PromptLogits
-from neuroada_serve.engine.sampler import Sampled, new_generator, sample, score
+from neuroada_serve.engine.runner import ModelRunner, PromptLogits, StepLogits
+from neuroada_serve.engine.sampler import Sampled, new_draws, sample, score
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.errors import RequestError
@@ -178,7 +179,7 @@ class Engine:
                 params.include_stop_str_in_output,
                 params.skip_special_tokens,
             ),
-            random=new_generator(params, index),
+            random=new_draws(params, index),
         )
 
     def abort(self, request_id: str) -> None:
@@ -212,9 +213,15 @@ class Engine:
         """Advance every scheduled sequence; at most one new token each.
 
         A failing forward ends the sequences of this step with FinishReason.ERROR; the engine and
-        all other sequences go on. Where nothing can run before an adapter has come, it waits for
-        that, for a moment.
+        all other sequences go on. Where memory is short, only the one that asks for most ends.
+        Where nothing can run before an adapter has come, it waits for that, for a moment.
         """
+        outputs = self._advance()
+        if not self._scheduler.running:  # however the last one ended
+            self._runner.release()
+        return outputs
+
+    def _advance(self) -> list[Output]:
         self._step += 1
         outputs, self._ended = self._ended, []
         for version in self.adapters.poll(self._loads):
@@ -230,19 +237,34 @@ class Engine:
                 self.adapters.tiers.wait(_WAIT_S)
             return outputs
 
-        try:
-            self._restore_prefixes(schedule)
-            step = self._runner.run(schedule, self.adapters.merged_version)
-            for prompt in step.prompts:
-                self._score_prompt(prompt)
-            chosen = sample(step.logits, step.sequences)
-        except Exception:
-            logger.exception("a step failed; its requests end with an error")
-            failed = [*schedule.decodes, *(chunk.sequence for chunk in schedule.prefills)]
-            for sequence in failed:
-                outputs.append(self._fail(sequence, "the engine failed on this request's step"))
-            return outputs
+        while not schedule.is_empty:
+            computed = {s: s.num_computed for s in schedule.scheduled}
+            try:
+                self._restore_prefixes(schedule)
+                step = self._runner.run(schedule, self.adapters.merged_version)
+                scores = [self._score_prompt(prompt) for prompt in step.prompts]
+                chosen = sample(step.logits, step.sequences)
+            except Exception as error:
+                for sequence, num_computed in computed.items():
+                    sequence.num_computed = num_computed
+                if is_out_of_memory(error):
+                    failed = most_demanding(schedule, self._cache)
+                    schedule = schedule.without(failed)
+                    outputs.append(self._end_for_want_of_memory(failed, error))
+                    continue
+                logger.exception("a step failed; its requests end with an error")
+                message = "the engine failed on this request's step"
+                return outputs + [self._fail(sequence, message) for sequence in computed]
+            for prompt, tokens in zip(step.prompts, scores, strict=True):
+                prompt.sequence.prompt_logprobs += tokens
+            return outputs + self._give_out(schedule, step, chosen)
+        return outputs
 
+    def _give_out(
+        self, schedule: Schedule, step: StepLogits, chosen: Seq[Sampled | None]
+    ) -> list[Output]:
+        """What the sequences of a step get from it."""
+        outputs = []
         self.metrics.num_steps += 1
         self.metrics.num_prompt_tokens += sum(c.num_tokens for c in schedule.prefills)
         for row, (sequence, token) in enumerate(zip(step.sequences, chosen, strict=True)):
@@ -254,9 +276,14 @@ class Engine:
                 if not sequence.output_token_ids:
                     self._keep_prefix(sequence)
                 outputs.append(self._append(sequence, token))
-        if not self._scheduler.running:
-            self._runner.cache.release()
         return outputs
+
+    def _end_for_want_of_memory(self, sequence: Sequence, error: Exception) -> Output:
+        logger.warning("a request ends for want of memory: %s", error)
+        output = self._end_with_error(sequence, describe_need(sequence, error), may_retry=True)
+        if not any(s.num_computed for s in self._scheduler.running.values()):
+            self._runner.release()  # whatever it was given is free for the others
+        return output
 
     def _fail_hopeless(self, schedule: Schedule) -> list[Output]:
         """End the sequences whose adapter cannot be had, or has no room whatever leaves."""
@@ -326,7 +353,13 @@ class Engine:
             return
         root = sequence.prefix_root or self._root(sequence)
         ids = [*sequence.prompt_token_ids, *sequence.output_token_ids][: sequence.num_computed]
-        self._blocks.keep(sequence.slot, self._prefixes.keep(root, ids))
+        new = self._prefixes.keep(root, ids)
+        try:
+            self._blocks.keep(sequence.slot, new)
+        except Exception as error:
+            self._prefixes.forget({number for _, number in new})
+            if not is_out_of_memory(error):
+                raise
 
     def _root(self, sequence: Sequence) -> bytes:
         version = sequence.version
@@ -344,8 +377,14 @@ class Engine:
         block_bytes = self._cache.bytes_per_token * BLOCK_TOKENS
         num_blocks = size_bytes // block_bytes if block_bytes else 0
         if num_blocks:
+            try:
+                self._blocks = KVBlocks(self._cache, num_blocks, BLOCK_TOKENS)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("no memory for a prefix cache of %d bytes just now", size_bytes)
+                return
             self._prefixes = PrefixCache(num_blocks)
-            self._blocks = KVBlocks(self._cache, num_blocks, BLOCK_TOKENS)
 
     # --- after a step ------------------------------------------------------------------------
 
@@ -453,12 +492,12 @@ class Engine:
         top = tuple((i, text(i), logprob) for i, logprob in token.top)
         return TokenLogprob(token.token_id, text(token.token_id), token.logprob, top)
 
-    def _score_prompt(self, prompt: PromptLogits) -> None:
+    def _score_prompt(self, prompt: PromptLogits) -> list[TokenLogprob]:
         sequence, start = prompt.sequence, prompt.first + 1
         token_ids = sequence.prompt_token_ids[start : start + len(prompt.logits)]
         num_top = sequence.params.prompt_logprobs or 0
         scores = score(prompt.logits, token_ids, num_top) if token_ids else []
-        sequence.prompt_logprobs += [self._token_logprob(token) for token in scores]
+        return [self._token_logprob(token) for token in scores]
 
 
 def _check_task(params: SamplingParams, adapter: str | None, labels: Seq[str]) -> None:

@@ -8,7 +8,7 @@ the same positions on the same adapter version for the same tenant, whatever nam
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 32
@@ -73,6 +73,11 @@ class PrefixCache:
             new.append((place, number))
         self._touch(keys)
         return new
+
+    def forget(self, numbers: Collection[int]) -> None:
+        """Blocks that `keep` gave could not be filled."""
+        for key in [key for key, block in self._blocks.items() if block.number in numbers]:
+            self._free.append(self._blocks.pop(key).number)
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         # The last first, so that a block is always older than the one before it in its chain, and

@@ -187,6 +187,12 @@ class ModelRunner:
         hidden = seen[0][0, : len(sampled)] if classifies else None
         return StepLogits(sampled, logits[: len(sampled)], hidden, prompts)
 
+    def release(self) -> None:
+        """Give back what grows with requests; only while no sequence runs."""
+        self.cache.release()
+        if self._cpu_decoder is not None:
+            self._cpu_decoder.release()
+
     def _replay(
         self, graphs: DecodeGraphs, decodes: Seq[Sequence], merged: AdapterVersion | None
     ) -> StepLogits | None:

@@ -39,13 +39,30 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def new_generator(params: SamplingParams, index: int) -> torch.Generator | None:
-    """The random numbers of choice `index`; they do not depend on batch or device."""
+class Draws:
+    """The random numbers of one choice; they do not depend on batch or device."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed % 2**63)
+        self._returned: float | None = None
+
+    def next(self) -> float:
+        """A number in [0, 1)."""
+        uniform, self._returned = self._returned, None
+        if uniform is None:
+            uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return uniform
+
+    def give_back(self, uniform: float) -> None:
+        """The last number has chosen nothing; it comes again."""
+        self._returned = uniform
+
+
+def new_draws(params: SamplingParams, index: int) -> Draws | None:
+    """Of choice `index`; None where nothing is drawn."""
     if params.greedy:
         return None
-    generator = torch.Generator("cpu")
-    seed = secrets.randbits(63) if params.seed is None else params.seed + index
-    return generator.manual_seed(seed % 2**63)
+    return Draws(secrets.randbits(63) if params.seed is None else params.seed + index)
 
 
 def score(logits: Tensor, token_ids: Seq[int], num_top: int) -> list[Sampled]:
@@ -68,9 +85,24 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
 
     Returns:
         Per row the token, or None where the logits are not finite.
+
+    Where it fails, for want of memory, say, no random number is used up.
     """
     if not sequences:
         return []
+    uniforms: dict[int, float] = {}
+    try:
+        return _sample(logits, sequences, uniforms)
+    except BaseException:
+        for row, uniform in uniforms.items():
+            sequences[row].random.give_back(uniform)
+        raise
+
+
+def _sample(
+    logits: Tensor, sequences: Seq[Sequence], uniforms: dict[int, float]
+) -> list[Sampled | None]:
+    """The same; `uniforms` gets the random numbers by row."""
     # 1. Every row's best token; a nan or an infinity is the best of its row.
     chosen = _argmax(logits)  # (num_sequences)
     finite = logits.gather(1, chosen.unsqueeze(1)).squeeze(1).isfinite()
@@ -83,7 +115,9 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
     _adjust_(logits, sequences, adjusted)
     if greedy := [i for i in adjusted if sequences[i].params.greedy]:
         chosen[greedy] = _argmax(logits[greedy])
-    uniforms = {i: _uniform(s) for i, s in enumerate(sequences) if not s.params.greedy}
+    for i, sequence in enumerate(sequences):
+        if not sequence.params.greedy:
+            uniforms[i] = sequence.random.next()
     _draw_(chosen, complete, logits, sequences, uniforms, _NUCLEUS)
 
     # 3. One transfer. Where a flat distribution cut the nucleus short, look among more tokens.
@@ -102,11 +136,6 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
             if is_finite[i]:
                 results[i] = Sampled(one.token_id, one.logprob, one.top[:num])
     return results
-
-
-def _uniform(sequence: Sequence) -> float:
-    """One number of the sequence's own generator: a seed draws the same in any batch."""
-    return float(torch.rand((), generator=sequence.random, dtype=torch.float64))
 
 
 # --- penalties -------------------------------------------------------------------------------

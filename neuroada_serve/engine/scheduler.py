@@ -10,7 +10,7 @@ times over.
 
 import heapq
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from neuroada_serve.adapters.readiness import Readiness
@@ -96,6 +96,20 @@ class Schedule:
     @property
     def is_empty(self) -> bool:
         return not self.decodes and not self.prefills
+
+    @property
+    def scheduled(self) -> tuple[Sequence, ...]:
+        """Whoever takes part."""
+        return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
+
+    def without(self, sequence: Sequence) -> "Schedule":
+        """The same step for all others."""
+        return replace(
+            self,
+            running=tuple(s for s in self.running if s is not sequence),
+            decodes=tuple(s for s in self.decodes if s is not sequence),
+            prefills=tuple(c for c in self.prefills if c.sequence is not sequence),
+        )
 
 
 class Scheduler:

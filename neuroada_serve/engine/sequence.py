@@ -48,7 +48,7 @@ class Sequence:
     end_token_ids: tuple[int, ...]
     lease: "Lease | None"
     detokenizer: Any
-    random: Any = None  # the sampler's generator; None where nothing is drawn
+    random: Any = None  # the sampler's draws; None where nothing is drawn
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     tenant: str = ""

@@ -245,6 +245,11 @@ class CpuForward:
         """[num_kept, hidden] bf16, of which the last run's logits are; valid until the next run."""
         return self._normed[:num_kept]
 
+    def release(self) -> None:
+        """Give back what grows with the tokens of a run and their context."""
+        self._logits = torch.empty(0, self._decoder.head.weight.d_out)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
     def _set_caches(self, caches: Caches) -> None:
         at = self._at
         for attention, block in self._attentions:
@@ -272,23 +277,24 @@ class CpuForward:
         at, largest_k = self._at, 0
         if not runs and not self._runs:
             return 0
-        self._runs.clear()  # what the blocks held addresses of
-        for product, block in self._products:
+        kept: list[Any] = []
+        lists: list[Any] = []
+        for product, _ in self._products:
             entries: list[int] = []
             for run in runs if product.site is not None else ():
                 adds: list[int] = []
                 for add in run.adds(product.site or ""):
                     adds += [add.launch.address, add.first_row, add.slot, add.sign]
                     largest_k = max(largest_k, add.launch.k)
-                    self._runs.append(add.launch)
+                    kept.append(add.launch)
                 array = (ctypes.c_int64 * len(adds))(*adds)
-                self._runs.append(array)
+                kept.append(array)
                 entries += [run.start, run.stop, ctypes.addressof(array), len(adds) // 4]
-            array = (ctypes.c_int64 * len(entries))(*entries)
-            self._runs.append(array)
-            block[at.NUM_RUNS], block[at.RUNS] = len(entries) // 4, ctypes.addressof(array)
-        if not runs:
-            self._runs.clear()
+            lists.append((ctypes.c_int64 * len(entries))(*entries))
+        # Only now that all is there: until then, the blocks' old addresses hold.
+        for (_, block), array in zip(self._products, lists, strict=True):
+            block[at.NUM_RUNS], block[at.RUNS] = len(array) // 4, ctypes.addressof(array)
+        self._runs = [*kept, *lists] if runs else []
         return largest_k
 
     def _new_plan(self, additions: Additions) -> _Plan:

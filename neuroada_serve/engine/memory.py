@@ -1,0 +1,44 @@
+"""Steps for which there is no memory: who ends, so that all others go on."""
+
+import torch
+
+from neuroada_serve.engine.kv_cache import CacheMemoryError, KVCache
+from neuroada_serve.engine.scheduler import Schedule
+from neuroada_serve.engine.sequence import Sequence
+
+# What torch says, besides its own torch.OutOfMemoryError, where the system gives it no memory.
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "bad_alloc", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory was asked for and not given."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
+
+
+def most_demanding(schedule: Schedule, cache: KVCache) -> Sequence:
+    """Who asks for most memory in a step: the longest of those for whom the cache must grow, or,
+    where it need not, who has most tokens to compute, on the longest context."""
+
+    def demand(work: tuple[Sequence, int]) -> tuple[bool, int]:
+        sequence, num_tokens = work
+        assert sequence.slot is not None
+        length = sequence.num_computed + num_tokens
+        if cache.holds(sequence.slot, length):
+            return False, num_tokens * length
+        return True, length
+
+    work = [(s, 1) for s in schedule.decodes]
+    work += [(chunk.sequence, chunk.num_tokens) for chunk in schedule.prefills]
+    return max(work, key=demand)[0]
+
+
+def describe_need(sequence: Sequence, error: BaseException) -> str:
+    """What a client is told whose request ends for want of memory."""
+    reason = str(error) if isinstance(error, CacheMemoryError) else "its step found no memory"
+    return (
+        f"this request of {len(sequence.prompt_token_ids)} prompt tokens and "
+        f"{len(sequence.output_token_ids)} answered ones cannot go on: {reason}. Send a shorter "
+        "one, or try again when fewer requests run"
+    )
