@@ -13,7 +13,12 @@ from neuroada_serve.errors import RequestError
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+# OpenAI takes 4 stop strings; vLLM takes any, 128 stop token ids and 1,024 biases. Text that may be
+# the beginning of a stop string is held back, so a longer one is of no use to anybody.
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024  # of each
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIASES = 1024
 
 
 class FinishReason(Enum):
@@ -35,11 +40,12 @@ class SamplingParams:
     presence_penalty, frequency_penalty: subtracted from logits of tokens already answered,
         once, and once per occurrence; repetition_penalty divides positive and multiplies
         negative logits of tokens seen in prompt or answer.
-    logit_bias: token id -> addition to its logit.
+    logit_bias: token id -> addition to its logit, for at most MAX_LOGIT_BIASES.
     max_tokens: most new tokens; None: as many as the model length leaves.
     min_tokens: fewest new tokens before an end token or stop string counts.
     stop: strings that end the answer and are cut from it (kept with
-        include_stop_str_in_output); stop_token_ids likewise for ids.
+        include_stop_str_in_output), at most MAX_STOP_STRINGS of MAX_STOP_CHARS characters;
+        stop_token_ids likewise for at most MAX_STOP_TOKEN_IDS ids.
     seed: same seed, same draws, whatever else is in the batch; choice i of n uses seed + i.
     n: choices per prompt.
     logprobs: None, or how many alternatives to report per answered token; prompt_logprobs likewise
@@ -95,19 +101,43 @@ class SamplingParams:
             raise RequestError("top_p must be above 0; use temperature=0 for greedy", "top_p")
         if self.repetition_penalty <= 0:
             raise RequestError("repetition_penalty must be above 0", "repetition_penalty")
+        self._check_stops()
+        self._check_biases()
+
+    def _check_stops(self) -> None:
         if not isinstance(self.stop, str | Sequence | None):
             raise RequestError(f"stop must be a string or strings, got {self.stop!r}", "stop")
-        if len(self.stop_strings) > MAX_STOP_STRINGS:
-            raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings", "stop")
+        # Numbers first: what is too long is not looked through.
+        if not isinstance(self.stop, str | None) and len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(
+                f"at most {MAX_STOP_STRINGS} stop strings, got {len(self.stop)}", "stop"
+            )
         if not all(isinstance(s, str) and s for s in self.stop_strings):
             raise RequestError("stop must be a string or strings, none empty", "stop")
-        if not isinstance(self.stop_token_ids, Sequence) or not all(
-            isinstance(token_id, int) for token_id in self.stop_token_ids
-        ):
+        longest = max(map(len, self.stop_strings), default=0)
+        if longest > MAX_STOP_CHARS:
+            raise RequestError(
+                f"a stop string may have {MAX_STOP_CHARS} characters, got one of {longest}", "stop"
+            )
+        if not isinstance(self.stop_token_ids, Sequence):
             raise RequestError("stop_token_ids must be a sequence of integers", "stop_token_ids")
-        if not isinstance(self.logit_bias, Mapping) or not all(
-            isinstance(token_id, int) for token_id in self.logit_bias
-        ):
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids, got {len(self.stop_token_ids)}",
+                "stop_token_ids",
+            )
+        if not all(isinstance(token_id, int) for token_id in self.stop_token_ids):
+            raise RequestError("stop_token_ids must be a sequence of integers", "stop_token_ids")
+
+    def _check_biases(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError("logit_bias must map token ids, integers, to numbers", "logit_bias")
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise RequestError(
+                f"at most {MAX_LOGIT_BIASES} tokens in logit_bias, got {len(self.logit_bias)}",
+                "logit_bias",
+            )
+        if not all(isinstance(token_id, int) for token_id in self.logit_bias):
             raise RequestError("logit_bias must map token ids, integers, to numbers", "logit_bias")
         if not all(
             isinstance(bias, int | float) and abs(bias) <= sys.float_info.max

@@ -1,10 +1,13 @@
 """Text out of tokens, one at a time: nothing lost, nothing early, nothing held for long."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from neuroada_serve.engine.detokenizer import Detokenizer
+from neuroada_serve.engine.detokenizer import Detokenizer, _StopString
+from neuroada_serve.request import MAX_STOP_CHARS
 
 
 class PieceTokenizer:
@@ -90,6 +93,7 @@ def test_given_texts_join_to_what_a_real_tokenizer_decodes(ids, skip):
 
 
 TINY = tiny_tokenizer()
+BYTE_TOKENS = bytes_to_unicode()
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -117,6 +121,34 @@ def test_long_answer_is_decoded_in_small_parts():
 
     run(Detokenizer(Counting(b"word "), [0] * 500), [0] * 2000)
     assert max(lengths) <= 8
+
+
+def decoded_lengths(pieces: list[bytes], ids) -> tuple[list[int], str]:
+    """How many tokens each decoding looked at, and what was given out."""
+    lengths = []
+
+    class Counting(PieceTokenizer):
+        def decode(self, ids, skip_special_tokens=True):
+            lengths.append(len(ids))
+            return super().decode(ids, skip_special_tokens)
+
+    return lengths, "".join(run(Detokenizer(Counting(*pieces), []), ids))
+
+
+@pytest.mark.parametrize("piece", [b"\x80", b"\xf0", b"\xf0\x9f", b"\xff\xfe"])
+def test_answer_of_bytes_that_make_no_character_is_decoded_in_small_parts(piece):
+    lengths, text = decoded_lengths([piece, b"a"], [0] * 500 + [1])
+    assert max(lengths) <= 40
+    assert text == (piece * 500 + b"a").decode("utf-8", errors="replace")
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(list("é€😀".encode()) + [65]), min_size=30, max_size=150))
+def test_any_bytes_join_to_the_whole(ids):
+    text = bytes(ids).decode(errors="replace")
+    assert "".join(run(Detokenizer(BYTES, []), ids)) == text
+    tiny_ids = TINY.convert_tokens_to_ids([BYTE_TOKENS[i] for i in ids])
+    assert "".join(run(Detokenizer(TINY, []), tiny_ids)) == text
 
 
 # --- spaces and special tokens ---------------------------------------------------------------
@@ -248,3 +280,31 @@ def test_only_a_possible_stop_string_is_held_and_no_longer(pieces, stops):
             (n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0
         )
         assert len(held) == longest
+
+
+def test_long_stop_string_that_almost_comes_again_and_again():
+    stop = "a" * 500 + "b"
+    texts, reason = stopped("a" * 1500 + "c" + "a" * 600 + "bz", stop)
+    assert ("".join(texts), reason) == ("a" * 1500 + "c" + "a" * 100, stop)
+
+
+def test_stop_strings_cost_the_same_however_long_text_and_strings_are(monkeypatch):
+    """Steps back in a stop string are at most as many as characters were read; text that is given
+    out is not kept."""
+    steps = []
+    shorter = _StopString._shorter
+    monkeypatch.setattr(_StopString, "_shorter", lambda self: steps.append(1) or shorter(self))
+    stops = tuple("ab" * (500 + i) + "c" for i in range(16))
+    detokenizer = Detokenizer(PieceTokenizer(b"ab", b"abab", b"x"), [], stops)
+    for i in range(4000):
+        detokenizer.add(i % 7 % 3)
+        detokenizer.take(final=False)
+        assert len(detokenizer._text) <= MAX_STOP_CHARS + 4
+        assert len(detokenizer._ids) <= 8
+    assert len(steps) <= 16 * 4 * 4000
+
+
+def test_stop_string_makes_no_table_before_it_is_met():
+    stop = _StopString("ab" * 512)
+    assert stop.read("xyz" * 100) is None
+    assert len(stop._borders) == 1

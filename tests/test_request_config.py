@@ -11,8 +11,11 @@ from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig, help_
 from neuroada_serve.errors import RequestError, UsageError
 from neuroada_serve.request import (
     MAX_CHOICES,
+    MAX_LOGIT_BIASES,
     MAX_LOGPROBS,
+    MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
     Completion,
     FinishReason,
     Output,
@@ -112,12 +115,42 @@ def test_wrong_kind_of_value_is_refused_by_name(field, value):
         {"n": MAX_CHOICES, "max_tokens": None, "seed": -(2**63), "logprobs": 0},
         {"seed": 2**63 - 1, "logprobs": MAX_LOGPROBS, "prompt_logprobs": 0},
         {"stop": ["a"] * MAX_STOP_STRINGS, "stop_token_ids": [1], "logit_bias": {1: -100}},
+        {"stop": "a" * MAX_STOP_CHARS, "stop_token_ids": [1] * MAX_STOP_TOKEN_IDS},
+        {"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIASES), 1.0)},
         {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 0.01},
     ],
 )
 def test_limits_themselves_are_allowed(values):
     params = SamplingParams(**values)
     assert {name: getattr(params, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("stop", ["a"] * (MAX_STOP_STRINGS + 1), "at most 16 stop strings, got 17"),
+        ("stop", ["a", "b" * (MAX_STOP_CHARS + 1)], "1024 characters, got one of 1025"),
+        ("stop_token_ids", [1] * (MAX_STOP_TOKEN_IDS + 1), "at most 128 stop_token_ids, got 129"),
+        ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIASES + 1), 1.0), "at most 1024 .* got 1025"),
+    ],
+)
+def test_too_many_are_refused_with_the_limit(field, value, message):
+    with pytest.raises(RequestError, match=message) as raised:
+        SamplingParams(**{field: value})
+    assert raised.value.param == field
+
+
+@pytest.mark.parametrize("field", ["stop", "stop_token_ids"])
+def test_too_many_are_counted_not_looked_at(field):
+    class Many(list):
+        def __len__(self):
+            return 10**9
+
+        def __iter__(self):
+            raise AssertionError("looked at")
+
+    with pytest.raises(RequestError, match="got 1000000000"):
+        SamplingParams(**{field: Many()})
 
 
 def test_stop_strings_are_a_tuple_whatever_was_given():

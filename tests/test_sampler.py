@@ -25,7 +25,7 @@ def new_sequence(prompt=(), output=(), end=(), index=0, **params) -> Sequence:
         prompt_token_ids=list(prompt),
         params=sampling,
         max_tokens=99,
-        end_token_ids=tuple(end),
+        end_token_ids=frozenset(end),
         lease=None,
         detokenizer=None,
         random=new_draws(sampling, index),

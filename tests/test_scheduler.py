@@ -150,7 +150,7 @@ def new_sequence(
         prompt_token_ids=list(range(num_prompt)),
         params=SamplingParams(),
         max_tokens=max_tokens,
-        end_token_ids=(),
+        end_token_ids=frozenset(),
         lease=None if version is None else SimpleNamespace(version=version),
         detokenizer=None,
         tenant=tenant,

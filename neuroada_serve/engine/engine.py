@@ -150,8 +150,9 @@ class Engine:
         try:
             _check_task(params, adapter, () if lease is None else lease.version.labels)
             for request_id, prompt in zip(request_ids, prompts, strict=True):
+                token_ids = list(prompt)  # one for all choices
                 for index in range(params.n):
-                    sequence = self._new_sequence(request_id, index, prompt, params)
+                    sequence = self._new_sequence(request_id, index, token_ids, params)
                     sequence.tenant, sequence.cache_salt = tenant, cache_salt
                     sequence.lease = None if lease is None else lease.share()
                     self._scheduler.add(sequence)
@@ -160,17 +161,17 @@ class Engine:
                 lease.release()
 
     def _new_sequence(
-        self, request_id: str, index: int, prompt: Seq[int], params: SamplingParams
+        self, request_id: str, index: int, prompt: list[int], params: SamplingParams
     ) -> Sequence:
         room = self.max_model_len - len(prompt)
-        eos = () if params.ignore_eos else tuple(self.base.eos_token_ids)
+        eos = frozenset() if params.ignore_eos else self.base.eos_token_ids
         return Sequence(
             request_id=request_id,
             index=index,
-            prompt_token_ids=list(prompt),
+            prompt_token_ids=prompt,
             params=params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            end_token_ids=(*eos, *params.stop_token_ids),
+            end_token_ids=eos.union(params.stop_token_ids),
             lease=None,
             detokenizer=Detokenizer(
                 self.base.tokenizer,
@@ -197,7 +198,9 @@ class Engine:
                 f"your prompt contains {length} input tokens. Please reduce its length.",
                 "prompt",
             )
-        if not all(type(i) is int and 0 <= i < vocab for i in prompt_token_ids):
+        if set(map(type, prompt_token_ids)) != {int} or not (
+            0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab
+        ):
             raise RequestError(f"prompt token ids must be integers within [0, {vocab})", "prompt")
         for param in ("logit_bias", "stop_token_ids"):
             if not all(0 <= i < vocab for i in getattr(params, param)):

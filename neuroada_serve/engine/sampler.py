@@ -169,10 +169,13 @@ def _adjust_(logits: Tensor, sequences: Seq[Sequence], adjusted: Seq[int]) -> No
                 row, np.array(seen.ids), divisor, once + params.frequency_penalty * counts
             )
         if params.logit_bias:
-            values = np.array(list(params.logit_bias.values()), np.float64)
-            biases.add(row, list(params.logit_bias), values.clip(-_LARGEST, _LARGEST))
+            if sequence.biases is None:
+                values = np.array(list(params.logit_bias.values()), np.float64)
+                ids = np.array(list(params.logit_bias), np.int64)
+                sequence.biases = ids, values.clip(-_LARGEST, _LARGEST)
+            biases.add(row, *sequence.biases)
         if len(sequence.output_token_ids) < params.min_tokens:
-            bans.add(row, sequence.end_token_ids)
+            bans.add(row, list(sequence.end_token_ids))
 
     if penalties:
         at, divisor, minus = penalties.on(logits.device)

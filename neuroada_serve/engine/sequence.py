@@ -45,9 +45,10 @@ class Sequence:
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
-    end_token_ids: tuple[int, ...]
+    end_token_ids: frozenset[int]
     lease: "Lease | None"
     detokenizer: Any
+    biases: Any = None  # logit_bias as the sampler keeps it
     random: Any = None  # the sampler's draws; None where nothing is drawn
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -21,10 +21,9 @@ from pydantic import (
 )
 
 from neuroada_serve.errors import RequestError
-from neuroada_serve.request import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+from neuroada_serve.request import MAX_CHOICES, MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
 
 MAX_INPUTS = 256
-MAX_LOGIT_BIASES = 1024
 MAX_MODEL_CHARS = 1024  # a mix names up to 8 adapters
 MAX_REPORTED_FAULTS = 10
 

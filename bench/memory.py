@@ -1,0 +1,132 @@
+"""A prompt for which there is no memory, again and again: what it does to the others.
+
+One process for each path (the one-kernel step in bfloat16, the modules in float32) gives itself a
+limit on its address space (RLIMIT_AS) a little above what it has, then runs --tries rounds: a
+prompt as long as the model takes beside three short streams, until it ends; then --requests short
+requests, whose tokens are compared with those of the same requests before there was a limit. The
+room above differs from try to try, so that growth fails in other places. A process that crashes is
+counted. Writes memory.json to --out; the last line of stdout is that JSON. Not measured: HTTP, a
+limit of a control group, where the kernel kills instead of refusing.
+
+    python bench/memory.py [MODEL] [--tries 20] [--requests 200]
+"""
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from neuroada_serve.benchmark.report import environment
+from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.engine import Engine
+from neuroada_serve.model.loader import load_base
+from neuroada_serve.model.source import resolve_model
+from neuroada_serve.ops import matrix
+from neuroada_serve.request import FinishReason, Output, SamplingParams
+
+PATHS = {"kernel": "bfloat16", "modules": "float32"}
+LEAST_ROOM, MOST_ROOM = 16 << 20, 256 << 20
+_SHORT = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+_STREAM = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--tries", type=int, default=20)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--path", choices=PATHS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.path:
+        _run_path(args.model, args.path, args.tries, args.requests)
+        return
+    result: dict[str, Any] = {"environment": environment(), "requests": args.requests, "paths": {}}
+    for path in PATHS:
+        command = [sys.executable, __file__, args.model, "--path", path]
+        command += ["--tries", str(args.tries), "--requests", str(args.requests)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        tries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        result["paths"][path] = {"exit_code": done.returncode, "tries": tries}
+        good = sum(t["alone"] and t["right"] == args.requests for t in tries)
+        print(f"{path}: exit code {done.returncode}, {good} of {args.tries} tries as promised")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def _run_path(model: str, path: str, tries: int, num_requests: int) -> None:
+    """Print a line of JSON for every try."""
+    # With AMX, oneDNN packs weights in blocks that the kernel does not read.
+    with patch.object(matrix, "_onednn_packs", lambda: False):
+        base = load_base(resolve_model(model), PATHS[path])
+        engine = Engine(base, EngineConfig(prefix_cache_memory=0))
+    assert (engine._runner._cpu_decoder is not None) == (path == "kernel")
+    expected = _short_requests(engine, num_requests)
+    streams = _streams(engine, long=False)
+    draw = random.Random(0)
+    for number in range(tries):
+        room = int(LEAST_ROOM * (MOST_ROOM / LEAST_ROOM) ** (number / max(1, tries - 1)))
+        room = int(room * draw.uniform(0.8, 1.2))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + room, hard))
+        found = _streams(engine, long=True)
+        long = found.pop("long")
+        again = _short_requests(engine, num_requests)
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        said = {
+            "room_mb": room >> 20,
+            "long_ended": str(long[0]),
+            "long_error": long[2],
+            "alone": all(found[name][0] is not FinishReason.ERROR for name in found),
+            "streams_right": sum(found[name][1] == streams[name][1] for name in found),
+            "right": sum(again[name] == tokens for name, tokens in expected.items()),
+        }
+        print(json.dumps(said), flush=True)
+
+
+def _streams(engine: Engine, long: bool) -> dict[str, tuple[FinishReason, list[int], str | None]]:
+    for i in range(3):
+        engine.add_request(f"stream{i}", [40 + i, 8, 9], _STREAM)
+    engine.step()
+    if long:
+        engine.add_request("long", [7] * (engine.max_model_len - 10), _SHORT)
+    return {name: _ending(outputs) for name, outputs in _run(engine).items()}
+
+
+def _short_requests(engine: Engine, num: int) -> dict[str, list[int]]:
+    for i in range(num):
+        engine.add_request(f"r{i}", [100 + i, 5, 300 + i, 11], _SHORT)
+    return {name: _ending(outputs)[1] for name, outputs in _run(engine).items()}
+
+
+def _run(engine: Engine) -> dict[str, list[Output]]:
+    outputs: dict[str, list[Output]] = {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    return outputs
+
+
+def _ending(outputs: list[Output]) -> tuple[FinishReason, list[int], str | None]:
+    assert outputs[-1].finish_reason is not None
+    return (
+        outputs[-1].finish_reason,
+        [token for output in outputs for token in output.token_ids],
+        outputs[-1].error,
+    )
+
+
+def _address_space() -> int:
+    """Bytes of this process's address space."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    main()
