@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from neuroada_serve.errors import UsageError
 
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -146,6 +147,27 @@ class ServerConfig:
         "Requests that may wait for a place; more get HTTP 503, but for those of tenants or "
         "adapters with less than their share of the queue.",
     )
+    max_connections: int | None = _option(
+        None,
+        "Connections that may be open at once; when there is no place for a new one, whoever has "
+        "sent no whole request for longest goes. Default: what there are file descriptors for, up "
+        "to 8192.",
+    )
+    allowed_hosts: tuple[str, ...] = _option(
+        (),
+        "Name that clients may use for this server, as Host and, from web pages, as Origin; beside "
+        "localhost and addresses. Repeatable. '*' allows all, for a server behind a proxy that "
+        "checks them.",
+    )
+    served_model_name: tuple[str, ...] = _option(
+        (),
+        "Name that the base answers to, instead of its own. Repeatable: it answers to all, and "
+        "the first is the one in its answers.",
+    )
+    log_level: str = _option("info", "debug, info, warning, error or critical.")
+    enable_log_requests: bool = _option(
+        False, "Log a line for every request: client, status, time, model, tokens; no prompts."
+    )
     drain_timeout_s: float = _option(
         10.0, "Seconds that running requests may take to finish after a stop signal."
     )
@@ -153,7 +175,13 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port must be within 0..65535, got {self.port}")
-        _at_least(self, max_waiting=1, drain_timeout_s=0)
+        _at_least(self, max_waiting=1, drain_timeout_s=0, max_connections=1)
+        if self.log_level not in LOG_LEVELS:
+            raise UsageError(
+                f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
+            )
+        if not all(self.served_model_name):
+            raise UsageError("served_model_name must not be empty")
         if self.preload and self.adapter_dir is None:
             raise UsageError("--preload needs --adapter-dir, whose adapters it reads")
 

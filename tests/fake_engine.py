@@ -24,6 +24,7 @@ from neuroada_serve.errors import (
     RequestError,
     UsageError,
 )
+from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import FinishReason, Output, SamplingParams, TokenLogprob
 
@@ -91,6 +92,7 @@ class FakeAdapters:
 
     def __init__(self, names: Sequence[str], wake: Callable[[], None]) -> None:
         self.versions = {name: FakeVersion(name, digest_of(name)) for name in names}
+        self.base_names = {BASE}
         self.directory: Path | None = None
         self.merge_mode = "never"
         self.merged: str | None = None
@@ -106,6 +108,15 @@ class FakeAdapters:
         return {call.thread for call in self.calls if call.what == what}
 
     # --- any thread ---
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, v in self.versions.items() if v.state == "ready")
+
+    def reserve(self, names: Sequence[str]) -> None:
+        if taken := set(names) & self.versions.keys():
+            raise AdapterConflictError(f"{taken} is to be the base's name, and is an adapter's")
+        self.base_names |= set(names)
 
     def describe(self) -> list[AdapterInfo]:
         self._record("describe")
@@ -134,7 +145,9 @@ class FakeAdapters:
             old = self.versions.get(name)
             if old is not None and old.digest == digest:
                 return
-            if name == BASE or (old is not None and not replace):
+            if name in self.base_names:
+                raise AdapterConflictError(f"{name!r} is the base model's name")
+            if old is not None and not replace:
                 raise AdapterConflictError(f"an adapter named {name!r} is already loaded")
             self.versions[name] = FakeVersion(name, digest)
 
@@ -300,6 +313,7 @@ class FakeEngine:
         self.max_model_len = self.base.max_model_len
         self.on_wake: Callable[[], None] = lambda: None
         self.adapters = FakeAdapters(adapters, lambda: self.on_wake())
+        self.metrics = EngineMetrics()
         self.dies = False
         self.running: list[FakeSequence] = []
         self.waiting: FairQueue[FakeSequence] = FairQueue()
@@ -415,6 +429,9 @@ class FakeEngine:
             sequence.prompt == b"poison later" and sequence.num_sent == 2
         ):
             return self._output(sequence, "", FinishReason.ERROR, error="non-finite logits")
+        if sequence.num_sent == 0:
+            self.metrics.num_prompt_tokens += len(sequence.prompt)
+        self.metrics.num_output_tokens += 1
         token = chr(sequence.answer[sequence.num_sent])
         sequence.num_sent += 1
         if token in sequence.params.stop_strings:

@@ -252,7 +252,7 @@ async def client(source):
     async with AsyncExitStack() as stack:
         worker = await stack.enter_async_context(Worker(llm.engine))
         app = httpx.ASGITransport(create_app(worker, ServerConfig()))
-        client = httpx.AsyncClient(transport=app, base_url="http://test")
+        client = httpx.AsyncClient(transport=app, base_url="http://127.0.0.1")
         yield await stack.enter_async_context(client)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 
 import pytest
 import torch
@@ -76,15 +77,6 @@ def test_inspect_shows_what_is_inside(adapter):
     assert "q_proj" in result.stdout
 
 
-def test_inspect_shows_the_whole_digest_on_a_line(adapter):
-    digest = load_adapter(adapter).digest
-    assert f"digest              {digest}\n" in run("inspect", adapter).stdout
-    found = json.loads(run("inspect", adapter, "--json").stdout)
-    assert found["digest"] == digest
-    assert found["num_values"] == load_adapter(adapter).nnz
-    assert found["metadata"] == {}
-
-
 def test_train_then_eval_then_generate(model, tmp_path):
     rows = [{"prompt": f"say {c}", "completion": c * 3} for c in "abcdefgh"]
     data = tmp_path / "rows.jsonl"
@@ -153,13 +145,25 @@ def test_mistake_ends_with_one_sentence_and_code_2(model, args, word):
     assert result.stderr.count("Error: ") == 1
 
 
+def test_taken_port_is_found_before_the_model_is_looked_for():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("serve", "/no/such/model", "--port", port)
+    assert result.exit_code == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
+
+
 def test_serve_flags_reach_engine_and_server(model, adapter, monkeypatch):
     served = []
-    monkeypatch.setattr("neuroada_serve.server.serve.serve", lambda *args: served.append(args) or 0)
+    monkeypatch.setattr(
+        "neuroada_serve.server.serve.serve", lambda *args, **options: served.append(args) or 0
+    )
     flags = ["--adapter-dir", adapter.parent, "--preload", "--tenant-header", "x-tenant"]
     flags += ["--tenant-weight", "big=2", "--tenant-weight", "a=b=0.5", "--adapter-weight", "fr=3"]
     flags += ["--adapter-memory", "4MiB", "--adapter-host-memory", "0"]
-    flags += ["--prefix-cache-memory", "1.5MB", "--allow-runtime-adapters"]
+    flags += ["--prefix-cache-memory", "1.5MB", "--allow-runtime-adapters", "--port", 0]
+    flags += ["--max-connections", 9, "--allowed-host", "a", "--allowed-host", "b"]
+    flags += ["--served-model-name", "x", "--log-level", "debug", "--enable-log-requests"]
     assert run("serve", model.path, *flags).exit_code == 0
     (engine, config, *_), settings = served[0], served[0][0].config
     assert config == ServerConfig(
@@ -167,6 +171,12 @@ def test_serve_flags_reach_engine_and_server(model, adapter, monkeypatch):
         preload=True,
         tenant_header="x-tenant",
         allow_runtime_adapters=True,
+        port=0,
+        max_connections=9,
+        allowed_hosts=("a", "b"),
+        served_model_name=("x",),
+        log_level="debug",
+        enable_log_requests=True,
     )
     assert settings.tenant_weights == {"big": 2, "a=b": 0.5}
     assert settings.adapter_weights == {"fr": 3}

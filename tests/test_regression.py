@@ -155,7 +155,7 @@ async def test_over_http_probs_is_the_number(source):
     [expected] = llm.classify(["a"], "nines")
     async with Worker(llm.engine) as worker:
         app = httpx.ASGITransport(create_app(worker, ServerConfig()))
-        async with httpx.AsyncClient(transport=app, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=app, base_url="http://127.0.0.1") as client:
             reply = await client.post("/v1/classify", json={"model": "nines", "input": "a"})
     [found] = reply.json()["data"]
     assert found["probs"] == pytest.approx(expected.probs, abs=1e-5)

@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -35,6 +35,7 @@ from neuroada_serve.errors import (
 MAX_MIXED = 8  # adapters in one mix
 MAX_WEIGHT = 100.0  # of an adapter in a mix, either sign
 _MOST_IDLE_MIXES = 256
+_ABORT_TIMEOUT_S = 10.0  # aborted requests are gone after the engine's step
 
 
 class VersionState(Enum):
@@ -123,7 +124,7 @@ class AdapterStore:
         on_gone: Callable[[AdapterVersion], None],
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        self._base_name = base_name
+        self._base_names = {base_name}
         self._on_gone = on_gone
         self._on_change = on_change
         self._changed = threading.Condition()  # guards everything below; held for moments only
@@ -182,6 +183,20 @@ class AdapterStore:
 
     # --- change ------------------------------------------------------------------------------
 
+    def reserve(self, names: Sequence[str]) -> None:
+        """Keep names for the base, beside its own.
+
+        Raises:
+            AdapterConflictError: an adapter has one of them.
+        """
+        with self._changed:
+            for name in names:
+                if name in self._versions or name in self._loading:
+                    raise AdapterConflictError(
+                        f"{name!r} is to be the base's name, and is an adapter's; rename one"
+                    )
+            self._base_names |= set(names)
+
     def add(
         self,
         version: AdapterVersion,
@@ -209,7 +224,7 @@ class AdapterStore:
                 f"adapter name {name[:80]!r} is not allowed; use letters, digits, '.', '_' and "
                 "'-', a letter or digit first, at most 63"
             )
-        if name == self._base_name:
+        if name in self._base_names:
             raise AdapterConflictError(f"{name!r} is the base model's name")
         with self._changing(name):
             with self._changed:
@@ -248,8 +263,7 @@ class AdapterStore:
 
         Args:
             timeout_s: how long to wait for running requests, after which the name is given back.
-            abort: called when they have not finished in time, to end them; they get the same time
-                again.
+            abort: called when they have not finished in time, to end them, which takes a step.
             wait: False leaves the version to its last request, at once.
 
         Raises:
@@ -264,7 +278,9 @@ class AdapterStore:
             if wait and not self._wait_unleased(version, timeout_s):
                 if abort is not None:
                     abort(version)
-                if abort is None or not self._wait_unleased(version, max(timeout_s, 1.0)):
+                if abort is None or not self._wait_unleased(
+                    version, max(timeout_s, _ABORT_TIMEOUT_S)
+                ):
                     with self._changed:
                         version.state = VersionState.READY
                         num_leases = version.num_leases

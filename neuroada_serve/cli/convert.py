@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from neuroada_serve.model.source import ModelSource
 
 convert_app = typer.Typer(
-    name="convert",
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Turn other formats into adapters, and adapters into SHiRA.",
+    help="Make an adapter of another format's files, or the other way round.",
 )
-app.add_typer(convert_app)
+app.add_typer(convert_app, name="convert")
 
 Base = Annotated[
     str,

@@ -1,6 +1,7 @@
 """`neuroada demo` and `neuroada serve`."""
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,9 @@ from neuroada_serve.cli.common import (
 )
 from neuroada_serve.config import EngineConfig, ServerConfig, help_of, parse_bytes
 from neuroada_serve.errors import UsageError
+from neuroada_serve.server.listener import bind
+from neuroada_serve.server.logs import logged
+from neuroada_serve.server.signals import EarlySignals
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,7 +32,7 @@ _MOST_LISTED = 20  # adapters that `serve` names at its start
 
 @command
 def demo() -> None:
-    """Serve the shipped adapters in one batch, then hot-merge one."""
+    """Serve the shipped adapters beside the base in one batch, then hot-merge one."""
     from neuroada_serve.demo import run_demo
 
     run_demo(out, notify)
@@ -70,6 +74,10 @@ def serve(
             "--allow-runtime-adapters", help=help_of(ServerConfig, "allow_runtime_adapters")
         ),
     ] = False,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=help_of(ServerConfig, "served_model_name")),
+    ] = None,
     host: Annotated[str, typer.Option(help=help_of(ServerConfig, "host"))] = "127.0.0.1",
     port: Annotated[int, typer.Option(help=help_of(ServerConfig, "port"))] = 8000,
     merge: Annotated[str, typer.Option(help=help_of(EngineConfig, "merge"))] = "never",
@@ -85,12 +93,24 @@ def serve(
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help=help_of(EngineConfig, "enforce_eager"))
     ] = False,
+    max_connections: Annotated[
+        int | None, typer.Option(help=help_of(ServerConfig, "max_connections"))
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=help_of(ServerConfig, "allowed_hosts")),
+    ] = None,
+    log_level: Annotated[str, typer.Option(help=help_of(ServerConfig, "log_level"))] = "info",
+    enable_log_requests: Annotated[
+        bool,
+        typer.Option("--enable-log-requests", help=help_of(ServerConfig, "enable_log_requests")),
+    ] = False,
     max_waiting: Annotated[int, typer.Option(help=help_of(ServerConfig, "max_waiting"))] = 256,
     drain_timeout_s: Annotated[
         float, typer.Option(help=help_of(ServerConfig, "drain_timeout_s"))
     ] = 10.0,
 ) -> None:
-    """Serve a base and its adapters over HTTP, OpenAI-style."""
+    """Serve a base and its adapters over an OpenAI-style HTTP endpoint."""
     server_config = ServerConfig(
         host=host,
         port=port,
@@ -99,9 +119,49 @@ def serve(
         tenant_header=tenant_header,
         allow_runtime_adapters=allow_runtime_adapters,
         max_waiting=max_waiting,
+        max_connections=max_connections,
+        allowed_hosts=tuple(allowed_host or ()),
+        served_model_name=tuple(served_model_name or ()),
+        log_level=log_level,
+        enable_log_requests=enable_log_requests,
         drain_timeout_s=drain_timeout_s,
     )
-    adapters = adapters_of(adapter)
+    engine_options: dict[str, Any] = {
+        "merge": merge,
+        "adapter_memory": _optional_bytes(adapter_memory),
+        "adapter_host_memory": _optional_bytes(adapter_host_memory),
+        "prefix_cache_memory": _optional_bytes(prefix_cache_memory),
+        "tenant_weights": _weights("--tenant-weight", tenant_weight or []),
+        "adapter_weights": _weights("--adapter-weight", adapter_weight or []),
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "dtype": dtype,
+        "device": device,
+        "enforce_eager": enforce_eager,
+    }
+    # The port is taken first: whether it is free should not show after a minute of loading only.
+    with EarlySignals(notify) as early, bind(host, port) as bound, logged(log_level):
+        code = _load_and_serve(
+            model,
+            adapters_of(adapter, reserved=server_config.served_model_name),
+            engine_options,
+            server_config,
+            bound,
+            early,
+        )
+    if code:
+        raise typer.Exit(code)
+
+
+def _load_and_serve(
+    model: str,
+    adapters: Mapping[str, Path],
+    engine_options: dict[str, Any],
+    config: ServerConfig,
+    bound: socket.socket,
+    early: EarlySignals,
+) -> int:
     with for_good():
         from neuroada_serve.benchmark.report import progress_bar
         from neuroada_serve.engine.llm import LLM
@@ -111,38 +171,25 @@ def serve(
             llm = LLM(
                 model,
                 adapters,
-                adapter_dir=adapter_dir,
-                preload=preload,
+                adapter_dir=config.adapter_dir,
+                preload=config.preload,
                 notify=notify,
                 on_progress=_shown_in(progress),
-                merge=merge,
-                adapter_memory=_optional_bytes(adapter_memory),
-                adapter_host_memory=_optional_bytes(adapter_host_memory),
-                prefix_cache_memory=_optional_bytes(prefix_cache_memory),
-                tenant_weights=_weights("--tenant-weight", tenant_weight or []),
-                adapter_weights=_weights("--adapter-weight", adapter_weight or []),
-                max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,
-                max_num_batched_tokens=max_num_batched_tokens,
-                dtype=dtype,
-                device=device,
-                enforce_eager=enforce_eager,
+                **engine_options,
             )
 
     def on_ready(host: str, port: int) -> None:
         names = llm.adapters
         listed = ", ".join(names) if len(names) <= _MOST_LISTED else f"{len(names)} in all"
-        notify(
-            f"Serving {llm.engine.base.spec.name} on http://{host}:{port}/v1; adapters: "
-            f"{listed or 'none yet'}"
-        )
+        served = ", ".join(config.served_model_name) or llm.engine.base.spec.name
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        notify(f"Serving {served} on http://{where}/v1; adapters: {listed or 'none yet'}")
 
-    code = run_server(llm.engine, server_config, on_ready, notify)
+    code = run_server(llm.engine, config, on_ready, notify, bound=bound, early=early)
     metrics = llm.engine.metrics
     endings = ", ".join(f"{count} {reason.value}" for reason, count in metrics.num_finished.items())
     notify(f"Stopped. Answers by ending: {endings}; {metrics.num_output_tokens} tokens in all.")
-    if code:
-        raise typer.Exit(code)
+    return code
 
 
 def _weights(option: str, flags: list[str]) -> dict[str, float]:

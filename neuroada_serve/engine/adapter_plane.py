@@ -8,7 +8,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -244,6 +244,10 @@ class AdapterPlane:
 
     def _read(self, version: AdapterVersion) -> None:
         self.tiers.read(version)
+
+    def reserve(self, names: Sequence[str]) -> None:
+        """As `AdapterStore.reserve`."""
+        self.store.reserve(names)
 
     def unload(self, name: str, timeout_s: float = 0.0, abort: bool = False) -> None:
         """Stop serving an adapter, and free all it holds, once its requests have finished.

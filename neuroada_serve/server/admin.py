@@ -5,11 +5,9 @@ Changes wait for files and for running requests, so each goes to a thread; none 
 a different name.
 """
 
-import asyncio
+import logging
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,14 +20,23 @@ from fastapi.responses import PlainTextResponse
 
 from neuroada_serve.adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from neuroada_serve.config import ServerConfig
-from neuroada_serve.errors import AdapterConflictError, AdapterNotFoundError, Unavailable
+from neuroada_serve.errors import (
+    AdapterConflictError,
+    AdapterError,
+    AdapterNotFoundError,
+    Unavailable,
+)
 from neuroada_serve.server.failure import Failure
 from neuroada_serve.server.protocol import (
     LoadAdapterRequest,
     MergeRequest,
     UnloadAdapterRequest,
 )
+from neuroada_serve.server.request_log import client_of
+from neuroada_serve.server.rescans import Rescans, in_daemon_thread, told
 from neuroada_serve.server.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 _MOST_READING = 4  # threads that load
 _MOST_WAITING = 64  # threads that unload, and so wait
@@ -42,10 +49,10 @@ async def require_json(request: Request) -> None:
         raise Failure(400, f"Content-Type must be application/json, not {kind[:80]!r}")
 
 
-def add_admin(app: FastAPI, worker: Worker, config: ServerConfig) -> None:
+def add_admin(app: FastAPI, worker: Worker, config: ServerConfig, rescans: Rescans) -> None:
     """Add the routes to an application."""
     _add_reading(app, worker)
-    _add_changes(app, worker, config)
+    _add_changes(app, worker, config, rescans)
 
 
 def _add_reading(app: FastAPI, worker: Worker) -> None:
@@ -67,8 +74,9 @@ def _add_reading(app: FastAPI, worker: Worker) -> None:
         return asdict(worker.adapters.describe_one(name))
 
 
-def _add_changes(app: FastAPI, worker: Worker, config: ServerConfig) -> None:
+def _add_changes(app: FastAPI, worker: Worker, config: ServerConfig, rescans: Rescans) -> None:
     root = config.adapter_dir
+    base_names = {worker.base.spec.name, *config.served_model_name}
     reading, waiting = anyio.CapacityLimiter(_MOST_READING), anyio.CapacityLimiter(_MOST_WAITING)
 
     async def require_permission() -> None:
@@ -85,75 +93,80 @@ def _add_changes(app: FastAPI, worker: Worker, config: ServerConfig) -> None:
         if root is None:
             raise Failure(403, "The server was started without --adapter-dir to load from.")
 
+    def digest_of(name: str) -> str | None:
+        try:
+            return worker.adapters.describe_one(name).digest
+        except AdapterError:
+            return None
+
+    def log(http: Request, name: str, what: str, digest: str | None) -> None:
+        by, short = client_of(http.scope), (digest or "unknown")[:12]
+        logger.info("adapter %r %s by %s, digest %s", name[:256], what, by, short)
+
     permission = [Depends(require_permission), Depends(require_json)]
     from_files = [*permission, Depends(require_directory)]
 
     @app.post("/v1/load_lora_adapter", dependencies=from_files, response_class=PlainTextResponse)
-    async def load(request: LoadAdapterRequest) -> str:
+    async def load(http: Request, request: LoadAdapterRequest) -> str:
         """Serve an adapter from a folder under --adapter-dir."""
         assert root is not None
-        await anyio.to_thread.run_sync(_load, worker, root, request, limiter=reading)
+        before = digest_of(request.lora_name)
+        await anyio.to_thread.run_sync(_load, worker, root, request, base_names, limiter=reading)
+        if (digest := digest_of(request.lora_name)) != before:
+            what = "loaded" if before is None else f"replaced (digest {before[:12]} before)"
+            log(http, request.lora_name, f"{what} from {request.lora_path[:256]!r}", digest)
         return f"Success: LoRA adapter '{request.lora_name}' added successfully."
 
     @app.post("/v1/unload_lora_adapter", dependencies=permission, response_class=PlainTextResponse)
-    async def unload(request: UnloadAdapterRequest) -> str:
+    async def unload(http: Request, request: UnloadAdapterRequest) -> str:
         """Stop serving an adapter and free what it holds, once its requests have finished."""
-        name = request.lora_name
-        unload = partial(worker.adapters.unload, name, request.timeout_s, request.abort)
+        name, digest = request.lora_name, digest_of(request.lora_name)
+        unload = partial(worker.adapters.unload, name, request.patience_s, request.abort)
         try:
             async with waiting:
-                await _in_daemon_thread(unload)
+                await in_daemon_thread(unload, "unload")
         except AdapterNotFoundError:
             raise Failure(404, f"No adapter named {name[:256]!r} is loaded.", "lora_name") from None
+        log(http, name, "unloaded", digest)
         return f"Success: LoRA adapter '{name}' removed successfully."
 
     @app.post("/v1/adapters/rescan", dependencies=from_files)
-    async def rescan() -> dict[str, Any]:
+    async def rescan(http: Request) -> dict[str, Any]:
         """Look at --adapter-dir again: serve new folders, replace changed ones, drop gone ones."""
         assert root is not None
-        found = asdict(await anyio.to_thread.run_sync(worker.adapters.rescan, limiter=reading))
+        result = await rescans.join()
+        logger.info("adapters looked at again by %s: %s", client_of(http.scope), told(result))
+        found = asdict(result)
         # Where the directory is on this machine is none of a client's business.
         inside = f"{root}{os.sep}"
         failed = {name: why.replace(inside, "") for name, why in found["failed"].items()}
         return found | {"failed": failed}
 
     @app.post("/v1/adapters/merge", dependencies=permission)
-    async def merge(request: MergeRequest) -> dict[str, Any]:
+    async def merge(http: Request, request: MergeRequest) -> dict[str, Any]:
         """Set the merge mode. What is merged follows between two steps."""
         worker.adapters.set_merge_mode(request.mode)
+        logger.info("merge mode %r set by %s", request.mode[:256], client_of(http.scope))
         return {"merge_mode": worker.adapters.merge_mode, "merged": worker.adapters.merged}
 
     @app.post("/v1/adapters/{name}/pin", dependencies=permission)
-    async def pin(name: str) -> dict[str, Any]:
+    async def pin(http: Request, name: str) -> dict[str, Any]:
         """Keep an adapter on the device."""
         worker.adapters.pin(name)
+        log(http, name, "pinned", digest_of(name))
         return asdict(worker.adapters.describe_one(name))
 
     @app.post("/v1/adapters/{name}/unpin", dependencies=permission)
-    async def unpin(name: str) -> dict[str, Any]:
+    async def unpin(http: Request, name: str) -> dict[str, Any]:
         """Let an adapter leave the device like others again."""
         worker.adapters.pin(name, False)
+        log(http, name, "unpinned", digest_of(name))
         return asdict(worker.adapters.describe_one(name))
 
 
-async def _in_daemon_thread(run: Callable[[], None]) -> None:
-    """For what may wait long: it does not keep the process alive, as anyio's threads would."""
-    done: Future[None] = Future()
-    done.set_running_or_notify_cancel()
-
-    def main() -> None:
-        try:
-            run()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    threading.Thread(target=main, name="unload", daemon=True).start()
-    await asyncio.wrap_future(done)
-
-
-def _load(worker: Worker, root: Path, request: LoadAdapterRequest) -> None:
+def _load(
+    worker: Worker, root: Path, request: LoadAdapterRequest, base_names: Collection[str]
+) -> None:
     """Load from `lora_path`; failures quote the path as it was sent, never as it is here."""
     lora_path = request.lora_path
     outside = Failure(400, "lora_path must lead to a folder under --adapter-dir", "lora_path")
@@ -167,7 +180,7 @@ def _load(worker: Worker, root: Path, request: LoadAdapterRequest) -> None:
         worker.adapters.load(request.lora_name, path, root, request.load_inplace)
         worker.adapters.prefetch(request.lora_name)
     except AdapterConflictError as error:
-        if request.load_inplace or request.lora_name == worker.base.spec.name:
+        if request.load_inplace or request.lora_name in base_names:
             raise
         raise Failure(409, f"{error}; load_inplace=true replaces it", "lora_name") from None
     except AdapterNotFoundError:

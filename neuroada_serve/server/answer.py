@@ -88,6 +88,15 @@ class Answer(ABC):
         if output.text or output.finished or logprobs:
             yield chunk(self._delta(output.text) | {"logprobs": logprobs}, _ending(output))
 
+    @property
+    def summary(self) -> str:
+        """For the log."""
+        usage = self._usage()
+        return (
+            f"model={self._model!r} prompt_tokens={usage['prompt_tokens']} "
+            f"completion_tokens={usage['completion_tokens']}"
+        )
+
     def usage_chunk(self) -> dict[str, Any]:
         """The extra last chunk of stream_options.include_usage."""
         return self._object(self.chunk_kind, [], usage=self._usage())
@@ -225,6 +234,11 @@ class ClassifyAnswer:
         self._model = model
         self._num_prompt_tokens = num_prompt_tokens
         self._outputs: list[Output | None] = [None] * num_inputs
+
+    @property
+    def summary(self) -> str:
+        """For the log."""
+        return f"model={self._model!r} prompt_tokens={self._num_prompt_tokens}"
 
     def add(self, index: int, output: Output) -> None:
         """Keep the output of input `index`."""

@@ -3,8 +3,7 @@
 What can take long stays off the event loop: tokenizing goes to a thread, the engine has its own.
 """
 
-import time
-from typing import Any
+import socket
 
 import anyio
 import anyio.to_thread
@@ -15,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from neuroada_serve import __version__
 from neuroada_serve.config import ServerConfig
-from neuroada_serve.errors import AdapterError, AdapterNotFoundError, NeuroAdaError, RequestError
+from neuroada_serve.errors import NeuroAdaError, RequestError
 from neuroada_serve.model.prompt import encode_chat, encode_text
 from neuroada_serve.request import CLASSIFY, SamplingParams
 from neuroada_serve.server.admin import add_admin, require_json
@@ -27,21 +26,28 @@ from neuroada_serve.server.answer import (
     Echo,
 )
 from neuroada_serve.server.failure import Failure
-from neuroada_serve.server.guard import BodyLimit
+from neuroada_serve.server.guard import BodyLimit, BrowserGuard, is_loopback
+from neuroada_serve.server.models import Models, add_models
 from neuroada_serve.server.protocol import (
     ChatCompletionRequest,
     ClassifyRequest,
     CompletionRequest,
     GenerationRequest,
 )
+from neuroada_serve.server.request_log import RequestLog
+from neuroada_serve.server.rescans import Rescans
 from neuroada_serve.server.streaming import EventStream, begun, collect, unless_disconnected
 from neuroada_serve.server.worker import Worker
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 
 
-def create_app(worker: Worker, config: ServerConfig) -> FastAPI:
-    """The ASGI application over a worker that is entered before the first request comes."""
+def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = None) -> FastAPI:
+    """The ASGI application over a worker that is entered before the first request comes.
+
+    Args:
+        rescans: shared with whoever else has the adapter directory looked at again.
+    """
     app = FastAPI(
         title="NeuroAda Serve",
         version=__version__,
@@ -54,16 +60,26 @@ def create_app(worker: Worker, config: ServerConfig) -> FastAPI:
         },
     )
     app.add_middleware(BodyLimit)
+    app.add_middleware(BrowserGuard, allowed_hosts=_hosts(config))
+    if config.enable_log_requests:
+        app.add_middleware(RequestLog)
     for kind in (Exception, HTTPException, RequestValidationError, NeuroAdaError, Failure):
         app.add_exception_handler(kind, _reply_failure)
     _add_status(app, worker)
-    _add_models(app, worker)
+    models = Models(worker, config)
+    add_models(app, worker, models)
     # One at a time: a fast tokenizer may refuse a second thread ("Already borrowed").
     tokenizing = anyio.CapacityLimiter(1)
-    _add_generation(app, worker, config, tokenizing)
-    _add_classification(app, worker, config, tokenizing)
-    add_admin(app, worker, config)
+    _add_generation(app, worker, config, models, tokenizing)
+    _add_classification(app, worker, config, models, tokenizing)
+    add_admin(app, worker, config, rescans or Rescans(worker.adapters))
     return app
+
+
+def _hosts(config: ServerConfig) -> list[str]:
+    """Names that clients may use for this server."""
+    own = [] if is_loopback(config.host) else [config.host, socket.gethostname()]
+    return [*config.allowed_hosts, *own]
 
 
 async def _reply_failure(request: Request, error: Exception) -> Response:
@@ -81,65 +97,22 @@ def _add_status(app: FastAPI, worker: Worker) -> None:
         return {"version": __version__}
 
 
-# --- models ----------------------------------------------------------------------------------
-
-
-def _add_models(app: FastAPI, worker: Worker) -> None:
-    base_name = worker.base.spec.name
-    base_created = int(time.time())
-
-    def card(name: str, created: int) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "neuroada-serve",
-            "root": name,
-            "parent": None if name == base_name else base_name,
-            "max_model_len": worker.max_model_len,
-        }
-
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        """The base model, and every adapter that can be requested now."""
-        found = await anyio.to_thread.run_sync(worker.adapters.describe)
-        ready = (info for info in found if info.state == "ready")
-        cards = [card(base_name, base_created), *(card(a.name, a.since) for a in ready)]
-        return {"object": "list", "data": cards}
-
-    @app.get("/v1/models/{model:path}")  # a base's name may hold a slash
-    async def get_model(model: str) -> dict[str, Any]:
-        adapter = _adapter_of(model, worker)
-        if adapter is None:
-            return card(base_name, base_created)
-        return card(adapter, worker.adapters.describe_one(adapter).since)
-
-
-def _adapter_of(model: str | None, worker: Worker) -> str | None:
-    """The adapter that `model` names; None, and only None or the base's own name, is the base."""
-    if model is None or model == worker.base.spec.name:
-        return None
-    try:
-        worker.adapters.check_model(model)
-    except AdapterNotFoundError:
-        raise Failure(404, f"The model {model[:256]!r} does not exist.", "model") from None
-    except AdapterError as error:  # it looks like a mix, and is none
-        raise Failure(404, f"The model {model[:256]!r} does not exist: {error}", "model") from None
-    return model
-
-
 # --- generation ------------------------------------------------------------------------------
 
 
 def _add_generation(
-    app: FastAPI, worker: Worker, config: ServerConfig, tokenizing: anyio.CapacityLimiter
+    app: FastAPI,
+    worker: Worker,
+    config: ServerConfig,
+    models: Models,
+    tokenizing: anyio.CapacityLimiter,
 ) -> None:
     base = worker.base
 
     @app.post("/v1/completions", dependencies=[Depends(require_json)])
     async def complete(http: Request, request: CompletionRequest) -> Response:
         """Continue one prompt, or several."""
-        adapter, params = _adapter_of(request.model, worker), request.sampling_params()
+        adapter, params = models.adapter_of(request.model), request.sampling_params()
         given = request.prompts
 
         def decode(ids: list[int]) -> str:
@@ -161,7 +134,7 @@ def _add_generation(
         prompts, echoes = await anyio.to_thread.run_sync(encode, limiter=tokenizing)
         answer = CompletionAnswer(
             request,
-            adapter or base.spec.name,
+            models.shown(adapter),
             num_prompt_tokens=sum(map(len, prompts)),
             num_choices=len(prompts) * params.n,
             echoes=echoes,
@@ -171,10 +144,10 @@ def _add_generation(
     @app.post("/v1/chat/completions", dependencies=[Depends(require_json)])
     async def chat(http: Request, request: ChatCompletionRequest) -> Response:
         """Answer a conversation."""
-        adapter, params = _adapter_of(request.model, worker), request.sampling_params()
+        adapter, params = models.adapter_of(request.model), request.sampling_params()
         messages = [message.for_template for message in request.messages]
         prompt = await anyio.to_thread.run_sync(encode_chat, base, messages, limiter=tokenizing)
-        answer = ChatAnswer(request, adapter or base.spec.name, len(prompt), params.n)
+        answer = ChatAnswer(request, models.shown(adapter), len(prompt), params.n)
         return await reply(http, request, answer, [prompt], params, adapter)
 
     async def reply(
@@ -186,6 +159,7 @@ def _add_generation(
         adapter: str | None,
     ) -> Response:
         tenant, salt = _tenant(http, config), request.cache_salt or ""
+        http.state.answer = answer
         stream = await worker.submit(answer.id, prompts, params, adapter, tenant, salt)
         if request.stream:
             # A request that fails at once gets an error's status, not a stream with an error in it.
@@ -213,7 +187,11 @@ def _tenant(http: Request, config: ServerConfig) -> str:
 
 
 def _add_classification(
-    app: FastAPI, worker: Worker, config: ServerConfig, tokenizing: anyio.CapacityLimiter
+    app: FastAPI,
+    worker: Worker,
+    config: ServerConfig,
+    models: Models,
+    tokenizing: anyio.CapacityLimiter,
 ) -> None:
     base = worker.base
 
@@ -221,14 +199,15 @@ def _add_classification(
     @app.post("/v1/classify", dependencies=[Depends(require_json)])
     async def classify(http: Request, request: ClassifyRequest) -> Response:
         """The probabilities of a classifier's labels, for one text or several."""
-        adapter, given = _adapter_of(request.model, worker), request.inputs
+        adapter, given = models.adapter_of(request.model), request.inputs
 
         def encode() -> list[list[int]]:
             return [encode_text(base, one) if isinstance(one, str) else one for one in given]
 
         inputs = await anyio.to_thread.run_sync(encode, limiter=tokenizing)
-        answer = ClassifyAnswer(adapter or base.spec.name, sum(map(len, inputs)), len(inputs))
+        answer = ClassifyAnswer(models.shown(adapter), sum(map(len, inputs)), len(inputs))
         tenant, salt = _tenant(http, config), request.cache_salt or ""
+        http.state.answer = answer
         stream = await worker.submit(answer.id, inputs, CLASSIFY, adapter, tenant, salt)
         try:
             body = await unless_disconnected(http.receive, collect(stream, answer))

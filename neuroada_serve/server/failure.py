@@ -27,8 +27,10 @@ _TYPES = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     409: "ConflictError",
     413: "RequestTooLargeError",
+    421: "MisdirectedRequestError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
@@ -42,6 +44,7 @@ class Failure(Exception):
     message: str
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    code: str | None = None  # OpenAI's word for it, where there is one; else the status
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
@@ -70,7 +73,7 @@ class Failure(Exception):
             "message": self.message,
             "type": _TYPES.get(self.status, "APIError"),
             "param": self.param,
-            "code": self.status,
+            "code": self.code or self.status,
         }
         return json.dumps({"error": error}).encode()  # ASCII: it may quote what does not encode
 

@@ -1,17 +1,31 @@
 """What stands before the application; pure ASGI, as framework middleware hides disconnects."""
 
+import ipaddress
+from collections.abc import Iterable
+
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from neuroada_serve.server.failure import Failure
+
 MAX_BODY_BYTES = 2 << 20
+MAX_BODIES_BYTES = 256 << 20
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class BodyLimit:
-    """Refuses a request body above `max_bytes` with 413, as soon as it shows."""
+    """Refuses a request body above `max_bytes` with 413, as soon as it shows; and with 503 what
+    does not fit beside the bodies of others."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int = MAX_BODY_BYTES,
+        max_total_bytes: int = MAX_BODIES_BYTES,
+    ) -> None:
         self.app = app
         self.max_bytes = max_bytes
+        self._num_free = max_total_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -24,9 +38,93 @@ class BodyLimit:
         async def receive_within_limit() -> Message:
             nonlocal num_received
             message: Message = {"body": b""} if num_declared > self.max_bytes else await receive()
-            num_received += len(message.get("body", b""))
+            num_new = len(message.get("body", b""))
+            num_received += num_new
+            self._num_free -= num_new
             if max(num_declared, num_received) > self.max_bytes:
                 raise HTTPException(413, f"the body is larger than {self.max_bytes} bytes")
+            if self._num_free < 0:
+                raise HTTPException(503, "too many large requests at once", {"Retry-After": "1"})
             return message
 
-        await self.app(scope, receive_within_limit, send)
+        try:
+            await self.app(scope, receive_within_limit, send)
+        finally:
+            self._num_free += num_received
+
+
+class BrowserGuard:
+    """Keeps web pages of others from the server, which a browser on this machine could reach: a
+    page whose name was pointed at this address (DNS rebinding) has its own name as Host, any other
+    page its own Origin.
+
+    Addresses as Host are right, as no name was pointed anywhere.
+
+    Args:
+        allowed_hosts: names beside localhost, of Host and Origin; "*" allows all.
+    """
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Iterable[str] = ()) -> None:
+        self.app = app
+        self._allowed = {host.lower().rstrip(".") for host in allowed_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        failure = None
+        if scope["type"] == "http" and "*" not in self._allowed:
+            failure = self._failure(scope["method"], dict(scope["headers"]))
+        if failure is None:
+            await self.app(scope, receive, send)
+        else:
+            await failure.response()(scope, receive, send)
+
+    def _failure(self, method: str, headers: dict[bytes, bytes]) -> Failure | None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = _name_of(host)
+        if not (self._is_ours(name) or _is_address(name) or not host):
+            return Failure(
+                421,
+                f"Host {host[:256]!r} is not a name of this server; start it with --allowed-host "
+                f"{name[:256] or 'NAME'}, or '*' for any",
+            )
+        if method in _SAFE_METHODS:  # change nothing, and other pages cannot read their answers
+            return None
+        origin = headers.get(b"origin")
+        if origin is not None:
+            page = origin.decode("latin-1")
+            if "://" in page:
+                found = _name_of(page.partition("://")[2])
+                if self._is_ours(found) or found == name:
+                    return None
+            return Failure(
+                403,
+                f"requests of web pages from {page[:256]!r} are not allowed; start the server with "
+                "--allowed-host and their name to let them",
+            )
+        if headers.get(b"sec-fetch-site") == b"cross-site":
+            return Failure(403, "requests of other web pages are not allowed")
+        return None
+
+    def _is_ours(self, name: str) -> bool:
+        if name in self._allowed or name == "localhost" or name.endswith(".localhost"):
+            return True
+        return _is_address(name) and ipaddress.ip_address(name).is_loopback
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is reached from this machine alone."""
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _name_of(authority: str) -> str:
+    """The name of NAME, NAME:PORT, [ADDRESS] or [ADDRESS]:PORT."""
+    if authority.startswith("["):
+        return authority[1:].partition("]")[0].lower()
+    return authority.partition(":")[0].lower().rstrip(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -24,6 +24,7 @@ from neuroada_serve.errors import RequestError
 from neuroada_serve.request import MAX_CHOICES, MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
 
 MAX_INPUTS = 256
+DEFAULT_UNLOAD_TIMEOUT_S = 10.0
 MAX_MODEL_CHARS = 1024  # a mix names up to 8 adapters
 MAX_REPORTED_FAULTS = 10
 
@@ -353,13 +354,21 @@ class LoadAdapterRequest(_Strict):
 class UnloadAdapterRequest(_Strict):
     """POST /v1/unload_lora_adapter; lora_name is vLLM's.
 
-    timeout_s: most seconds to wait for the adapter's requests; then 409, and it is served on.
-    abort: end them then, and unload it.
+    timeout_s: most seconds to wait for the adapter's requests, 10 by default; if some remain after
+        that, 409, and the adapter stays.
+    abort: cancel those that remain; at once, unless timeout_s is given.
     """
 
     lora_name: Text
-    timeout_s: Annotated[float, Field(ge=0, le=600)] = 10.0
+    timeout_s: Annotated[float, Field(ge=0, le=600)] | None = None
     abort: bool = False
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds to wait before the adapter's requests are cancelled, or it stays."""
+        if self.timeout_s is not None:
+            return self.timeout_s
+        return 0.0 if self.abort else DEFAULT_UNLOAD_TIMEOUT_S
 
 
 class MergeRequest(_Strict):

@@ -2,24 +2,34 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from neuroada_serve.config import ServerConfig
-from neuroada_serve.errors import NeuroAdaError, UsageError
+from neuroada_serve.errors import NeuroAdaError
 from neuroada_serve.server.app import create_app
+from neuroada_serve.server.connection import Connection, ConnectionLimits
+from neuroada_serve.server.guard import is_loopback
+from neuroada_serve.server.listener import Listener, bind, most_connections
+from neuroada_serve.server.rescans import Rescans, told
+from neuroada_serve.server.signals import RESCAN_SIGNAL, EarlySignals
+from neuroada_serve.server.stats import ThroughputLog
 from neuroada_serve.server.worker import Engine, Worker
+
+logger = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 65536
 LAST_BYTES_TIMEOUT_S = 5  # for replies that are finished, or aborted, when the drain is over
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-RESCAN_SIGNAL = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 def serve(
@@ -27,6 +37,10 @@ def serve(
     config: ServerConfig,
     on_ready: Callable[[str, int], None] | None = None,
     notify: Callable[[str], None] = lambda message: None,
+    *,
+    bound: socket.socket | None = None,
+    early: EarlySignals | None = None,
+    limits: ConnectionLimits | None = None,
 ) -> int:
     """Serve an engine over HTTP until SIGINT or SIGTERM, or until the engine dies.
 
@@ -37,6 +51,9 @@ def serve(
         engine: not used by anyone else from here on.
         on_ready: called with address and port, once requests are heard.
         notify: told what came of SIGHUP.
+        bound: a socket that has the address already, see `listener.bind`.
+        early: what came before; a SIGHUP is then seen to.
+        limits: how long clients may take.
 
     Returns:
         The process's exit code: 0 after a signal, 70 after the engine's death.
@@ -44,35 +61,58 @@ def serve(
     Raises:
         UsageError: the address cannot be listened on.
     """
-    listener = _listen(config.host, config.port)
-    return asyncio.run(_serve(engine, config, listener, on_ready, notify))
+    bound = bound or bind(config.host, config.port)
+    early, limits = early or EarlySignals(), limits or ConnectionLimits()
+    with bound:
+        return asyncio.run(_serve(engine, config, bound, on_ready, notify, early, limits))
 
 
 async def _serve(
     engine: Engine,
     config: ServerConfig,
-    listener: socket.socket,
+    bound: socket.socket,
     on_ready: Callable[[str, int], None] | None,
     notify: Callable[[str], None],
+    early: EarlySignals,
+    limits: ConnectionLimits,
 ) -> int:
+    max_connections = most_connections(config.max_connections)
     worker = Worker(engine, config.max_waiting)
-    server = _Server(worker, config, notify)
+    server = _Server(worker, config, notify, early, limits, max_connections)
     worker.on_death = server.stop
+    host, port = bound.getsockname()[:2]
+    if not is_loopback(host):
+        notify(
+            f"Anyone who can reach port {port} of this machine can use this server: there is no "
+            "authentication. Put a proxy in front, or leave --host at 127.0.0.1."
+        )
     if on_ready is not None:
-        host, port = listener.getsockname()[:2]
         server.on_ready = lambda: on_ready(host, port)
     async with worker:
-        await server.serve(sockets=[listener])
+        log = asyncio.create_task(ThroughputLog(engine).run())
+        try:
+            await server.serve(sockets=[bound])
+        finally:
+            log.cancel()
     return os.EX_SOFTWARE if worker.dead else os.EX_OK
 
 
 class _Server(uvicorn.Server):
     """uvicorn, with a stop that lets the engine finish while newcomers are told 503."""
 
-    def __init__(self, worker: Worker, config: ServerConfig, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        config: ServerConfig,
+        notify: Callable[[str], None],
+        early: EarlySignals,
+        limits: ConnectionLimits,
+        max_connections: int,
+    ) -> None:
+        rescans = Rescans(worker.adapters)
         super().__init__(
             uvicorn.Config(
-                create_app(worker, config),
+                create_app(worker, config, rescans),
                 http="h11",  # httptools has no limit on headers
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 loop="asyncio",
@@ -82,25 +122,49 @@ class _Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=limits.keep_alive_s,  # type: ignore[arg-type]  # adds seconds
                 timeout_graceful_shutdown=LAST_BYTES_TIMEOUT_S,
             )
         )
         self._worker = worker
         self._drain_timeout_s = config.drain_timeout_s
         self._notify = notify
+        self._early = early
+        self._limits = limits
+        self._max_connections = max_connections
+        self._rescans = rescans
+        self._telling: set[asyncio.Task[None]] = set()
         self.on_ready: Callable[[], None] | None = None
 
     def stop(self) -> None:
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        # In the place of uvicorn's own, which leaves listening to asyncio.
+        assert sockets is not None
+        await self.lifespan.startup()
+        waiting: dict[Any, None] = {}
+        make = partial(
+            Connection,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            limits=self._limits,
+            waiting=waiting,
+        )
+        connections = self.server_state.connections
+        self._listener = Listener(sockets[0], make, connections, waiting, self._max_connections)
+        self.servers = []
+        self.started = True
+        if self._early.hung_up:
+            self._rescan()
         if self.on_ready is not None:
             self.on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # The listener is still open: until the drain is over, newcomers get an answer.
         await self._worker.drain(self._drain_timeout_s, hurry=lambda: self.force_exit)
+        await self._listener.close()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -108,18 +172,22 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     def handle_rescan(self, sig: int, frame: FrameType | None) -> None:
-        threading.Thread(target=self._rescan, name="rescan", daemon=True).start()
+        self._loop.call_soon_threadsafe(self._rescan)
 
     def _rescan(self) -> None:
+        if self._rescans.is_pending:  # it will see what this signal is about
+            return
+        telling = asyncio.get_running_loop().create_task(self._rescan_and_tell())
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+
+    async def _rescan_and_tell(self) -> None:
         try:
-            found = self._worker.adapters.rescan()
+            found = await self._rescans.join()
         except (NeuroAdaError, OSError) as error:  # the directory may have gone
             self._notify(f"Adapters not looked at again: {error}")
-            return
-        changes = ("added", found.added), ("replaced", found.replaced), ("removed", found.removed)
-        said = [f"{what} {', '.join(names)}" for what, names in changes if names]
-        said += [f"not served: {error}" for error in found.failed.values()]
-        self._notify(f"Adapters looked at again: {'; '.join(said) or 'nothing has changed'}")
+        else:
+            self._notify(f"Adapters looked at again: {told(found)}")
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -127,6 +195,7 @@ class _Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self._loop = asyncio.get_running_loop()
         before = {sig: signal.signal(sig, self.handle_exit) for sig in STOP_SIGNALS}
         if RESCAN_SIGNAL is not None:
             before[RESCAN_SIGNAL] = signal.signal(RESCAN_SIGNAL, self.handle_rescan)
@@ -135,13 +204,3 @@ class _Server(uvicorn.Server):
         finally:
             for sig, handler in before.items():
                 signal.signal(sig, handler)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        ) from error

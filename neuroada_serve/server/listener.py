@@ -1,0 +1,184 @@
+"""The listening socket: taken before the model is loaded, heard once requests can be served, and
+never more connections than there are descriptors for."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, MutableSet
+from typing import Any, Protocol
+
+from neuroada_serve.errors import UsageError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+_ACCEPT_RETRY_S = 0.5
+_MOST_DEFAULT_CONNECTIONS = 8192
+_MOST_DESCRIPTORS = 65536  # what a process raises its limit to, where it may
+_RESERVED_DESCRIPTORS = 128  # adapters' files, libraries, the loop's own
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    b"connection: close\r\ncontent-length: %d\r\n\r\n%s"
+)
+_FULL_BODY = (
+    b'{"error": {"message": "too many connections; try again later", '
+    b'"type": "ServiceUnavailableError", "param": null, "code": 503}}'
+)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address without listening yet: until then clients are refused, not left waiting.
+
+    Raises:
+        UsageError: it is taken, or not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise _cannot_listen(host, port, error) from error
+    return bound
+
+
+def listen(bound: socket.socket) -> None:
+    """Hear what comes to a bound socket.
+
+    Raises:
+        UsageError: another process began to listen there in the meantime.
+    """
+    try:
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        host, port = bound.getsockname()[:2]
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> UsageError:
+    return UsageError(
+        f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+    )
+
+
+def most_connections(asked: int | None) -> int:
+    """How many connections may be open at once; raises this process's limit on descriptors as far
+    as it may.
+
+    Args:
+        asked: None takes what there are descriptors for, up to 8192.
+
+    Raises:
+        UsageError: there are not enough descriptors for what was asked.
+    """
+    if resource is None:
+        return asked or _MOST_DEFAULT_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    wanted = _MOST_DESCRIPTORS if hard == unlimited else min(hard, _MOST_DESCRIPTORS)
+    if soft != unlimited and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS has one more limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    room = _MOST_DESCRIPTORS if soft == unlimited else soft
+    room = max(room - _RESERVED_DESCRIPTORS, room // 2, 1)
+    if asked is not None and asked > room:
+        raise UsageError(
+            f"--max-connections {asked} needs more open files than this process may have: at most "
+            f"{room} connections here; raise `ulimit -n`, or ask for fewer"
+        )
+    return min(room, _MOST_DEFAULT_CONNECTIONS) if asked is None else asked
+
+
+class Evictable(Protocol):
+    """A connection that the server can do without."""
+
+    def evict(self) -> None: ...
+
+
+class Listener:
+    """Accepts connections until closed.
+
+    asyncio's own server logs thousands of lines a second once descriptors run out, and knows no
+    limit.
+
+    Args:
+        make: a connection's protocol.
+        connections: those that are open.
+        waiting: of these, whoever has sent no whole request, longest first: when there is no place
+            for a new connection, the first of them goes.
+    """
+
+    def __init__(
+        self,
+        bound: socket.socket,
+        make: Callable[[], asyncio.Protocol],
+        connections: MutableSet[Any],
+        waiting: dict[Any, None],
+        max_connections: int,
+    ) -> None:
+        self._socket = bound
+        self._make = make
+        self._connections = connections
+        self._waiting = waiting
+        self._max_connections = max_connections
+        self._opening: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.get_running_loop()
+        bound.setblocking(False)
+        listen(bound)
+        self._accepting = self._loop.create_task(self._accept())
+
+    async def close(self) -> None:
+        self._accepting.cancel()
+        await asyncio.gather(self._accepting, return_exceptions=True)
+        await asyncio.sleep(0)  # the loop lets go of the socket
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                accepted, _ = await self._loop.sock_accept(self._socket)
+            except OSError as error:
+                logger.warning("cannot accept a connection: %s", error.strerror)
+                self._evict()
+                await asyncio.sleep(_ACCEPT_RETRY_S)
+                continue
+            if self._is_full and not self._evict():
+                self._refuse(accepted)
+            else:
+                opening = self._loop.create_task(self._open(accepted))
+                self._opening.add(opening)
+                opening.add_done_callback(self._opening.discard)
+            await asyncio.sleep(0)  # many may come at once
+
+    async def _open(self, accepted: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it has gone already
+            await self._loop.connect_accepted_socket(self._make, accepted)
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._connections) + len(self._opening) >= self._max_connections
+
+    def _evict(self) -> bool:
+        longest = next(iter(self._waiting), None)
+        if longest is None:
+            return False
+        del self._waiting[longest]
+        longest.evict()
+        return True
+
+    def _refuse(self, accepted: socket.socket) -> None:
+        logger.warning("%d connections are open; a new one is refused", self._max_connections)
+        with accepted, contextlib.suppress(OSError):
+            accepted.send(_FULL % (len(_FULL_BODY), _FULL_BODY))

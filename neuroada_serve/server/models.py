@@ -1,0 +1,104 @@
+"""Names that requests may give as `model`, and what one is told whose name is none of them."""
+
+import difflib
+import time
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI
+
+from neuroada_serve.config import ServerConfig
+from neuroada_serve.errors import AdapterError, AdapterNotFoundError
+from neuroada_serve.server.failure import Failure
+from neuroada_serve.server.worker import Worker
+
+_MOST_LISTED = 20
+_MOST_COMPARED = 100
+_MOST_SUGGESTED = 5
+
+
+class Models:
+    """The base under its names, and the adapters.
+
+    Raises:
+        AdapterConflictError: an adapter has one of the base's names.
+    """
+
+    def __init__(self, worker: Worker, config: ServerConfig) -> None:
+        self._worker = worker
+        self._base_names = config.served_model_name or (worker.base.spec.name,)
+        worker.adapters.reserve(self._base_names)
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        return self._base_names
+
+    def shown(self, adapter: str | None) -> str:
+        """The model's name in an answer."""
+        return self._base_names[0] if adapter is None else adapter
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter, or mix, that `model` names; None, and only None or a name of the base, is
+        the base.
+
+        Raises:
+            Failure: 404; it lists the names that there are, or those nearest.
+        """
+        if model is None or model in self._base_names:
+            return None
+        try:
+            self._worker.adapters.check_model(model)
+        except AdapterNotFoundError:
+            raise self._unknown(model, "does not exist") from None
+        except AdapterError as error:  # it looks like a mix, and is none
+            raise self._unknown(model, f"does not exist: {error}") from None
+        return model
+
+    def _unknown(self, model: str, why: str) -> Failure:
+        names = [*self._base_names, *sorted(self._worker.adapters.names)]
+        if len(names) <= _MOST_LISTED:
+            known = f"Here are: {', '.join(names)}."
+        else:
+            near = ", ".join(_nearest(model, names))
+            known = f"{f'Nearest: {near}. ' if near else ''}/v1/models lists all {len(names)}."
+        message = f"The model {model[:256]!r} {why}. {known}"
+        return Failure(404, message, "model", code="model_not_found")
+
+
+def _nearest(model: str, names: list[str]) -> list[str]:
+    """A few names that may have been meant. Bounded work: there may be thousands."""
+    alike = [
+        n for n in names if n[:1].lower() == model[:1].lower() and abs(len(n) - len(model)) < 9
+    ]
+    return difflib.get_close_matches(model, alike[:_MOST_COMPARED], _MOST_SUGGESTED)
+
+
+def add_models(app: FastAPI, worker: Worker, models: Models) -> None:
+    """Add the routes that list them."""
+    started = int(time.time())
+
+    def card(name: str, created: int, is_base: bool) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "neuroada-serve",
+            "root": name,
+            "parent": None if is_base else models.base_names[0],
+            "max_model_len": worker.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """The base model, and every adapter that can be requested now."""
+        found = await anyio.to_thread.run_sync(worker.adapters.describe)
+        cards = [card(name, started, True) for name in models.base_names]
+        cards += [card(a.name, a.since, False) for a in found if a.state == "ready"]
+        return {"object": "list", "data": cards}
+
+    @app.get("/v1/models/{model:path}")  # a base's name may hold a slash
+    async def get_model(model: str) -> dict[str, Any]:
+        adapter = models.adapter_of(model)
+        if adapter is None:
+            return card(model, started, True)
+        return card(adapter, worker.adapters.describe_one(adapter).since, False)

@@ -1,0 +1,50 @@
+"""A line in the log for every request, where that was asked for: no prompts, no answers."""
+
+import logging
+import time
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+_UNLOGGED = ("/health",)
+
+
+class RequestLog:
+    """Pure ASGI. A handler leaves its answer as `request.state.answer`, which then is told too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _UNLOGGED:
+            await self.app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+        state: dict[str, Any] = scope.setdefault("state", {})
+
+        async def noted_send(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted_send)
+        finally:
+            answer = state.get("answer")
+            logger.info(
+                "%s %s %s %s %.3f s%s",
+                client_of(scope),
+                scope["method"],
+                scope["path"][:256],
+                status or "without an answer",
+                time.monotonic() - started,
+                "" if answer is None else f" {answer.summary}",
+            )
+
+
+def client_of(scope: Scope) -> str:
+    """The address that a request came from."""
+    host, port = scope.get("client") or ("unknown", 0)
+    return f"{host}:{port}"

@@ -1,0 +1,172 @@
+"""Clients that send slowly, or nothing: with limits of some tenths of a second."""
+
+import socket
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+from fake_engine import FakeEngine
+from serving import serve_while, wait_for
+
+from neuroada_serve.server.connection import ConnectionLimits
+
+pytestmark = pytest.mark.timeout(20)
+
+SHORT = ConnectionLimits(
+    header_s=0.2, keep_alive_s=0.2, body_s=0.2, body_bytes_per_s=1e6, linger_s=0.2, write_s=0.2
+)
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def visit_with(visit: Callable[[Callable[[], socket.socket], str], None], **options) -> None:
+    """`visit` gets what opens a connection to a server of short limits, and its URL."""
+
+    def run(url: str) -> None:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        visit(lambda: socket.create_connection(address, timeout=5), url)
+
+    assert serve_while(FakeEngine(), run, limits=SHORT, **options) == 0
+
+
+def send_slowly(connection: socket.socket, data: bytes, times: int, every_s: float) -> None:
+    for _ in range(times):
+        connection.sendall(data)
+        time.sleep(every_s)
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    received = b""
+    try:
+        while data := connection.recv(65536):
+            received += data
+    except ConnectionResetError:
+        pass
+    return received
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"", b""),
+        (b"GET /health HTTP/1.1\r\nHo", b"408"),
+        (HEAD + b"Content-Length: 100\r\n\r\n{", b"408"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n", b"408"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"200"),  # and then nothing
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /", b"200"),
+    ],
+)
+def test_whoever_stops_sending_is_disconnected(sent: bytes, status: bytes) -> None:
+    def visit(connect, url: str) -> None:
+        with connect() as connection:
+            connection.sendall(sent)
+            assert rest_of(connection)[9:12] == status
+
+    visit_with(visit)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: ",
+        HEAD + b"Content-Length: 100000\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+def test_a_byte_now_and_then_does_not_keep_a_connection(head: bytes) -> None:
+    def visit(connect, url: str) -> None:
+        drop = b"1\r\nx\r\n" if b"chunked" in head else b"x"
+        with connect() as connection:
+            connection.sendall(head)
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                send_slowly(connection, drop, 100, every_s=0.05)
+
+    visit_with(visit)
+
+
+def test_body_without_end_is_refused_and_not_read_for_ever() -> None:
+    def visit(connect, url: str) -> None:
+        chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+        with connect() as connection:
+            connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                send_slowly(connection, chunk, 2000, every_s=0.002)
+
+    visit_with(visit)
+
+
+def test_steady_body_may_take_its_time() -> None:
+    def visit(connect, url: str) -> None:
+        body = b'{"prompt": "hi"' + b" " * 400_000 + b"}"
+        with connect() as connection:
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body))
+            for start in range(0, len(body), 40_000):  # 0.4 s in all: the pace that is asked for
+                send_slowly(connection, body[start : start + 40_000], 1, every_s=0.04)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+    visit_with(visit)
+
+
+def test_long_answer_outlasts_every_limit() -> None:
+    def visit(connect, url: str) -> None:
+        body = {"prompt": "hi", "ignore_eos": True, "max_tokens": 600}  # a millisecond each
+        started = time.monotonic()
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        assert time.monotonic() - started > 0.5
+
+    visit_with(visit)
+
+
+def test_stream_that_nobody_reads_is_ended() -> None:
+    engine = FakeEngine(max_num_seqs=100)
+
+    def visit(url: str) -> None:
+        body = b'{"prompt": "hi", "n": 100, "ignore_eos": true, "max_tokens": 4000, "stream": true}'
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        wait_for(lambda: engine.num_running == 100)
+        wait_for(lambda: engine.num_running == 0)
+        assert all(sequence.num_sent < 4000 for sequence in engine.requests)
+        connection.close()
+
+    assert serve_while(engine, visit, limits=SHORT) == 0
+
+
+def test_chunks_of_a_byte_hold_up_nobody() -> None:
+    """h11 takes some 20 us for each: 40,000 at once would be a second."""
+
+    def visit(connect, url: str) -> None:
+        with connect() as connection, httpx.Client() as good:
+            connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+            connection.sendall(b"1\r\n \r\n" * 40_000)
+            slowest = 0.0
+            for _ in range(20):
+                started = time.monotonic()
+                assert good.get(f"{url}/health").status_code == 200
+                slowest = max(slowest, time.monotonic() - started)
+            assert slowest < 0.4
+
+    visit_with(visit)
+
+
+def test_pipelined_requests_are_all_answered() -> None:
+    def visit(connect, url: str) -> None:
+        with connect() as connection:
+            connection.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+            assert rest_of(connection).count(b"HTTP/1.1 200") == 1000
+
+    visit_with(visit)
+
+
+def test_what_is_no_http_gets_the_envelope() -> None:
+    def visit(connect, url: str) -> None:
+        with connect() as connection:
+            connection.sendall(b"hello\r\n\r\n")
+            reply = rest_of(connection)
+        assert reply.startswith(b"HTTP/1.1 400")
+        assert b'"type": "BadRequestError"' in reply
+
+    visit_with(visit)
