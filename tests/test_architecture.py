@@ -45,7 +45,7 @@ FLOORS: list[list[str]] = [
     ],
     ["engine", "train"],
     ["server"],
-    ["evaluation", "demo", "benchmark", "cli.common", "cli", "cli.main", "__main__"],
+    ["evaluation", "demo", "benchmark", "cli.help", "cli.common", "cli", "cli.main", "__main__"],
 ]
 CORE = ("ops", "adapters", "model", "engine")
 CORE_LIBRARIES = {"torch", "transformers", "safetensors", "numpy"}

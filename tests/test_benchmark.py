@@ -52,7 +52,7 @@ def model(tmp_path_factory):
 
 
 def run(*args: object):
-    return CliRunner().invoke(app, ["bench", *(str(a) for a in args)])
+    return CliRunner().invoke(app, ["bench", *(str(a) for a in args), "--json"])
 
 
 def document(result) -> dict:
@@ -362,6 +362,19 @@ def test_op_that_is_never_called_voids_the_check(engine, monkeypatch):
 
 
 # --- whole runs ------------------------------------------------------------------------------
+
+
+def test_tables_come_alone_unless_json_is_asked_for(model, capsys):
+    flags = [*SMALL, "--concurrency", "1", "--popularity", "identical", "--k", "1", "--no-check"]
+    flags = ["bench", "throughput", str(model.path), *flags, "--prefill-len", "9"]
+    plain = CliRunner().invoke(app, flags)
+    assert plain.exit_code == 0, plain.output
+    assert "call tok/s" in plain.stdout
+    assert "{" not in plain.stdout
+    both = CliRunner().invoke(app, [*flags, "--json"])
+    assert both.stdout.count("\n") == 1
+    assert "call tok/s" in both.stderr
+    assert document(both)["schema"] == "neuroada-bench/1"
 
 
 def test_throughput_runs_checked(model, tmp_path):

@@ -77,6 +77,15 @@ def test_inspect_shows_what_is_inside(adapter):
     assert "q_proj" in result.stdout
 
 
+def test_inspect_shows_the_whole_digest_on_a_line(adapter):
+    digest = load_adapter(adapter).digest
+    assert f"digest              {digest}\n" in run("inspect", adapter).stdout
+    found = json.loads(run("inspect", adapter, "--json").stdout)
+    assert found["digest"] == digest
+    assert found["num_values"] == load_adapter(adapter).nnz
+    assert found["metadata"] == {}
+
+
 def test_train_then_eval_then_generate(model, tmp_path):
     rows = [{"prompt": f"say {c}", "completion": c * 3} for c in "abcdefgh"]
     data = tmp_path / "rows.jsonl"

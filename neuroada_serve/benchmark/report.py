@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a table on stderr, one JSON document, a plot.
+"""What a benchmark leaves: a table; with --out or --json one JSON document; with --out a plot.
 
 The document, for `throughput` and `latency` (`schema` is "neuroada-bench/1"):
 
@@ -128,9 +128,16 @@ def _cpu_name() -> str:
 # --- output ----------------------------------------------------------------------------------
 
 
-def write_report(result: Mapping[str, Any], out: Path | None, console: Console) -> None:
-    """Table to the console, JSON to `out` and stdout's last line, a plot beside `out`."""
-    wide = Console(file=console.file, width=max(console.width, _TABLE_WIDTH))
+def write_report(
+    result: Mapping[str, Any],
+    out: Path | None,
+    table_console: Console,
+    console: Console,
+    print_json: bool,
+) -> None:
+    """Tables to one console and what was written to the other, JSON to `out` with a plot beside it,
+    and, with `print_json`, as a line of stdout."""
+    wide = Console(file=table_console.file, width=max(table_console.width, _TABLE_WIDTH))
     for table in tables(result):
         wide.print(table)  # no figure is cut, in a narrow terminal or a log
     document = json.dumps(plain(result), allow_nan=False)
@@ -145,7 +152,8 @@ def write_report(result: Mapping[str, Any], out: Path | None, console: Console) 
         else:
             if png is not None:
                 out.with_suffix(".png").write_bytes(png)
-    print(document, flush=True)
+    if print_json:
+        print(document, flush=True)
 
 
 def plain(value: Any) -> Any:

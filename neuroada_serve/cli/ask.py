@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from neuroada_serve.cli.common import (
     Adapter,
@@ -16,7 +15,6 @@ from neuroada_serve.cli.common import (
     command,
     llm_with,
     notify,
-    out,
 )
 from neuroada_serve.config import EngineConfig
 
@@ -63,8 +61,10 @@ def classify(
     ],
     dtype: Dtype = "auto",
 ) -> None:
-    """Label texts by a classifier: a line for each, its label and the labels' probabilities, or a
-    regression's number."""
+    """Label texts by a classifier.
+
+    Prints a line for each text: its label and the labels' probabilities, or a regression's number.
+    """
     llm, name = llm_with(model, adapter, dtype)
     for output in llm.classify(text, name, use_tqdm=False):
         shares = zip(output.labels, output.probs, strict=True)
@@ -93,6 +93,9 @@ def merge(
 @command
 def inspect(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
 ) -> None:
     """Show what an adapter holds, after checking its files."""
     import torch
@@ -105,24 +108,36 @@ def inspect(
     values = torch.cat([part.bypass.float().flatten() for part in loaded.modules.values()])
     dtypes = {str(part.bypass.dtype).removeprefix("torch.") for part in loaded.modules.values()}
     biased = [part.bias for part in loaded.modules.values() if part.bias is not None]
-    table = Table(show_header=False, title=str(adapter))
-    for key, value in (
-        ("base", config.base_model_name_or_path),
-        ("base fingerprint", config.base_fingerprint),
-        ("digest", loaded.digest),
-        ("k", config.k),
-        ("selection", config.selection),
-        ("task", config.task_type),
-        *([("labels", ", ".join(config.labels))] if config.labels else []),
-        ("target modules", ", ".join(config.target_modules)),
-        ("modules", len(loaded.modules)),
-        ("values", f"{values.numel():,} {', '.join(sorted(dtypes))}"),
-        *([("biases", f"{sum(map(len, biased)):,} in {len(biased)} modules")] if biased else []),
-        ("weights file", f"{(adapter / WEIGHTS_FILE).stat().st_size:,} bytes"),
-        ("mean |value|", f"{values.abs().mean():.4g}"),
-        ("largest |value|", f"{values.abs().max():.4g}"),
-        ("values that are 0", f"{(values == 0).float().mean():.1%}"),
-        ("metadata", json.dumps(dict(config.metadata), indent=2, ensure_ascii=False)),
-    ):
-        table.add_row(key, str(value))
-    out.print(table, markup=False)
+    found = {
+        "base": config.base_model_name_or_path,
+        "base_fingerprint": config.base_fingerprint,
+        "digest": loaded.digest,
+        "k": config.k,
+        "selection": config.selection,
+        "task_type": config.task_type,
+        "labels": list(config.labels),
+        "target_modules": list(config.target_modules),
+        "num_modules": len(loaded.modules),
+        "num_values": values.numel(),
+        "dtypes": sorted(dtypes),
+        "num_biases": sum(map(len, biased)),
+        "weights_file_bytes": (adapter / WEIGHTS_FILE).stat().st_size,
+        "mean_abs_value": float(values.abs().mean()),
+        "largest_abs_value": float(values.abs().max()),
+        "share_of_zeros": float((values == 0).float().mean()),
+        "metadata": dict(config.metadata),
+    }
+    if json_output:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for key, value in found.items():
+        if value in ([], 0) and key in ("labels", "num_biases"):
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value, indent=2, ensure_ascii=False)
+        elif isinstance(value, list):
+            value = ", ".join(value)
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        shown = f"{value:,}" if isinstance(value, int) else value
+        print(f"{key.replace('_', ' '):<18}  {shown}")

@@ -8,16 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from neuroada_serve.benchmark.settings import OfflineConfig, ServingConfig, parse_goodput
-from neuroada_serve.cli.common import Model, app, command, err, print_error, words
+from neuroada_serve.cli.common import Model, app, command, err, out, print_error, words
 from neuroada_serve.config import help_of
 from neuroada_serve.errors import UsageError
 
 bench_app = typer.Typer(
+    name="bench",
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Measure this engine, and others beside it. The last line of stdout is one JSON document.",
+    help="Measure this engine, and others beside it.",
 )
-app.add_typer(bench_app, name="bench")
+app.add_typer(bench_app)
 
 
 def _bench_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -53,7 +54,11 @@ PeerEager = Annotated[bool | None, _offline_option("peer_eager")]
 LoraRank = Annotated[int, _offline_option("lora_rank")]
 ReportOut = Annotated[
     Path | None,
-    typer.Option("--out", help="Write the JSON there too, and a plot beside it as .png."),
+    typer.Option("--out", help="Write every sample there as JSON, and a plot beside it as .png."),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the JSON as the last line of stdout, tables on stderr."),
 ]
 
 
@@ -80,6 +85,7 @@ def bench_throughput(
     peer_eager: PeerEager = None,
     lora_rank: LoraRank = 8,
     report: ReportOut = None,
+    json_output: Json = False,
 ) -> None:
     """Tokens per second of decode, prefill and whole calls, with and without adapters."""
     config = OfflineConfig(
@@ -106,7 +112,7 @@ def bench_throughput(
 
     from neuroada_serve.benchmark.offline import bench_throughput as bench
 
-    _finish_bench(bench(model, config, err), report)
+    _finish_bench(bench(model, config, err), report, json_output)
 
 
 @_bench_command
@@ -132,6 +138,7 @@ def bench_latency(
     peer_eager: PeerEager = None,
     lora_rank: LoraRank = 8,
     report: ReportOut = None,
+    json_output: Json = False,
 ) -> None:
     """Time to first token and per output token, a few requests at a time."""
     config = OfflineConfig(
@@ -159,7 +166,7 @@ def bench_latency(
 
     from neuroada_serve.benchmark.offline import bench_latency as bench
 
-    _finish_bench(bench(model, config, err), report)
+    _finish_bench(bench(model, config, err), report, json_output)
 
 
 @_bench_command
@@ -182,6 +189,7 @@ def bench_serving(
     vocab: Annotated[int, _serving_option("vocab")] = 1000,
     timeout_s: Annotated[float, _serving_option("timeout_s")] = 600.0,
     report: ReportOut = None,
+    json_output: Json = False,
 ) -> None:
     """Load a running server, or one started for the purpose, with requests as they arrive."""
     config = ServingConfig(
@@ -206,13 +214,13 @@ def bench_serving(
 
     from neuroada_serve.benchmark.serving import bench_serving as bench
 
-    _finish_bench(bench(config, err), report)
+    _finish_bench(bench(config, err), report, json_output)
 
 
-def _finish_bench(result: dict[str, Any], report: Path | None) -> None:
+def _finish_bench(result: dict[str, Any], report: Path | None, json_output: bool) -> None:
     from neuroada_serve.benchmark.report import write_report
 
-    write_report(result, report, err)
+    write_report(result, report, err if json_output else out, err, json_output)
     if not all(check["ok"] for check in result.get("check") or ()):
         print_error("Error: answers differ from the reference op's; nothing was timed")
         raise typer.Exit(1)

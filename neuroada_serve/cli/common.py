@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from neuroada_serve import uncollected
+from neuroada_serve import __version__, uncollected
+from neuroada_serve.cli.help import EXAMPLES, Command
 from neuroada_serve.config import ADAPTER_NAME, EngineConfig, TrainConfig, help_of
 from neuroada_serve.errors import EngineError, UsageError
 
@@ -20,14 +21,33 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train, serve and merge NeuroAda adapters. MODEL is a local Hugging Face folder, a .gguf "
-    "file, `demo`, or a hub id.",
 )
 err = Console(stderr=True)
 out = Console()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"neuroada {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    help="Train, serve and merge NeuroAda adapters. MODEL is a local Hugging Face folder, a .gguf "
+    "file, `demo`, or a hub id."
+)
+def _before_any_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A local folder, a .gguf file, demo, or a hub id.")
@@ -75,7 +95,9 @@ def command(
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
-    group.command(name=name or function.__name__.strip("_"))(run)
+    name = name or function.__name__.strip("_")
+    examples = EXAMPLES.get(name if group is app else f"{group.info.name} {name}", ())
+    group.command(name=name, cls=Command, epilog="\n".join(examples))(run)
     return run
 
 

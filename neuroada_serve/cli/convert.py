@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from neuroada_serve.model.source import ModelSource
 
 convert_app = typer.Typer(
+    name="convert",
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Make an adapter of another format's files, or the other way round.",
+    help="Turn other formats into adapters, and adapters into SHiRA.",
 )
-app.add_typer(convert_app, name="convert")
+app.add_typer(convert_app)
 
 Base = Annotated[
     str,

@@ -32,7 +32,7 @@ _MOST_LISTED = 20  # adapters that `serve` names at its start
 
 @command
 def demo() -> None:
-    """Serve the shipped adapters beside the base in one batch, then hot-merge one."""
+    """Serve the shipped adapters in one batch, then hot-merge one."""
     from neuroada_serve.demo import run_demo
 
     run_demo(out, notify)
@@ -110,7 +110,7 @@ def serve(
         float, typer.Option(help=help_of(ServerConfig, "drain_timeout_s"))
     ] = 10.0,
 ) -> None:
-    """Serve a base and its adapters over an OpenAI-style HTTP endpoint."""
+    """Serve a base and its adapters over HTTP, OpenAI-style."""
     server_config = ServerConfig(
         host=host,
         port=port,

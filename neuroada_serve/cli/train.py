@@ -104,7 +104,7 @@ def train(
     quantize: Annotated[str, typer.Option(help=help_of(TrainConfig, "quantize"))] = "none",
     plain: Plain = False,
 ) -> None:
-    """Train an adapter on rows of questions and answers, or a classifier; loss on answers only."""
+    """Train an adapter or a classifier on rows; the loss is on answers."""
     k_others, k_pattern = _k_by_module(k)
     config = TrainConfig(
         k=k_others,
