@@ -34,6 +34,12 @@ FLOORS: list[list[str]] = [
         "adapters.tiers",
         "adapters.directory",
         "model.quiet",
+        "model.gguf_file",
+        "model.gguf_keys",
+        "model.gguf_rope",
+        "model.gguf_config",
+        "model.gguf_tokenizer",
+        "model.gguf_convert",
         "model.source",
         "model.loader",
         "model.prompt",
@@ -49,9 +55,9 @@ FLOORS: list[list[str]] = [
 ]
 CORE = ("ops", "adapters", "model", "engine")
 CORE_LIBRARIES = {"torch", "transformers", "safetensors", "numpy"}
-# What these bring along themselves (jinja2 with torch, the hub client and tqdm with transformers),
-# and what only a GGUF file needs.
-CORE_COMPANIONS = {"jinja2", "huggingface_hub", "tqdm", "gguf"}
+# What these bring along themselves (jinja2 and filelock with torch; the hub client, tokenizers and
+# tqdm with transformers), and what only a GGUF file needs.
+CORE_COMPANIONS = {"jinja2", "filelock", "huggingface_hub", "tokenizers", "tqdm", "gguf"}
 # Compilers of kernels, each for the modules that cannot be without it.
 KERNEL_LIBRARIES = {
     "ops.cpu_vectors": {"numba", "llvmlite"},

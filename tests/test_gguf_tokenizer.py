@@ -1,0 +1,47 @@
+"""The tokenizer of a converted GGUF file has the file's tokens, all of them and no others."""
+
+import pytest
+from gguf_files import KINDS, Changes, random_model, save_gguf
+from transformers import AutoTokenizer
+
+from neuroada_serve.errors import ModelError
+from neuroada_serve.model.source import resolve_model
+
+# Not qwen2: transformers reads every folder of that kind with a class that adds its own token.
+ONE_EACH = ["llama", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2"]
+
+
+def tokenizer(tmp_path, monkeypatch, kind, **keys):
+    assert kind in KINDS
+    monkeypatch.setenv("NEUROADA_CACHE", str(tmp_path / "cache"))
+    changes = Changes({key.replace("__", "."): value for key, value in keys.items()})
+    path = save_gguf(tmp_path / "model.gguf", random_model(kind), changes)
+    return AutoTokenizer.from_pretrained(resolve_model(str(path)).path)
+
+
+@pytest.mark.parametrize("kind", ONE_EACH)
+def test_no_token_is_added_that_the_model_has_no_embedding_for(kind, tmp_path, monkeypatch):
+    found = tokenizer(tmp_path, monkeypatch, kind)
+    assert len(found) == 260
+    text = "<s>Grüße, ab 12 <unk><mask><|endoftext|></s>"
+    ids = found(text, add_special_tokens=False)["input_ids"]
+    assert (ids[0], ids[-1]) == (256, 257)
+    assert max(ids) < 260
+    assert found.decode(ids) == text
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (256, 257, 259)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_first_token_is_added_where_the_file_says_so(adds, tmp_path, monkeypatch):
+    found = tokenizer(tmp_path, monkeypatch, "llama", tokenizer__ggml__add_bos_token=adds)
+    assert (found("a")["input_ids"][0] == 256) == adds
+
+
+def test_file_without_a_tokenizer_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="it has no tokenizer"):
+        tokenizer(tmp_path, monkeypatch, "llama", tokenizer__ggml__tokens=None)
+
+
+def test_tokenizer_of_an_unknown_kind_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="cannot be read as a GGUF causal LM"):
+        tokenizer(tmp_path, monkeypatch, "llama", tokenizer__ggml__model="nobodys")
