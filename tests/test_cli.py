@@ -232,6 +232,7 @@ def test_every_flag_has_help():
         "serve",
         "train",
         "eval",
+        "chat",
         "generate",
         "classify",
         "merge",

@@ -51,6 +51,10 @@ def test_demo_runs(clone):
     assert "tokens/s" in shown
 
 
+def test_chat_answers_in_a_pipe(clone):
+    assert len(run(block_with("neuroada chat"), clone).split()) > 3
+
+
 def test_training_commands_run(clone):
     block = block_with("triage.py --out rows")
     shown = run("\n".join(line for line in block.splitlines() if "pip install" not in line), clone)

@@ -52,10 +52,14 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "neuroada serve demo --adapter-dir examples/adapters --allow-runtime-adapters",
     ),
     "train": (
-        f"neuroada train demo {_TICKETS} --check",
+        f"neuroada train demo {_TICKETS} --out served/team --check",
         f"neuroada train demo {_TICKETS} --out served/team",
     ),
     "eval": (f"neuroada eval demo {_TICKETS} --adapter served/team --limit 20",),
+    "chat": (
+        "neuroada chat demo",
+        "neuroada chat demo --adapter examples/adapters/pirate --adapter examples/adapters/sql",
+    ),
     "generate": (
         'neuroada generate demo --adapter examples/adapters/pirate "How do I clean a window?"',
     ),

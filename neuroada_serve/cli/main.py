@@ -5,7 +5,7 @@ import os
 from neuroada_serve.cli.common import app
 
 # isort: off
-from neuroada_serve.cli import serve, train, score, ask, bench, convert  # noqa: F401  (help's order)
+from neuroada_serve.cli import serve, train, score, chat, ask, bench, convert  # noqa: F401  (help's order)
 # isort: on
 
 __all__ = ["app", "main"]

@@ -1,0 +1,309 @@
+"""`neuroada chat`: a conversation in the terminal, with the base or any of its adapters."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neuroada_serve.cli.common import (
+    Adapters,
+    Dtype,
+    Model,
+    Plain,
+    adapters_of,
+    command,
+    for_good,
+    notify,
+    print_error,
+)
+from neuroada_serve.config import ServerConfig, help_of
+from neuroada_serve.errors import UsageError
+from neuroada_serve.request import FinishReason, Output, SamplingParams
+
+if TYPE_CHECKING:
+    from neuroada_serve.engine.llm import LLM
+
+BASE = "base"
+_HELP = """\
+/use NAME       answer with an adapter from now on; a mix: /use sql:0.7+json:0.3; /use base
+/adapters       list the adapters
+/system [TEXT]  set the system message; without TEXT there is none
+/undo           take the last message and its answer back
+/clear          begin a new conversation
+/help           show this
+/quit           leave, as does Ctrl-D
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next."""
+
+
+@command
+def chat(
+    model: Model,
+    adapter: Adapters = None,
+    adapter_dir: Annotated[
+        Path | None, typer.Option(help=help_of(ServerConfig, "adapter_dir"))
+    ] = None,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling; default: a random one.")
+    ] = None,
+    dtype: Dtype = "auto",
+    plain: Plain = False,
+) -> None:
+    """Talk to the base and its adapters in the terminal.
+
+    The first --adapter answers until /use NAME chooses another; /help lists what else there is.
+    Without a terminal, every line of stdin is a message.
+    """
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    adapters = adapters_of(adapter, reserved=[BASE])
+    with for_good():
+        from neuroada_serve.engine.llm import LLM
+
+        llm = LLM(
+            model, adapters, adapter_dir=adapter_dir, notify=notify, dtype=dtype, max_num_seqs=1
+        )
+    conversation = Conversation(llm, params, system, plain)
+    if adapters:
+        conversation.use(next(iter(adapters)))
+    if conversation.is_plain and not plain:
+        notify(f"{llm.engine.base.spec.name} has no chat template: it continues each line as text.")
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if is_terminal:
+        names = ", ".join(llm.adapters[:20]) + (", ..." if len(llm.adapters) > 20 else "")
+        notify(f"Adapters: {names or 'none'}. /help lists what can be typed.")
+        _edit_lines(llm)
+    for text in _typed(conversation) if is_terminal else _piped():
+        if not conversation.take(text):
+            break
+
+
+class Conversation:
+    """What has been said, who answers, and what the lines that begin with a slash do.
+
+    is_plain: every message is continued as text, for itself; there is no chat template to use.
+    """
+
+    def __init__(
+        self, llm: "LLM", params: SamplingParams, system: str = "", plain: bool = False
+    ) -> None:
+        self.adapter: str | None = None
+        self.messages: list[dict[str, str]] = []
+        self.system = system
+        self.is_plain = plain or not llm.engine.base.has_chat_template
+        self._llm = llm
+        self._params = params
+
+    def take(self, text: str) -> bool:
+        """Do what a line says, or answer it; False where it ends the conversation."""
+        text = text.strip()
+        name, _, rest = text.partition(" ")
+        try:
+            if name in ("/quit", "/exit"):
+                return False
+            elif name == "/use":
+                if not rest:
+                    raise UsageError("/use takes the name of an adapter, a mix or base")
+                self.use(rest.strip())
+                notify(f"{self.adapter or BASE} answers from now on.")
+            elif name == "/adapters":
+                self._list_adapters()
+            elif name == "/system":
+                self.system = rest.strip()
+                notify("System message set." if self.system else "There is no system message.")
+            elif name == "/undo":
+                self._undo()
+            elif name == "/clear":
+                self.messages.clear()
+                notify("A new conversation.")
+            elif name == "/help":
+                notify(_HELP)
+            elif name.startswith("/"):
+                raise UsageError(f"there is no {name}; /help lists what there is")
+            elif text:
+                self._answer(text)
+        except UsageError as error:
+            print_error(f"Error: {error}")
+        return True
+
+    def use(self, name: str) -> None:
+        """Have an adapter or a mix answer, or the base.
+
+        Raises:
+            AdapterError: there is none of this name, or it does not write.
+        """
+        if name == BASE:
+            self.adapter = None
+            return
+        lease = self._llm.engine.adapters.store.acquire(name)
+        labels = lease.version.labels
+        lease.release()
+        if labels:
+            raise UsageError(f"{name} is a classifier; `neuroada classify` asks it")
+        self.adapter = name
+
+    def _list_adapters(self) -> None:
+        for name in (BASE, *self._llm.adapters):
+            mark = "*" if name == (self.adapter or BASE) else " "
+            notify(f"{mark} {name}")
+        if self.adapter is not None and self.adapter not in self._llm.adapters:
+            notify(f"* {self.adapter}")
+
+    def _undo(self) -> None:
+        if not self.messages:
+            notify("There is nothing to take back.")
+            return
+        notify(f"Taken back: {self.messages[-2]['content']}")
+        del self.messages[-2:]
+
+    def _answer(self, text: str) -> None:
+        """Stream an answer; what was said of it when it was stopped counts as said."""
+        asked = {"role": "user", "content": text}
+        if self.is_plain:
+            prompt: Any = text
+        else:
+            prompt, self.messages = self._prompt([*self.messages, asked])
+            self.messages.pop()  # until it is answered
+        pieces: list[str] = []
+        num_tokens, ending, failed = 0, "", False
+        started = time.perf_counter()
+        with _interrupts() as is_interrupted:
+
+            def show(output: Output) -> None:
+                nonlocal num_tokens, ending, failed
+                num_tokens += len(output.token_ids)
+                pieces.append(output.text)
+                sys.stdout.write(output.text)
+                sys.stdout.flush()
+                if output.finish_reason is FinishReason.ERROR:
+                    ending, failed = f"; it failed: {output.error}", True
+                elif output.finish_reason is FinishReason.LENGTH:
+                    ending = f"; {self._limit(output)}"
+                if is_interrupted() and not output.finished:
+                    raise _Stopped
+
+            try:
+                self._llm.generate([prompt], self._params, self.adapter, on_output=show)
+            except _Stopped:
+                ending = "; stopped"
+        print(flush=True)
+        elapsed_s = time.perf_counter() - started
+        speed = num_tokens / elapsed_s
+        notify(f"[{num_tokens} tokens in {elapsed_s:.1f} s, {speed:.0f} tokens/s{ending}]")
+        if not self.is_plain and not failed:
+            self.messages += [asked, {"role": "assistant", "content": "".join(pieces).strip()}]
+
+    def _limit(self, output: Output) -> str:
+        most = self._llm.engine.max_model_len
+        if output.num_prompt_tokens + output.num_output_tokens >= most:
+            return f"the context of {most} tokens is full"
+        return f"cut at --max-tokens {self._params.max_tokens}"
+
+    def _prompt(
+        self, messages: list[dict[str, str]]
+    ) -> tuple[dict[str, list[int]], list[dict[str, str]]]:
+        """The prompt, and the messages in it: the oldest are left out where no room for an answer
+        would be left.
+
+        Raises:
+            RequestError: the last message does not fit by itself, or the template refuses them.
+        """
+        from neuroada_serve.model.prompt import encode_chat
+
+        base, most = self._llm.engine.base, self._llm.engine.max_model_len
+        room = min(self._params.max_tokens or most, most // 4)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        kept = messages
+        ids = encode_chat(base, [*system, *kept])
+        while len(ids) > most - room and len(kept) > 1:
+            kept = kept[2:]
+            ids = encode_chat(base, [*system, *kept])
+        if len(ids) >= most:
+            raise UsageError(f"this message has {len(ids)} tokens, the model takes {most} at most")
+        if left_out := (len(messages) - len(kept)) // 2:
+            notify(
+                f"The context of {most} tokens is full: the oldest {left_out} of your messages and "
+                "their answers are left out from now on."
+            )
+        return {"prompt_token_ids": ids}, kept
+
+
+class _Stopped(Exception):
+    """Ctrl-C while an answer came."""
+
+
+@contextmanager
+def _interrupts() -> Iterator[Any]:
+    """Whether Ctrl-C was pressed inside. The first waits for the end of a step, the second not."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _typed(conversation: Conversation) -> Iterator[str]:
+    """What is typed, until Ctrl-D. Ctrl-C empties the line."""
+    lines: list[str] = []
+    while True:
+        try:
+            lines.append(input("... " if lines else f"{conversation.adapter or BASE}> "))
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            lines.clear()
+            print("\nCtrl-D or /quit leaves.")
+            continue
+        if not lines[-1].endswith("\\"):
+            yield _joined(lines)
+
+
+def _piped() -> Iterator[str]:
+    lines: list[str] = []
+    try:
+        for line in sys.stdin:
+            lines.append(line.rstrip("\n"))
+            if not lines[-1].endswith("\\"):
+                yield _joined(lines)
+    except UnicodeDecodeError:
+        raise UsageError("stdin is no UTF-8 text") from None
+    if lines:
+        yield _joined(lines)
+
+
+def _joined(lines: list[str]) -> str:
+    """The lines as one message; the list is empty then."""
+    text = "\n".join(line.removesuffix("\\") for line in lines)
+    lines.clear()
+    return text
+
+
+def _edit_lines(llm: "LLM") -> None:
+    """Arrow keys, a history, and names and commands by Tab, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        return
+    words = [line.split()[0] for line in _HELP.splitlines() if line.startswith("/")]
+
+    def complete(start: str, state: int) -> str | None:
+        names = (*words, BASE, *llm.adapters)
+        return next(iter([n for n in names if n.startswith(start)][state:]), None)
+
+    readline.set_completer_delims(" +")
+    readline.set_completer(complete)
+    readline.parse_and_bind("tab: complete")
