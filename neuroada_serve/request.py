@@ -4,6 +4,7 @@ Standard library only: the scheduler and the server reason about requests withou
 """
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,15 +179,42 @@ _INTEGERS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prom
 CLASSIFY = SamplingParams(classify=True, max_tokens=1, temperature=0.0)
 
 
+def name_of_bytes(data: bytes) -> str:
+    """What a token of these bytes is called: its text, or bytes:\\xf0\\x9f if they are none."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def bytes_of_name(name: str) -> bytes:
+    """The bytes of a token that is called so."""
+    if re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+", name):
+        return bytes.fromhex(name[6:].replace("\\x", ""))
+    return name.encode()
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """One token: its log probability (natural, before penalties and temperature) and the most
-    likely alternatives, as (token_id, token text, logprob), best first."""
+    likely alternatives, as (token_id, token, logprob), best first.
+
+    token: its text; of one whose bytes are no text, such as a piece of a character, these bytes, as
+        bytes:\\xf0\\x9f.
+    text_offset: of an answered token, how many characters of the answer come before it; a piece
+        of a character stands where the character does.
+    """
 
     token_id: int
     token: str
     logprob: float
     top: tuple[tuple[int, str, float], ...] = ()
+    text_offset: int = 0
+
+    @property
+    def bytes(self) -> bytes:
+        """What the token adds to the text; of a special token, what it is called."""
+        return bytes_of_name(self.token)
 
 
 @dataclass(frozen=True)

@@ -455,7 +455,7 @@ class FakeEngine:
 
         def score(token: str, num_top: int) -> TokenLogprob:
             top = ((ord(token), token, -0.5), (0, "?", float("-inf")))[:num_top]
-            return TokenLogprob(ord(token), token, -0.5, top)
+            return TokenLogprob(ord(token), token, -0.5, top, max(0, sequence.num_sent - 1))
 
         logprobs: list[TokenLogprob] = []
         if text and params.logprobs is not None:

@@ -69,6 +69,7 @@ class Detokenizer:
     include_stop: bool = False
     skip_special_tokens: bool = True
     stop_reason: str | None = None
+    num_chars: int = 0  # of the text so far, given out or not
     _text: str = ""  # decoded and not given out yet
     _stops: list[_StopString] = field(default_factory=list)
     # Tokens that may be decoded again: the first _decoded of them are in the text.
@@ -140,6 +141,7 @@ class Detokenizer:
         if self._read(new, may_stop):
             return True
         self._text += new
+        self.num_chars += len(new)
         return False
 
     def _read(self, new: str, may_stop: bool) -> bool:

@@ -25,6 +25,7 @@ from neuroada_serve.engine.runner import ModelRunner, PromptLogits, StepLogits
 from neuroada_serve.engine.sampler import Sampled, new_draws, sample, score
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
+from neuroada_serve.engine.token_names import TokenNames
 from neuroada_serve.errors import RequestError
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.bypass_linear import attach_bypass
@@ -77,6 +78,7 @@ class Engine:
             self.adapters,
             self._reuse_prefix,
         )
+        self._names = TokenNames(base.tokenizer)
         self._prefixes: PrefixCache | None = None  # once the size of a token's KV is known
         self._blocks: KVBlocks | None = None
         self._step = 0
@@ -398,7 +400,8 @@ class Engine:
         params, token_id = sequence.params, token.token_id
         sequence.output_token_ids.append(token_id)
         num_tokens = len(sequence.output_token_ids)
-        logprobs = () if token.logprob is None else (self._token_logprob(token),)
+        offset = sequence.detokenizer.num_chars
+        logprobs = () if token.logprob is None else (self._token_logprob(token, offset),)
 
         may_stop = num_tokens >= params.min_tokens
         reason: FinishReason | None = None
@@ -486,14 +489,10 @@ class Engine:
             num_output_tokens=len(sequence.output_token_ids),
         )
 
-    def _token_logprob(self, token: Sampled) -> TokenLogprob:
+    def _token_logprob(self, token: Sampled, offset: int = 0) -> TokenLogprob:
         assert token.logprob is not None
-
-        def text(token_id: int) -> str:
-            return str(self.base.tokenizer.decode([token_id]))
-
-        top = tuple((i, text(i), logprob) for i, logprob in token.top)
-        return TokenLogprob(token.token_id, text(token.token_id), token.logprob, top)
+        top = tuple((i, self._names(i), logprob) for i, logprob in token.top)
+        return TokenLogprob(token.token_id, self._names(token.token_id), token.logprob, top, offset)
 
     def _score_prompt(self, prompt: PromptLogits) -> list[TokenLogprob]:
         sequence, start = prompt.sequence, prompt.first + 1

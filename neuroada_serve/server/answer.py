@@ -1,14 +1,15 @@
 """What clients get: OpenAI's completion and chat objects, whole or in chunks."""
 
+import codecs
 import math
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from neuroada_serve.request import Output, TokenLogprob
+from neuroada_serve.request import Output, TokenLogprob, bytes_of_name
 from neuroada_serve.server.protocol import GenerationRequest
 
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's stand-in
@@ -18,9 +19,9 @@ LOWEST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's stand-in
 class _Choice:
     """One choice so far."""
 
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    num_token_chars: int = 0  # of all its tokens' texts
+    echoed: "_Echoed | None" = None
     num_output_tokens: int = 0
     started: bool = False
 
@@ -48,20 +49,16 @@ class Answer(ABC):
     def add(self, index: int, output: Output) -> None:
         """Keep what an output adds to choice `index`, for `whole`."""
         choice = self._choices[index]
-        choice.text += output.text
-        choice.logprobs += _tokens(output)
-        choice.num_token_chars += sum(len(token.token) for token in _tokens(output))
-        choice.num_output_tokens = output.num_output_tokens
-        self._adapter_digest = output.adapter_digest
-        self._num_cached_tokens[index] = output.num_cached_tokens
-        self._endings[index] = _ending(output)
+        choice.texts.append(output.text)
+        choice.logprobs += self._tokens(choice, output)
+        self._count(index, output)
 
     def whole(self) -> dict[str, Any]:
         """The reply to a request without stream, once every choice has finished."""
         choices = [
             {"index": index}
-            | self._message(choice.text)
-            | {"logprobs": self._logprobs(choice.logprobs, 0)}
+            | self._message("".join(choice.texts))
+            | {"logprobs": self._logprobs(choice.logprobs)}
             | self._endings[index]
             for index, choice in enumerate(self._choices)
         ]
@@ -71,9 +68,9 @@ class Answer(ABC):
         """What an output adds to a stream; nothing while its text is still withheld."""
         choice = self._choices[index]
         opening = None if choice.started else self._opening(choice)
-        opening_logprobs = self._logprobs(choice.logprobs, 0)
-        text_offset = choice.num_token_chars
-        self.add(index, output)
+        opening_logprobs = None if choice.started else self._logprobs(choice.logprobs)
+        logprobs = self._logprobs(self._tokens(choice, output))
+        self._count(index, output)
         choice.started = True
         usage: dict[str, Any] = {}
         if self._request.include_usage:
@@ -84,7 +81,6 @@ class Answer(ABC):
 
         if opening is not None:
             yield chunk(opening | {"logprobs": opening_logprobs}, _NO_ENDING)
-        logprobs = self._logprobs(_tokens(output), text_offset)
         if output.text or output.finished or logprobs:
             yield chunk(self._delta(output.text) | {"logprobs": logprobs}, _ending(output))
 
@@ -96,6 +92,12 @@ class Answer(ABC):
             f"model={self._model!r} prompt_tokens={usage['prompt_tokens']} "
             f"completion_tokens={usage['completion_tokens']}"
         )
+
+    def _count(self, index: int, output: Output) -> None:
+        self._choices[index].num_output_tokens = output.num_output_tokens
+        self._adapter_digest = output.adapter_digest
+        self._num_cached_tokens[index] = output.num_cached_tokens
+        self._endings[index] = _ending(output)
 
     def usage_chunk(self) -> dict[str, Any]:
         """The extra last chunk of stream_options.include_usage."""
@@ -114,13 +116,23 @@ class Answer(ABC):
         """New text in a stream."""
 
     @abstractmethod
-    def _shape_logprobs(self, tokens: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any]:
-        """Log probabilities of tokens, the first of them `text_offset` characters in."""
+    def _shape_logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Log probabilities of tokens."""
 
-    def _logprobs(self, tokens: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._request.num_logprobs is None or not tokens:
             return None
-        return self._shape_logprobs(tokens, text_offset)
+        return self._shape_logprobs(tokens)
+
+    def _tokens(self, choice: _Choice, output: Output) -> list[TokenLogprob]:
+        """Of prompt and answer, each where it stands in the text."""
+        echoed = choice.echoed
+        prompt = [] if echoed is None else [echoed.place(token) for token in output.prompt_logprobs]
+        num_before = 0 if echoed is None else len(echoed.text)
+        return [
+            *prompt,
+            *(replace(t, text_offset=num_before + t.text_offset) for t in output.logprobs),
+        ]
 
     def _object(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {
@@ -149,10 +161,31 @@ class Answer(ABC):
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt to repeat in front of its answer, and the text of its first token."""
+    """A prompt to repeat in front of its answer, and the name of its first token."""
 
     text: str
     first_token: str
+
+
+class _Echoed:
+    """The text of an echo, and how far its tokens have come in it."""
+
+    def __init__(self, echo: Echo) -> None:
+        self.text = echo.text
+        self._data = echo.text.encode()
+        self._num_bytes = self._num_chars = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def place(self, token: TokenLogprob) -> TokenLogprob:
+        """The next token, where it stands in the text: nowhere does one that the tokenizer has put
+        in front; and that of a first word may have a space that the text has not."""
+        offset = self._num_chars
+        for written in (token.bytes, token.bytes.removeprefix(b" ")):
+            if self._data.startswith(written, self._num_bytes):
+                self._num_bytes += len(written)
+                self._num_chars += len(self._decoder.decode(written))
+                break
+        return replace(token, text_offset=offset)
 
 
 class CompletionAnswer(Answer):
@@ -171,27 +204,23 @@ class CompletionAnswer(Answer):
     ) -> None:
         super().__init__(request, model, num_prompt_tokens, num_choices)
         for choice, echo in zip(self._choices, echoes, strict=bool(echoes)):
-            choice.text = echo.text
+            choice.texts, choice.echoed = [echo.text], _Echoed(echo)
             # It has no log probability, as nothing comes before it; nan becomes null.
-            choice.logprobs = [TokenLogprob(-1, echo.first_token, math.nan)]
-            choice.num_token_chars = len(echo.first_token)
+            first = TokenLogprob(-1, echo.first_token, math.nan)
+            choice.logprobs = [choice.echoed.place(first)]
 
     def _message(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
     def _opening(self, choice: _Choice) -> dict[str, Any] | None:
-        return {"text": choice.text} if choice.text else None
+        return {"text": choice.echoed.text} if choice.echoed and choice.echoed.text else None
 
     def _delta(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _shape_logprobs(self, tokens: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any]:
-        offsets = []
-        for token in tokens:
-            offsets.append(text_offset)
-            text_offset += len(token.token)
+    def _shape_logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         return {
-            "text_offset": offsets,
+            "text_offset": [token.text_offset for token in tokens],
             "tokens": [token.token for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
             "top_logprobs": [_top_logprobs(token) for token in tokens],
@@ -214,7 +243,7 @@ class ChatAnswer(Answer):
     def _delta(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
 
-    def _shape_logprobs(self, tokens: Sequence[TokenLogprob], text_offset: int) -> dict[str, Any]:
+    def _shape_logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         return {
             "content": [
                 _chat_logprob(token.token, token.logprob)
@@ -286,19 +315,20 @@ def _ending(output: Output) -> dict[str, Any]:
     }
 
 
-def _tokens(output: Output) -> tuple[TokenLogprob, ...]:
-    return (*output.prompt_logprobs, *output.logprobs)
-
-
 def _top_logprobs(token: TokenLogprob) -> dict[str, float | None] | None:
+    """By name. Of several tokens of one name the answered one has it, else the likeliest; the
+    others are called token_id:N, as vLLM calls tokens by their ids."""
     if math.isnan(token.logprob):
         return None
-    top = {text: _number(logprob) for _, text, logprob in token.top}
+    top: dict[str, float | None] = {}
+    for token_id, name, logprob in token.top:
+        is_taken = name in top or (name == token.token and token_id != token.token_id)
+        top[f"token_id:{token_id}" if is_taken else name] = _number(logprob)
     return top | {token.token: _number(token.logprob)}  # OpenAI promises that it is among them
 
 
 def _chat_logprob(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": _number(logprob), "bytes": list(token.encode())}
+    return {"token": token, "logprob": _number(logprob), "bytes": list(bytes_of_name(token))}
 
 
 def _number(logprob: float) -> float | None:

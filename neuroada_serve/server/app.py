@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from neuroada_serve import __version__
 from neuroada_serve.config import ServerConfig
+from neuroada_serve.engine.token_names import TokenNames
 from neuroada_serve.errors import NeuroAdaError, RequestError
 from neuroada_serve.model.prompt import encode_chat, encode_text
 from neuroada_serve.request import CLASSIFY, SamplingParams
@@ -107,7 +108,7 @@ def _add_generation(
     models: Models,
     tokenizing: anyio.CapacityLimiter,
 ) -> None:
-    base = worker.base
+    base, names = worker.base, TokenNames(worker.base.tokenizer)
 
     @app.post("/v1/completions", dependencies=[Depends(require_json)])
     async def complete(http: Request, request: CompletionRequest) -> Response:
@@ -126,7 +127,7 @@ def _add_generation(
             if not request.echo:
                 return prompts, []
             echoes = [
-                Echo(p if isinstance(p, str) else decode(p), decode(ids[:1]))
+                Echo(p if isinstance(p, str) else decode(p), names(ids[0]))
                 for p, ids in zip(given, prompts, strict=True)
             ]
             return prompts, [echo for echo in echoes for _ in range(params.n)]
