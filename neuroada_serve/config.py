@@ -62,7 +62,10 @@ class EngineConfig:
     device: str = _option("auto", "Torch device; auto takes cuda where there is one.")
     max_num_seqs: int = _option(16, "Most sequences that run at once.")
     max_model_len: int | None = _option(
-        None, "Most tokens of prompt and answer together; default: what the model allows."
+        None,
+        "Most tokens of prompt and answer together; default: what the model allows. It also "
+        "chooses how a base with longrope or dynamic rotary scaling turns positions: longrope's "
+        "long factors where it is above original_max_position_embeddings, else the short ones.",
     )
     max_num_batched_tokens: int = _option(
         512, "Most tokens computed in one step; longer prompts are prefilled in chunks."
@@ -238,6 +241,11 @@ class TrainConfig:
         1, "Batches per optimizer step: as one batch of so many times the rows, in less memory."
     )
     max_length: int = _option(512, "Most tokens per row.")
+    max_model_len: int | None = _option(
+        None,
+        "The --max-model-len that the adapter will be served with, where the base's rotary scaling "
+        "depends on it (longrope, dynamic).",
+    )
     too_long: Literal["skip", "cut"] = _option(
         "skip",
         "Longer rows: skip leaves them out, cut takes their prompt's beginning off; both counted.",
@@ -334,7 +342,9 @@ class TrainConfig:
             if k < 0:
                 raise UsageError(f"k of {pattern!r} must be at least 0, got {k}")
         _at_least(self, k=0 if self.k_pattern else 1)
-        _at_least(self, max_steps=1, batch_size=1, max_length=2, seed=0, warmup_ratio=0)
+        _at_least(
+            self, max_steps=1, max_model_len=1, batch_size=1, max_length=2, seed=0, warmup_ratio=0
+        )
         if (self.selection == "custom") != (self.index_file is not None):
             raise UsageError("--selection custom and --index-file belong together")
         if self.selection == "gradient" and self.quantize != "none":

@@ -41,6 +41,7 @@ FLOORS: list[list[str]] = [
         "model.gguf_tokenizer",
         "model.gguf_convert",
         "model.source",
+        "model.rotary",
         "model.loader",
         "model.prompt",
         "model.bypass_linear",

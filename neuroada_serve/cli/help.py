@@ -32,13 +32,14 @@ TOPICS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             *("warmup_ratio", "weight_decay", "max_grad_norm", "eval_steps", "patience", "seed"),
         ),
         "Memory and speed": (
-            *("dtype", "bf16", "quantize", "recompute", "recompute_share", "compile_"),
+            *("dtype", "max_model_len", "bf16", "quantize"),
+            *("recompute", "recompute_share", "compile_"),
         ),
         "Results": ("out_dir", "save_steps", "fresh", "publish"),
     },
     "eval": {
         "Rows": ("data", "columns", "limit", "plain"),
-        "Models": ("adapter", "base", "dtype"),
+        "Models": ("adapter", "base", "dtype", "max_model_len"),
         "Scores": ("metric", "choices", "answer_key", "trigger", "pick", "max_tokens"),
         "Results": ("out_file", "save", "json_output"),
     },

@@ -22,6 +22,7 @@ from neuroada_serve.cli.common import (
     rows_of,
     words,
 )
+from neuroada_serve.config import EngineConfig, help_of
 from neuroada_serve.errors import UsageError
 
 
@@ -89,6 +90,9 @@ def _eval(
         bool, typer.Option("--json", help="Print one JSON object instead of a table.")
     ] = False,
     dtype: Dtype = "auto",
+    max_model_len: Annotated[
+        int | None, typer.Option(help=help_of(EngineConfig, "max_model_len"))
+    ] = None,
     plain: Plain = False,
 ) -> None:
     """Score a base and adapters on the answers of rows, in one run."""
@@ -118,7 +122,7 @@ def _eval(
     with for_good():
         from neuroada_serve.engine.llm import LLM
 
-        llm = LLM(model, folders, dtype=dtype, notify=notify)
+        llm = LLM(model, folders, dtype=dtype, max_model_len=max_model_len, notify=notify)
     classifiers = [name for name in folders if llm.engine.adapters.store.get(name).labels]
     if classifiers:
         from neuroada_serve.evaluation.classifiers import evaluate_classifiers

@@ -57,6 +57,9 @@ def train(
         int, typer.Option(help=help_of(TrainConfig, "gradient_accumulation"))
     ] = 1,
     max_length: Annotated[int, typer.Option(help=help_of(TrainConfig, "max_length"))] = 512,
+    max_model_len: Annotated[
+        int | None, typer.Option(help=help_of(TrainConfig, "max_model_len"))
+    ] = None,
     task_type: Annotated[str, typer.Option(help=help_of(TrainConfig, "task_type"))] = "CAUSAL_LM",
     labels: Annotated[
         str | None, typer.Option(metavar="A,B,...", help=help_of(TrainConfig, "labels"))
@@ -133,6 +136,7 @@ def train(
         max_steps=max_steps,
         batch_size=batch_size,
         max_length=max_length,
+        max_model_len=max_model_len,
         too_long=cast(Any, too_long),
         task_type=cast(Any, task_type),
         labels=() if labels is None else tuple(words(labels)),

@@ -31,6 +31,7 @@ from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.merge import weights_digest
+from neuroada_serve.model.rotary import fix_rotation
 from neuroada_serve.request import FinishReason, Output, SamplingParams, TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Engine:
         self.base = base
         self.config = config
         self.max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
+        # What of the base's rotation that chooses, in a sentence.
+        self.rotation = fix_rotation(base.model, self.max_model_len)
         self.metrics = EngineMetrics()
         self.on_wake: Callable[[], None] = lambda: None
         attached = attach_bypass(base.model)

@@ -85,13 +85,17 @@ class LLM:
         kernels = Thread(target=cpu_forward.prepare, daemon=True)
         if find_device(engine_config.device).type == "cpu":
             kernels.start()
-        base = load_base(source, engine_config.dtype, engine_config.device)
+        base = load_base(
+            source, engine_config.dtype, engine_config.device, engine_config.max_model_len
+        )
         if base.device.type == "cpu":
             kernels.join(timeout=1)
             if kernels.is_alive():
                 notify("Compiling the CPU kernels; the next start finds them compiled.")
             kernels.join()
         self.engine = Engine(base, engine_config)
+        if self.engine.rotation is not None:
+            notify(self.engine.rotation)
         for name, adapter in named.items():
             self.load_adapter(name, adapter)
         if adapter_dir is not None:

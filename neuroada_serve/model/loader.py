@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from neuroada_serve.adapters.durable import write_durably
 from neuroada_serve.adapters.format import BaseSpec
-from neuroada_serve.errors import ModelError
+from neuroada_serve.errors import ModelError, UsageError
 from neuroada_serve.model.quiet import quiet_transformers
+from neuroada_serve.model.rotary import fix_rotation, longest_model_len
 from neuroada_serve.model.source import ModelSource
 
 _FINGERPRINT_FILE = "neuroada_fingerprint.json"
@@ -35,7 +36,7 @@ class BaseModel:
     tokenizer: its tokenizer, with the chat template if it has one.
     spec: what adapters are checked against.
     eos_token_ids: tokens that end an answer.
-    max_model_len: most tokens the positions allow.
+    max_model_len: most tokens of a sequence, by which its rotation was chosen.
     """
 
     model: Any  # PreTrainedModel; its class differs per architecture and is untyped upstream
@@ -52,12 +53,22 @@ class BaseModel:
         return bool(self.tokenizer.chat_template)
 
 
-def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") -> BaseModel:
+def load_base(
+    source: ModelSource,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_model_len: int | None = None,
+) -> BaseModel:
     """Load a base model to a device, frozen.
+
+    Args:
+        max_model_len: most tokens of a sequence; default: what the config's positions allow. What
+            else depends on it is in `model/rotary.py`.
 
     Raises:
         ModelError: unreadable files, pickle-only weights, no causal LM; tensors that are missing,
-            of another shape, or without a place in the model.
+            of another shape, or without a place in the model; an unknown rope_type.
+        UsageError: max_model_len is more than the positions allow.
     """
     torch_device = find_device(device)
     model = load_checked(source)
@@ -69,7 +80,8 @@ def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") ->
         raise ModelError(
             f"model {source.name!r} ({type(model).__name__}) has no linear layers in its blocks"
         )
-    text_config = model.config.get_text_config()
+    length = _model_len(model.config, max_model_len)
+    fix_rotation(model, length)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -78,8 +90,27 @@ def load_base(source: ModelSource, dtype: str = "auto", device: str = "auto") ->
         dtype=next(iter(modules.values())).weight.dtype,
         device=torch_device,
         eos_token_ids=_eos_token_ids(model, tokenizer),
-        max_model_len=int(getattr(text_config, "max_position_embeddings", None) or 1 << 20),
+        max_model_len=length,
     )
+
+
+def with_model_len(base: BaseModel, max_model_len: int) -> BaseModel:
+    """The same model for sequences of up to max_model_len tokens: what `load_base` would give.
+
+    Raises:
+        UsageError: the positions allow fewer.
+    """
+    length = _model_len(base.model.config, max_model_len)
+    fix_rotation(base.model, length)
+    return replace(base, max_model_len=length)
+
+
+def _model_len(config: Any, wanted: int | None) -> int:
+    longest = longest_model_len(config)
+    if wanted is not None and wanted > longest:
+        raise UsageError(f"max_model_len is {wanted}, and the base's positions allow {longest}")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return wanted or int(positions or longest)
 
 
 def load_checked(source: ModelSource) -> Any:

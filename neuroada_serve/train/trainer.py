@@ -24,7 +24,7 @@ from neuroada_serve.adapters.format import (
 )
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
-from neuroada_serve.model.loader import BaseModel, adaptable_modules
+from neuroada_serve.model.loader import BaseModel, adaptable_modules, with_model_len
 from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.train.bypass import bypass_training
 from neuroada_serve.train.checkpoint import Checkpoints
@@ -118,6 +118,8 @@ def train_adapter(
     _check_extra()
     _check_place(out)
     _check_fits(base, config)
+    if config.max_model_len is not None:
+        base = with_model_len(base, config.max_model_len)
     loaded = load_data(base, data, config)
     notify(f"{loaded.report}.")
     publisher = Publisher(publish, out) if publish and processes.is_first else None
