@@ -41,7 +41,7 @@ class ByteTokenizer:
 
     chat_template = "yes"
 
-    def __call__(self, text: str) -> "ByteTokenizer":
+    def __call__(self, text: str, add_special_tokens: bool = True) -> "ByteTokenizer":
         encoding = ByteTokenizer()
         encoding.input_ids = list(text.encode())
         return encoding

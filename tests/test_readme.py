@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from neuroada_serve.server.protocol import _SAMPLING_FIELDS, WITHOUT_EFFECT, GenerationRequest
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -137,3 +139,11 @@ def test_every_listed_file_is_there_and_every_module_is_listed():
         if file.name in ("__init__.py", "__main__.py"):
             continue
         assert str(name) in listed, f"{name} is missing from README's tree"
+
+
+def test_fields_without_effect_are_named_and_no_others():
+    (sentence,) = re.findall(r"accepted without effect: (.*?)\.", README, re.DOTALL)
+    assert tuple(re.findall(r"`(\w+)`", sentence)) == WITHOUT_EFFECT
+    used = set(GenerationRequest.model_fields) - {"model", "stream", "stream_options"}
+    used -= {"max_tokens", "logit_bias", "cache_salt", *WITHOUT_EFFECT}
+    assert used == set(_SAMPLING_FIELDS)  # so all others have one

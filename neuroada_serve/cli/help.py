@@ -10,7 +10,11 @@ from typer.core import TyperCommand
 TOPICS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "serve": {
         "Adapters": ("adapter", "adapter_dir", "preload", "allow_runtime_adapters", "merge"),
-        "HTTP": ("host", "port", "max_waiting", "drain_timeout_s"),
+        "HTTP": (
+            *("host", "port", "allowed_host", "served_model_name", "max_waiting"),
+            *("max_connections", "drain_timeout_s"),
+        ),
+        "Log": ("log_level", "enable_log_requests"),
         "Fair shares": ("tenant_header", "tenant_weight", "adapter_weight"),
         "Memory": ("adapter_memory", "adapter_host_memory", "prefix_cache_memory"),
         "Engine": (

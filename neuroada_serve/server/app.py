@@ -1,12 +1,12 @@
 """The HTTP endpoint: OpenAI's routes; those about adapters are in admin.py.
 
-What can take long stays off the event loop: tokenizing goes to a thread, the engine has its own.
+What can take long stays off the event loop: large bodies and tokenizing go to threads, the engine
+has its own.
 """
 
 import socket
 
 import anyio
-import anyio.to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -14,9 +14,7 @@ from starlette.exceptions import HTTPException
 
 from neuroada_serve import __version__
 from neuroada_serve.config import ServerConfig
-from neuroada_serve.engine.token_names import TokenNames
-from neuroada_serve.errors import NeuroAdaError, RequestError
-from neuroada_serve.model.prompt import encode_chat, encode_text
+from neuroada_serve.errors import NeuroAdaError
 from neuroada_serve.request import CLASSIFY, SamplingParams
 from neuroada_serve.server.admin import add_admin, require_json
 from neuroada_serve.server.answer import (
@@ -26,9 +24,11 @@ from neuroada_serve.server.answer import (
     CompletionAnswer,
     Echo,
 )
+from neuroada_serve.server.body import BoundedRoute
 from neuroada_serve.server.failure import Failure
 from neuroada_serve.server.guard import BodyLimit, BrowserGuard, is_loopback
 from neuroada_serve.server.models import Models, add_models
+from neuroada_serve.server.prompts import Prompts
 from neuroada_serve.server.protocol import (
     ChatCompletionRequest,
     ClassifyRequest,
@@ -60,6 +60,8 @@ def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = N
             "5XX": {"description": "The server failed, or takes no requests now."},
         },
     )
+    app.router.route_class = BoundedRoute
+    app.state.parsing = anyio.CapacityLimiter(1)
     app.add_middleware(BodyLimit)
     app.add_middleware(BrowserGuard, allowed_hosts=_hosts(config))
     if config.enable_log_requests:
@@ -69,10 +71,9 @@ def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = N
     _add_status(app, worker)
     models = Models(worker, config)
     add_models(app, worker, models)
-    # One at a time: a fast tokenizer may refuse a second thread ("Already borrowed").
-    tokenizing = anyio.CapacityLimiter(1)
-    _add_generation(app, worker, config, models, tokenizing)
-    _add_classification(app, worker, config, models, tokenizing)
+    prompts = Prompts(worker.base, worker.max_model_len)
+    _add_generation(app, worker, config, models, prompts)
+    _add_classification(app, worker, config, models, prompts)
     add_admin(app, worker, config, rescans or Rescans(worker.adapters))
     return app
 
@@ -106,62 +107,47 @@ def _add_generation(
     worker: Worker,
     config: ServerConfig,
     models: Models,
-    tokenizing: anyio.CapacityLimiter,
+    prompts: Prompts,
 ) -> None:
-    base, names = worker.base, TokenNames(worker.base.tokenizer)
-
     @app.post("/v1/completions", dependencies=[Depends(require_json)])
     async def complete(http: Request, request: CompletionRequest) -> Response:
         """Continue one prompt, or several."""
         adapter, params = models.adapter_of(request.model), request.sampling_params()
-        given = request.prompts
-
-        def decode(ids: list[int]) -> str:
-            try:
-                return str(base.tokenizer.decode(ids))
-            except (OverflowError, TypeError, ValueError, IndexError):
-                raise RequestError("prompt has ids that are no tokens", "prompt") from None
-
-        def encode() -> tuple[list[list[int]], list[Echo]]:
-            prompts = [encode_text(base, p) if isinstance(p, str) else p for p in given]
-            if not request.echo:
-                return prompts, []
-            echoes = [
-                Echo(p if isinstance(p, str) else decode(p), names(ids[0]))
-                for p, ids in zip(given, prompts, strict=True)
-            ]
-            return prompts, [echo for echo in echoes for _ in range(params.n)]
-
-        prompts, echoes = await anyio.to_thread.run_sync(encode, limiter=tokenizing)
+        encoding = prompts.encode(request.prompts, _tenant(http, config), bool(request.echo))
+        if (encoded := await unless_disconnected(http.receive, encoding)) is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        ids, texts = encoded
         answer = CompletionAnswer(
             request,
             models.shown(adapter),
-            num_prompt_tokens=sum(map(len, prompts)),
-            num_choices=len(prompts) * params.n,
-            echoes=echoes,
+            num_prompt_tokens=sum(map(len, ids)),
+            num_choices=len(ids) * params.n,
+            echoes=[Echo(*text) for text in texts for _ in range(params.n)],
         )
-        return await reply(http, request, answer, prompts, params, adapter)
+        return await reply(http, request, answer, ids, params, adapter)
 
     @app.post("/v1/chat/completions", dependencies=[Depends(require_json)])
     async def chat(http: Request, request: ChatCompletionRequest) -> Response:
         """Answer a conversation."""
         adapter, params = models.adapter_of(request.model), request.sampling_params()
         messages = [message.for_template for message in request.messages]
-        prompt = await anyio.to_thread.run_sync(encode_chat, base, messages, limiter=tokenizing)
-        answer = ChatAnswer(request, models.shown(adapter), len(prompt), params.n)
-        return await reply(http, request, answer, [prompt], params, adapter)
+        encoding = prompts.encode_chat(messages, _tenant(http, config))
+        if (ids := await unless_disconnected(http.receive, encoding)) is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        answer = ChatAnswer(request, models.shown(adapter), len(ids), params.n)
+        return await reply(http, request, answer, [ids], params, adapter)
 
     async def reply(
         http: Request,
         request: GenerationRequest,
         answer: Answer,
-        prompts: list[list[int]],
+        ids: list[list[int]],
         params: SamplingParams,
         adapter: str | None,
     ) -> Response:
         tenant, salt = _tenant(http, config), request.cache_salt or ""
         http.state.answer = answer
-        stream = await worker.submit(answer.id, prompts, params, adapter, tenant, salt)
+        stream = await worker.submit(answer.id, ids, params, adapter, tenant, salt)
         if request.stream:
             # A request that fails at once gets an error's status, not a stream with an error in it.
             try:
@@ -192,20 +178,17 @@ def _add_classification(
     worker: Worker,
     config: ServerConfig,
     models: Models,
-    tokenizing: anyio.CapacityLimiter,
+    prompts: Prompts,
 ) -> None:
-    base = worker.base
-
     @app.post("/classify", dependencies=[Depends(require_json)])  # vLLM's path
     @app.post("/v1/classify", dependencies=[Depends(require_json)])
     async def classify(http: Request, request: ClassifyRequest) -> Response:
         """The probabilities of a classifier's labels, for one text or several."""
-        adapter, given = models.adapter_of(request.model), request.inputs
-
-        def encode() -> list[list[int]]:
-            return [encode_text(base, one) if isinstance(one, str) else one for one in given]
-
-        inputs = await anyio.to_thread.run_sync(encode, limiter=tokenizing)
+        adapter = models.adapter_of(request.model)
+        encoding = prompts.encode(request.inputs, _tenant(http, config))
+        if (encoded := await unless_disconnected(http.receive, encoding)) is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        inputs, _ = encoded
         answer = ClassifyAnswer(models.shown(adapter), sum(map(len, inputs)), len(inputs))
         tenant, salt = _tenant(http, config), request.cache_salt or ""
         http.state.answer = answer

@@ -1,17 +1,16 @@
 """What clients may send: the requests of OpenAI's API, with vLLM's extra sampling fields.
 
-A field is either honoured or refused by name; nothing is dropped in silence. The exceptions change
-no answer and are accepted as no-ops: user, metadata, store, service_tier, safety_identifier and
-prompt_cache_key. null means that a field was not given.
+A field is either honoured or refused by name; the exceptions are WITHOUT_EFFECT. null means that a
+field was not given. What a fault costs is bounded: numbers first, lists up to their first fault.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -21,14 +20,33 @@ from pydantic import (
 )
 
 from neuroada_serve.errors import RequestError
-from neuroada_serve.request import MAX_CHOICES, MAX_LOGIT_BIASES, MAX_LOGPROBS, SamplingParams
+from neuroada_serve.request import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROBS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
+
+# Bookkeeping of OpenAI's own service, which many clients send: accepted, and changes no answer.
+WITHOUT_EFFECT = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+)
 
 MAX_INPUTS = 256
 DEFAULT_UNLOAD_TIMEOUT_S = 10.0
+MAX_FIELDS = 128  # of an object
+MAX_MESSAGES = 2048
+MAX_METADATA = 64  # OpenAI takes 16
+MAX_PARTS = 1024  # of a message
 MAX_MODEL_CHARS = 1024  # a mix names up to 8 adapters
 MAX_REPORTED_FAULTS = 10
-
-T = TypeVar("T")
 
 
 def _expect(expected: str) -> WrapValidator:
@@ -43,31 +61,41 @@ def _expect(expected: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-def _encodable(value: T) -> T:
-    """JSON can hold half of a surrogate pair, which neither a tokenizer nor a reply can."""
-    for text in value if isinstance(value, list) else [value]:
-        if isinstance(text, str):
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError("holds half of a surrogate pair") from None
-    return value
+def _at_most(most: int) -> BeforeValidator:
+    """Count before looking at each: pydantic collects a fault for every one."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict | list) and len(value) > most:
+            raise ValueError(f"has {len(value)} entries, at most {most} are taken")
+        return value
+
+    return BeforeValidator(check)
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+# Lists end at their first fault, whatever of it: a request may have some hundred thousand.
+_FailFast = Field(fail_fast=True)
+_Strings = Annotated[list[str], _FailFast]
+_TokenIds = Annotated[list[int], _FailFast]
+
 Prompt = Annotated[
-    str | list[str] | list[int] | list[list[int]],
+    str | _Strings | _TokenIds | Annotated[list[_TokenIds], _FailFast],
     _expect("a string, a list of strings, a list of token ids, or a list of such lists"),
-    AfterValidator(_encodable),
 ]
 Stop = Annotated[
-    str | list[str], _expect("a string or a list of strings"), AfterValidator(_encodable)
+    str | _Strings, _expect("a string or a list of strings"), _at_most(MAX_STOP_STRINGS)
 ]
 Unsupported = Annotated[None, _expect("left out: this server does not support it")]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"an object with {len(value)} fields, at most {MAX_FIELDS} are taken")
+        return value
 
 
 class StreamOptions(_Strict):
@@ -86,7 +114,7 @@ class StreamOptions(_Strict):
 class GenerationRequest(_Strict):
     """The fields that completions and chat share."""
 
-    model: Annotated[Text, Field(max_length=MAX_MODEL_CHARS)] | None = None  # None: the base
+    model: Annotated[str, Field(max_length=MAX_MODEL_CHARS)] | None = None  # None: the base
 
     n: int | None = None
     max_tokens: int | None = None
@@ -94,7 +122,7 @@ class GenerationRequest(_Strict):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], _at_most(MAX_LOGIT_BIASES)] | None = None
     stop: Stop | None = None
     seed: int | None = None
     stream: bool | None = None
@@ -105,15 +133,15 @@ class GenerationRequest(_Strict):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[_TokenIds, _at_most(MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    cache_salt: Annotated[Text, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
-    # No-ops
+    # WITHOUT_EFFECT
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], _at_most(MAX_METADATA)] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -181,8 +209,6 @@ _SAMPLING_FIELDS = (
 
 
 def _logit_bias(biases: dict[str, float]) -> dict[int, float]:
-    if len(biases) > MAX_LOGIT_BIASES:
-        raise RequestError(f"at most {MAX_LOGIT_BIASES} tokens in logit_bias", "logit_bias")
     for token, bias in biases.items():
         if not (token.isascii() and token.isdigit() and len(token) < 10):
             raise RequestError(f"logit_bias has {token[:20]!r}, which is no token id", "logit_bias")
@@ -247,10 +273,10 @@ def _one_each(given: Any, field: str) -> Sequence[str | list[int]]:
 class ClassifyRequest(_Strict):
     """POST /v1/classify, as vLLM's /classify. model: an adapter that is a classifier."""
 
-    model: Annotated[Text, Field(max_length=MAX_MODEL_CHARS)]
+    model: Annotated[str, Field(max_length=MAX_MODEL_CHARS)]
     input: Prompt
-    cache_salt: Annotated[Text, Field(max_length=256)] | None = None
-    user: str | None = None  # no-op
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    user: str | None = None  # without effect
 
     @property
     def inputs(self) -> Sequence[str | list[int]]:
@@ -270,7 +296,8 @@ class TextPart(_Strict):
 
 
 Content = Annotated[
-    str | list[TextPart],
+    str | Annotated[list[TextPart], _FailFast],
+    _at_most(MAX_PARTS),
     _expect('a string or a list of {"type": "text", "text": ...} parts; others are not supported'),
 ]
 
@@ -287,11 +314,6 @@ class ChatMessage(_Strict):
     function_call: Unsupported = None
     audio: Unsupported = None
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _encodable(self.for_template["content"])
-        return self
-
     @property
     def for_template(self) -> dict[str, str]:
         role = "system" if self.role == "developer" else self.role
@@ -307,7 +329,9 @@ class TextFormat(_Strict):
 class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, fail_fast=True), _at_most(MAX_MESSAGES)
+    ]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -347,7 +371,7 @@ class LoadAdapterRequest(_Strict):
     """
 
     lora_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-    lora_path: Annotated[Text, Field(max_length=4096)]
+    lora_path: Annotated[str, Field(max_length=4096)]
     load_inplace: bool = False
 
 
@@ -359,7 +383,7 @@ class UnloadAdapterRequest(_Strict):
     abort: cancel those that remain; at once, unless timeout_s is given.
     """
 
-    lora_name: Text
+    lora_name: str
     timeout_s: Annotated[float, Field(ge=0, le=600)] | None = None
     abort: bool = False
 
@@ -374,7 +398,7 @@ class UnloadAdapterRequest(_Strict):
 class MergeRequest(_Strict):
     """POST /v1/adapters/merge: never, auto, or the name of an adapter to keep merged."""
 
-    mode: Text
+    mode: str
 
 
 def describe_faults(faults: Sequence[Any]) -> tuple[str, str | None]:
@@ -384,6 +408,8 @@ def describe_faults(faults: Sequence[Any]) -> tuple[str, str | None]:
         kind, where = fault["type"], _where(fault["loc"])
         if kind == "json_invalid":
             lines.append(f"the body is not valid JSON: {fault['ctx']['error']}")
+        elif kind == "value_error" and not where:
+            lines.append(f"the body is {fault['msg'].removeprefix('Value error, ')}")
         elif kind == "extra_forbidden":
             lines.append(f"{where} is unknown or not supported")
         elif not where:

@@ -1,0 +1,142 @@
+"""Text to token ids for requests: off the event loop, by turns, and never more of it than could
+ever fit."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from neuroada_serve.engine.token_names import TokenNames
+from neuroada_serve.errors import RequestError
+from neuroada_serve.model.loader import BaseModel
+from neuroada_serve.model.prompt import Message, encode_chat, encode_text
+from neuroada_serve.server.turns import Job, Turns
+
+T = TypeVar("T")
+
+# Texts above this are counted in pieces of it: some 20 ms each.
+PIECE_CHARS = 16_384
+# Texts up to this have a thread of their own, so they wait for no long one.
+_SHORT_CHARS = 16_384
+# A text cut into pieces has a few tokens more than in one.
+_SLACK = 1.25
+
+
+class Prompts:
+    """
+    Args:
+        max_model_len: a prompt of so many tokens is refused, a longer text as soon as that is
+            certain.
+    """
+
+    def __init__(self, base: BaseModel, max_model_len: int) -> None:
+        self._max_model_len = max_model_len
+        self._tokenizer = _BoundedTokenizer(base.tokenizer, max_model_len)
+        self._base = replace(base, tokenizer=self._tokenizer)
+        self._names = TokenNames(base.tokenizer)
+        self._short, self._long = Turns("tokenize"), Turns("tokenize long")
+
+    async def encode(
+        self, given: Sequence[str | list[int]], tenant: str, with_texts: bool = False
+    ) -> tuple[list[list[int]], list[tuple[str, str]]]:
+        """Token ids of every prompt; and, if wanted, its text and its first token's name.
+
+        Raises:
+            RequestError: one is too long, or has ids that are no tokens.
+        """
+
+        def work() -> tuple[list[list[int]], list[tuple[str, str]]]:
+            prompts = [encode_text(self._base, p) if isinstance(p, str) else p for p in given]
+            if not with_texts:
+                return prompts, []
+            texts = [
+                (p if isinstance(p, str) else self._decode(p), self._names(ids[0]))
+                for p, ids in zip(given, prompts, strict=True)
+            ]
+            return prompts, texts
+
+        num_chars = sum(len(one) for one in given if isinstance(one, str))
+        return await self._run(tenant, num_chars, work)
+
+    async def encode_chat(self, messages: Sequence[Message], tenant: str) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            RequestError: it is too long, or the chat template refuses it.
+        """
+        num_chars = sum(len(str(message.get("content", ""))) for message in messages)
+        # An object for each message: a template takes as long for an empty one as for a short one.
+        cost = num_chars + 64 * len(messages)
+        return await self._run(tenant, cost, lambda: encode_chat(self._base, messages))
+
+    async def _run(self, tenant: str, cost: int, work: Callable[[], T]) -> T:
+        def in_turn(job: Job) -> T:
+            with self._tokenizer.during(job):
+                return work()
+
+        turns = self._short if cost <= _SHORT_CHARS else self._long
+        return await turns.run(tenant, cost, in_turn)
+
+    def _decode(self, ids: list[int]) -> str:
+        if len(ids) >= self._max_model_len:
+            raise _too_long(self._max_model_len, str(len(ids)))
+        try:
+            return str(self._base.tokenizer.decode(ids))
+        except (OverflowError, TypeError, ValueError, IndexError):
+            raise RequestError("prompt has ids that are no tokens", "prompt") from None
+
+
+class _BoundedTokenizer:
+    """A tokenizer that gives up on what cannot fit, and when its job is cancelled.
+
+    A long text is counted in pieces first. So a text of any length costs at most twice what the
+    longest that fits does, whatever its characters are; bounds from the vocabulary's longest token
+    (81 bytes for the demo base) would let through ten times as much.
+    """
+
+    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._of_thread = threading.local()
+
+    def during(self, job: Job) -> "_During":
+        """In the block, this thread works for a job."""
+        return _During(self._of_thread, job)
+
+    def __call__(self, text: Any, *args: Any, **options: Any) -> Any:
+        self._of_thread.job.check()
+        if isinstance(text, str) and len(text) > PIECE_CHARS:
+            self._check_length(text)
+        return self._tokenizer(text, *args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def _check_length(self, text: str) -> None:
+        num_tokens = 0
+        for start in range(0, len(text), PIECE_CHARS):
+            self._of_thread.job.check()
+            piece = text[start : start + PIECE_CHARS]
+            num_tokens += len(self._tokenizer(piece, add_special_tokens=False).input_ids)
+            if num_tokens > _SLACK * self._max_model_len + 64:
+                raise _too_long(self._max_model_len, f"more than {self._max_model_len}")
+
+
+class _During:
+    def __init__(self, of_thread: threading.local, job: Job) -> None:
+        self._of_thread = of_thread
+        self._job = job
+
+    def __enter__(self) -> None:
+        self._of_thread.job = self._job
+
+    def __exit__(self, *exception: object) -> None:
+        del self._of_thread.job
+
+
+def _too_long(max_model_len: int, num_tokens: str) -> RequestError:
+    return RequestError(
+        f"This model's maximum context length is {max_model_len} tokens. However, your prompt "
+        f"contains {num_tokens} input tokens. Please reduce its length.",
+        "prompt",
+    )
