@@ -194,6 +194,11 @@ class RowSource(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def classes(self) -> Mapping[str, tuple[str, ...]]:
+        """Column -> the names of its labels in their order, where they have one."""
+        ...
+
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, row), from 1."""
         ...

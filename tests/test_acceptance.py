@@ -31,7 +31,7 @@ def asked(tmp_path_factory):
     for name, task in tasks.items():
         script = EXAMPLES / "data" / f"{task}.py"
         subprocess.run([sys.executable, script, "--out", out], check=True, capture_output=True)
-        rows[name] = [row.messages for row in read_rows(out / f"{task}.heldout.jsonl")]
+        rows[name] = [row.messages for row in read_rows(out / f"{task}.heldout.jsonl").rows]
 
     def make(count: int):
         return [rows[name][i] for i in range(count) for name in MIX], MIX * count

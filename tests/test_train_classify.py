@@ -115,7 +115,7 @@ def test_a_classifier_learns_and_serves_what_was_scored(base, data, tmp_path):
     ]
     assert torch.stack(losses).mean() == pytest.approx(report.after.loss, abs=1e-3)
     # A text over HTTP or in Python is encoded as a row's was.
-    rows = read_rows(data)[:5]
+    rows = read_rows(data).rows[:5]
     texts = llm.classify([row.text.removesuffix("\n") for row in rows], "mood")
     for row, output in zip(rows, texts, strict=True):
         assert output.prompt_token_ids == encode_labelled(base, row, ("bad", "good")).prompt_ids
@@ -161,7 +161,7 @@ def test_pairs_are_one_text_below_the_other(tmp_path):
         {"question1": "a", "question2": "b", "label": True},
         {"question": "a", "sentence": "b", "label": "same"},
     ]
-    found = read_rows(write_rows(tmp_path / "rows.jsonl", rows))
+    found = read_rows(write_rows(tmp_path / "rows.jsonl", rows)).rows
     assert [row.text for row in found] == ["a\nb\n"] * 4
     assert [row.answer for row in found] == ["same", "0", "True", "same"]
 
@@ -170,7 +170,7 @@ def test_rows_that_make_no_classifier_are_refused(base, data, tmp_path):
     one = write_rows(tmp_path / "one.jsonl", [{"text": f"a{n}", "label": "x"} for n in range(8)])
     with pytest.raises(DataError, match="all rows have the label 'x'; a classifier needs two"):
         load_data(base, one, QUICK)
-    with pytest.raises(DataError, match=r"line 2: label 'good' is none of bad, fair"):
+    with pytest.raises(DataError, match=r"lines 2, .*: label 'good' is none of bad, fair"):
         load_data(base, data, replace(QUICK, labels=("bad", "fair")))
     other = write_rows(tmp_path / "other.jsonl", [{"text": "fair", "label": "fair"}])
     with pytest.raises(DataError, match=r"other.jsonl .*\n.*label 'fair' is none of bad, good"):

@@ -1,4 +1,4 @@
-"""Rows of a data file: three shapes, their faults, the split, and their token ids."""
+"""Rows of a data file: the split, and their token ids."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.train.data import encode_prompt, encode_row, load_data, split_rows
-from neuroada_serve.train.shapes import Row, read_rows
+from neuroada_serve.train.shapes import Row
 
 END = 3
 
@@ -64,80 +64,8 @@ def _rows(*prompts):
     ]
 
 
-def test_three_shapes_read_alike(tmp_path):
-    path = _file(
-        tmp_path,
-        {"prompt": "hi\nyou", "completion": "yo"},
-        {"messages": [{"role": "user", "content": "hi\nyou"}, _assistant("yo")]},
-        {"instruction": "hi", "input": "you", "output": "yo", "answer": "ignored"},
-    )
-    assert [(r.messages, r.answer) for r in read_rows(path)] == [
-        (({"role": "user", "content": "hi\nyou"},), "yo")
-    ] * 3
-
-
-def test_plain_text_of_each_shape(tmp_path):
-    system = {"role": "system", "content": "be"}
-    path = _file(
-        tmp_path,
-        {"prompt": "2+2=", "completion": "4"},
-        {"messages": [system, {"role": "user", "content": "hi"}, _assistant("yo")]},
-        {"instruction": "hi", "input": "", "output": "yo"},
-    )
-    assert [row.text for row in read_rows(path)] == ["2+2=", "be\nhi\n", "hi\n"]
-
-
 def _assistant(content):
     return {"role": "assistant", "content": content}
-
-
-@pytest.mark.parametrize(
-    ("row", "fault"),
-    [
-        ("{", "not valid JSON (Expecting property name enclosed in double quotes, column 2)"),
-        ("[" * 100_000, "no JSON that can be read"),
-        ("[1]", "must be a JSON object, not list"),
-        ({"query": "a", "answer": "b"}, "has keys ['answer', 'query']"),
-        ({"prompt": "a", "completion": " "}, "completion is empty"),
-        ({"prompt": "", "completion": "b"}, "prompt is empty"),
-        ({"prompt": 3, "completion": "b"}, "prompt must be a string, not int"),
-        ({"instruction": "a", "input": ["b"], "output": "c"}, "input must be a string, not list"),
-        ({"messages": [_assistant("b")]}, "at least a question and an answer"),
-        ({"messages": ["a", _assistant("b")]}, "messages[0] must be an object"),
-        ({"messages": [_assistant("a"), {"role": "user", "content": "b"}]}, "not 'user'"),
-        ({"messages": [{"role": "user", "content": "a"}, _assistant("")]}, "[1].content is empty"),
-        ('{"prompt": "a", "completion": "\\ud800"}', "surrogate"),
-    ],
-)
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, fault):
-    path = _file(tmp_path, {"prompt": "a", "completion": "b"}, "", row)
-    with pytest.raises(DataError) as raised:
-        read_rows(path)
-    assert str(path) in str(raised.value)
-    assert "line 3: " in str(raised.value)
-    assert fault in str(raised.value)
-
-
-def test_ten_faults_are_shown_and_the_rest_counted(tmp_path):
-    with pytest.raises(DataError) as raised:
-        read_rows(_file(tmp_path, *["{"] * 13))
-    assert str(raised.value).count("not valid JSON") == 10
-    assert "13 unusable rows" in str(raised.value)
-    assert "and 3 more" in str(raised.value)
-
-
-def test_bytes_that_are_no_text_are_a_fault(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "completion": "b"}\r\n\xff\xfe\n')
-    with pytest.raises(DataError, match="1 unusable row:\n  line 2: not UTF-8 text"):
-        read_rows(path)
-
-
-def test_absent_and_empty_files_say_so(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.jsonl cannot be read: No such file"):
-        read_rows(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="has no rows"):
-        read_rows(_file(tmp_path, ""))
 
 
 def test_messages_that_the_template_refuses_are_named_by_line(tmp_path):

@@ -39,6 +39,7 @@ def data_set(tmp_path, monkeypatch):
 def test_labels_become_names_at_any_depth(data_set):
     found = open_hub_rows(data_set)
     assert found.name == f"{data_set.removeprefix('hub:')}@train"
+    assert found.classes == {"label": ("bad", "good")}
     numbers, rows = zip(*found.records(), strict=True)
     assert numbers == (1, 2, 3)
     assert [(row["text"], row["label"]) for row in rows] == [
@@ -99,8 +100,9 @@ def test_training_and_scoring_name_the_set_and_the_row(data_set, tmp_path):
     same = run(*train, "--data", one_row, "--eval-data", one_row, "--check")
     assert same.exit_code == 2
     assert f"of {one_row} are in {one_row} too, the first in row 1; held-out rows" in same.stderr
-    no_label = run(*train, "--data", data_set)
-    assert f"{data_set}@train has 1 unusable row:\n  row 3: label" in no_label.stderr
+    no_label = run(*train, "--data", data_set, "--check")
+    assert "1 row left out with an empty label (row 3)" in no_label.stderr
+    assert "columns not used: day, turns" in no_label.stderr
 
     labelled = data_set + "@train[:2]"
     trained = run(*train, "--data", labelled, "--eval-data", one_row, "--epochs", "1", "--k", "1")

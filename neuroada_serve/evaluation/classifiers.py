@@ -54,7 +54,8 @@ def evaluate_classifiers(
             text does not fit; names the row.
         EngineError: a request failed.
     """
-    rows = read_rows(data, columns)[:limit]
+    found = read_rows(data, columns, answers_are_labels=True)
+    rows = found.rows[:limit]
     labels = {name: llm.engine.adapters.store.get(name).labels for name in adapters}
     regressions = [name for name in adapters if is_regression(labels[name])]
     if len(regressions) not in (0, len(adapters)):

@@ -13,6 +13,7 @@ from typing import Any
 
 from neuroada_serve.errors import DataError
 from neuroada_serve.evaluation.exact import after_trigger
+from neuroada_serve.train.labels import sorted_labels
 from neuroada_serve.train.rows import Data, place
 from neuroada_serve.train.shapes import Row, read_rows
 
@@ -65,7 +66,7 @@ def read_questions(
     Raises:
         DataError: rows at fault; names the first.
     """
-    rows = read_rows(data, columns)
+    rows = read_rows(data, columns).rows
     extras = [row.raw for row in rows]
     if answer_key is not None and not any(answer_key in extra for extra in extras):
         raise DataError(f"{data}: no row has the key {answer_key!r}; leave out --answer-key")
@@ -81,7 +82,7 @@ def read_questions(
             options = options if right in options else ()
         lead = marks if row.answer.startswith(marks) else ""
         questions.append(Question(row, right, label is not None, options, given, lead, marks))
-    distinct = sorted({question.right for question in questions})
+    distinct = sorted_labels(question.right for question in questions)
     if 2 <= len(distinct) <= MAX_LABELS and 2 * len(distinct) <= len(questions):
         questions = [q if q.options else replace(q, options=tuple(distinct)) for q in questions]
     for question in questions:

@@ -21,6 +21,7 @@ from neuroada_serve.intervals import wilson
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import FinishReason, Output, RequestOutput, SamplingParams
 from neuroada_serve.train.data import encode_prompt, encode_row
+from neuroada_serve.train.labels import sorted_labels
 from neuroada_serve.train.rows import Data, place
 
 METRICS = ("loss", "exact_match", "number", "choice_likelihood", "choice_generation", "f1")
@@ -412,7 +413,7 @@ def _scores(
             else:
                 hits = int(sum(points))
                 scores[each] = Score(hits / rows, *wilson(hits, rows), rows, "wilson")
-            labels = sorted({option for p in predictions for option in p.question.options})
+            labels = sorted_labels(o for p in predictions for o in p.question.options)
             if each in predictions[0].chosen and len(labels) <= MAX_LABELS:
                 place: dict[Any, int] = {label: i for i, label in enumerate(labels)}
                 right = [place[p.question.right] for p in predictions]

@@ -23,6 +23,7 @@ from neuroada_serve.errors import DataError, RequestError
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.prompt import encode_chat, encode_text
 from neuroada_serve.model.quiet import quiet_transformers
+from neuroada_serve.train.labels import sorted_labels
 from neuroada_serve.train.rows import Data, Faults, place
 from neuroada_serve.train.shapes import Row, read_rows
 
@@ -60,6 +61,7 @@ class DataReport:
     most_frequent: (an answer, its share of the training rows).
     classes: (label, training rows) of a classifier.
     numbers: (lowest, highest) training label of a regression.
+    notes: what else is to be said of how the rows were read, as clauses.
     """
 
     rows: int
@@ -75,6 +77,7 @@ class DataReport:
     most_frequent: tuple[str, float]
     classes: tuple[tuple[str, int], ...] = ()
     numbers: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.rows} rows: {self.train_rows} to train on, {self.heldout_rows} held out"
@@ -100,7 +103,7 @@ class DataReport:
         answer, share = self.most_frequent
         if share >= _MUCH_ALIKE:
             text += f"; {share:.0%} of the answers are {answer[:40]!r}"
-        return text
+        return "; ".join([text, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,22 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
     Raises:
         DataError: names the data and the rows at fault, or says why no row is left to train on.
     """
-    rows = read_rows(data, config.columns)
+    classifies = config.task_type == SEQ_CLS
+    found = read_rows(data, config.columns, answers_are_labels=classifies)
+    notes = list(found.notes)
+    train_rows: Sequence[Row]
+    heldout_rows: Sequence[Row]
     if config.eval_data is None:
-        train_rows, heldout_rows = split_rows(rows, config.eval_fraction, config.seed)
+        train_rows, heldout_rows = split_rows(found.rows, config.eval_fraction, config.seed)
     else:
-        train_rows, heldout_rows = rows, read_rows(config.eval_data, config.columns)
+        apart = read_rows(config.eval_data, config.columns, answers_are_labels=classifies)
+        notes += [f"of {config.eval_data.name}: {note}" for note in apart.notes]
+        train_rows, heldout_rows = found.rows, apart.rows
         _refuse_shared_prompts(data, train_rows, config.eval_data, heldout_rows)
     most = min(config.max_length, base.max_model_len)
     labels: tuple[str, ...] = ()
-    if config.task_type == "SEQ_CLS":
-        labels = _labels(data, train_rows, config.labels)
+    if classifies:
+        labels = _labels(data, train_rows, config.labels or found.classes)
 
     def encode(row: Row) -> Example:
         if labels:
@@ -171,13 +180,14 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
         most_frequent=(answer, count / len(train_rows)),
         classes=() if is_regression(labels) else tuple((name, answers[name]) for name in labels),
         numbers=(min(targets), max(targets)) if targets else None,
+        notes=(*notes, *_of_tool_calls(base, all_rows, config)),
     )
     return TrainingData(short_train, short_heldout, report, labels)
 
 
 def _labels(data: Data, rows: Sequence[Row], given: Sequence[str]) -> tuple[str, ...]:
     """A classifier's labels: as given, else those of the rows."""
-    labels = tuple(given) or tuple(sorted({row.answer for row in rows}))
+    labels = tuple(given) or tuple(sorted_labels(row.answer for row in rows))
     if not given and is_regression(labels):
         raise DataError(
             f"{data}: all rows have the label {labels[0][:80]!r}; a classifier needs two, or more "
@@ -196,6 +206,15 @@ def _fitted(examples: Iterable[Example], most: int, cuts: bool) -> Iterable[Exam
             yield example
         elif cuts and room >= 1:
             yield replace(example, prompt_ids=example.prompt_ids[-room:])
+
+
+def _of_tool_calls(base: BaseModel, rows: Sequence[Row], config: TrainConfig) -> list[str]:
+    """That the prompts' tool calls are lost, where they are: a template may know none."""
+    count = sum(any("tool_calls" in message for message in row.messages) for row in rows)
+    known = config.prompt_format == "chat" and "tool_calls" in str(base.tokenizer.chat_template)
+    if not count or known:
+        return []
+    return [f"tool calls in the prompts of {count} rows not read: the prompt format knows none"]
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -1,13 +1,13 @@
 """Rows of a data set on the Hugging Face hub, read by `datasets`, which runs no code of theirs."""
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from neuroada_serve.errors import DataError, UsageError
+from neuroada_serve.train.files import label_name, plain_row
 
 PREFIX = "hub:"
 _FORM = "hub:OWNER/NAME:CONFIG@SPLIT"
@@ -20,9 +20,11 @@ class HubRows:
 
     name: the set as faults and model cards call it: OWNER/NAME:CONFIG@SPLIT, config where one was
         named.
+    classes: column -> the names of its labels in their order.
     """
 
     name: str
+    classes: Mapping[str, tuple[str, ...]]
     _rows: Any  # datasets.Dataset
     _clean: Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -32,7 +34,7 @@ class HubRows:
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(number, row) from 1. Values are what JSON holds; dates, say, become texts."""
         for number, row in enumerate(self._rows, start=1):
-            yield number, json.loads(json.dumps(self._clean(row), default=str))
+            yield number, plain_row(self._clean(row))
 
 
 def open_hub_rows(source: str) -> HubRows:
@@ -78,7 +80,12 @@ def open_hub_rows(source: str) -> HubRows:
         return {column: _named(kinds[column], value) for column, value in row.items()}
 
     shown = f"{name}:{config}" if config else name
-    return HubRows(f"{shown}@{split}", rows, clean)
+    classes = {
+        column: tuple(kind.names)
+        for column, kind in kinds.items()
+        if isinstance(kind, datasets.ClassLabel)
+    }
+    return HubRows(f"{shown}@{split}", classes, rows, clean)
 
 
 def _fix(error: Exception) -> str:
@@ -96,7 +103,7 @@ def _named(kind: Any, value: Any) -> Any:
     if value is None:
         return None
     if isinstance(kind, ClassLabel):
-        return kind.names[value] if 0 <= value < len(kind.names) else None
+        return label_name(tuple(kind.names), value)
     if isinstance(kind, dict):
         return {key: _named(kind[key], part) for key, part in value.items()}
     inner = getattr(kind, "feature", None)  # of List and LargeList

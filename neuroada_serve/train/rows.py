@@ -1,221 +1,112 @@
-"""Rows as dictionaries, with the place of each: those of a file, or of the hub.
+"""Rows as dictionaries, with the place of each, and the words for what is wrong with them.
 
-    .jsonl .ndjson    an object a line
-    .json             a list of objects
-    .csv .tsv         a header, then a row each; comma, semicolon or tab
-    .parquet          through pyarrow
-    any other name    as JSON lines
-    .gz               behind any of them but parquet
-
-Text is UTF-8. Nothing in a file is ever run.
+`train/files.py` reads those of a file, `train/hub.py` those of the hub.
 """
 
-import csv
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from neuroada_serve.config import RowSource
-from neuroada_serve.errors import DataError, UsageError
+from neuroada_serve.errors import DataError
 
 Data = Path | RowSource
 
-MAX_FAULTS = 10
-_ZIP = b"PK\x03\x04"  # .xlsx and .ods too
-_MOST_FIELD = 1 << 24  # characters of a CSV cell
+_MOST_FAULTS = 10  # different ones, told in full
+_MOST_NUMBERS = 5  # of rows with one fault
+_MOST_NAMES = 12
+_MOST_CHARS = 60  # of a name or a cell
 
 
 class RecordFault(Exception):
     """What is wrong with one row."""
 
 
+@dataclass(frozen=True)
+class Records:
+    """All rows of some data.
+
+    rows: (number, row) of each, see `place`; in place of a row that cannot be read, its fault.
+    notes: what is to be said of how they were read, as clauses.
+    doubled: names that the header has more than once; rows do not hold their cells.
+    classes: column -> the names of its labels in their order, where the data says that.
+    """
+
+    rows: Sequence[tuple[int, dict[str, Any] | RecordFault]]
+    notes: tuple[str, ...] = ()
+    doubled: tuple[str, ...] = ()
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
 class Faults:
-    """The faults of some rows: the first in full, the rest as a number."""
+    """The faults of some rows: equal ones once, with the rows that have them."""
 
     def __init__(self, data: Data) -> None:
         self._data = data
-        self._shown: list[str] = []
-        self._more = 0
+        self._rows: dict[str, list[int]] = {}
 
     def add(self, number: int, fault: str) -> None:
-        if len(self._shown) < MAX_FAULTS:
-            self._shown.append(f"  {place(self._data, number)}: {fault}")
-        else:
-            self._more += 1
+        self._rows.setdefault(fault, []).append(number)
 
     def raise_if_any(self) -> None:
-        if not self._shown:
+        if not self._rows:
             return
-        count = len(self._shown) + self._more
+        count = sum(map(len, self._rows.values()))
         lines = [f"{self._data} has {count} unusable {'row' if count == 1 else 'rows'}:"]
-        lines += self._shown
-        if self._more:
-            lines.append(f"  and {self._more} more")
+        shown = sorted(self._rows.items(), key=lambda one: one[1][0])[:_MOST_FAULTS]
+        lines += [f"  {places(self._data, numbers)}: {fault}" for fault, numbers in shown]
+        if more := count - sum(len(numbers) for _, numbers in shown):
+            lines.append(f"  and {more} more")
         raise DataError("\n".join(lines))
 
 
 def place(data: Data, number: int) -> str:
     """What a row's number counts: lines of a text file, else rows."""
-    counts_rows = not isinstance(data, Path) or _kind(data) in ("json", "parquet")
-    return f"{'row' if counts_rows else 'line'} {number}"
+    return f"{_unit(data)} {number}"
 
 
-def _kind(path: Path) -> str:
+def places(data: Data, numbers: Sequence[int]) -> str:
+    """The same of several: lines 3, 7, 9 and 190 more."""
+    if len(numbers) == 1:
+        return place(data, numbers[0])
+    shown = [str(number) for number in numbers]
+    if len(shown) > _MOST_NUMBERS + 1:
+        shown = [*shown[:_MOST_NUMBERS], f"{len(shown) - _MOST_NUMBERS} more"]
+    return f"{_unit(data)}s {', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _unit(data: Data) -> str:
+    counts_rows = not isinstance(data, Path) or kind_of(data) in ("json", "parquet")
+    return "row" if counts_rows else "line"
+
+
+def kind_of(path: Path) -> str:
+    """The ending of a file's name, without that of gzip: csv."""
     names = path.name.lower().removesuffix(".gz").split(".")[1:]
     return names[-1] if names else ""
 
 
-def read_records(path: Data) -> Iterator[tuple[int, dict[str, Any] | RecordFault]]:
-    """(number, row) of every row; in place of a row that cannot be read, its fault.
-
-    Numbers count from 1, see `place`. Cells of CSV are strings.
-
-    Raises:
-        DataError: the file cannot be read at all; names the line where there is one.
-        UsageError: its kind needs a package that is missing.
-    """
-    if not isinstance(path, Path):
-        return path.records()
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read: {error.strerror}") from error
-    if path.name.lower().endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} is no whole gzip file: {error}") from error
-    kind = _kind(path)
-    if kind in ("csv", "tsv"):
-        return _csv_rows(path, data, kind)
-    if kind == "json":
-        return _json_rows(path, data)
-    if kind == "parquet":
-        return _parquet_rows(path, data)
-    if data.startswith(_ZIP):
-        raise DataError(f"{path} is a spreadsheet or another archive; save it as CSV UTF-8")
-    return _json_lines(data)
+def shown(text: str) -> str:
+    """A name or a cell as messages show it: short, and nothing but visible characters."""
+    text = text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 3] + "..."
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
-def _json_lines(data: bytes) -> Iterator[tuple[int, dict[str, Any] | RecordFault]]:
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield number, _object(line)
+def listed(names: Sequence[str]) -> str:
+    """a, b, c and 5 more."""
+    told = [shown(name) for name in names[:_MOST_NAMES]]
+    more = len(names) - len(told)
+    return ", ".join(told) + (f" and {more} more" if more else "")
 
 
-def _object(line: bytes) -> dict[str, Any] | RecordFault:
-    try:
-        raw = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return RecordFault("not UTF-8 text; save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        return RecordFault(
-            f"not valid JSON ({error.msg}, column {error.colno}); each line must be one JSON object"
-        )
-    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
-        return RecordFault("no JSON that can be read")
-    if not isinstance(raw, dict):
-        return RecordFault(f"must be a JSON object, not {type(raw).__name__}")
-    return raw
+def is_blank(value: Any) -> bool:
+    """Whether a cell has nothing in it: null, not a number (pandas' null), or only spaces."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value != value
 
 
-def _json_rows(path: Path, data: bytes) -> Iterator[tuple[int, dict[str, Any] | RecordFault]]:
-    try:
-        raw = json.loads(_text(path, data))
-    except json.JSONDecodeError as error:
-        hint = "; an object a line is .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{path} is not JSON: {error.msg}, line {error.lineno}{hint}") from None
-    except (RecursionError, ValueError):
-        raise DataError(f"{path} is no JSON that can be read") from None
-    if not isinstance(raw, list):
-        raise DataError(f"{path} must hold a list of objects, not {type(raw).__name__}")
-    for number, row in enumerate(raw, start=1):
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            yield number, RecordFault(f"must be a JSON object, not {type(row).__name__}")
-
-
-def _csv_rows(
-    path: Path, data: bytes, kind: str
-) -> Iterator[tuple[int, dict[str, Any] | RecordFault]]:
-    text = _text(path, data)
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise DataError(f"{path} line {line} has a zero byte: save it as plain UTF-8 CSV")
-    separator = "\t" if kind == "tsv" else _separator(text)
-    csv.field_size_limit(_MOST_FIELD)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    header: list[str] | None = None
-    line = 1  # where the row begins
-    try:
-        for cells in reader:
-            if not cells or cells == [""]:
-                line = reader.line_num + 1
-                continue
-            if header is None:
-                header = _header(path, line, cells)
-            elif len(cells) != len(header):
-                yield (
-                    line,
-                    RecordFault(
-                        f"has {len(cells)} cells, the header {len(header)}: quote cells that "
-                        f"contain {separator!r} or line breaks"
-                    ),
-                )
-            else:
-                yield line, dict(zip(header, cells, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        fix = "a quote within a quoted cell is written twice"
-        if "limit" in str(error):
-            fix = "shorten the cell, or close the quote that it begins with"
-        raise DataError(f"{path} line {line}: {error}; {fix}") from error
-
-
-def _separator(text: str) -> str:
-    """The one that the header has most of, outside quotes."""
-    header = "".join(text.partition("\n")[0].partition("\r")[0].split('"')[::2])
-    return max(",;\t", key=header.count)
-
-
-def _header(path: Path, line: int, cells: list[str]) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled or "" in names:
-        what = f"names {doubled[0]!r} twice" if doubled and doubled[0] else "has a nameless column"
-        raise DataError(
-            f"{path} line {line}: the header {what}; the first line must name the columns"
-        )
-    return names
-
-
-def _parquet_rows(path: Path, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    if find_spec("pyarrow") is None:
-        raise UsageError(
-            f'{path} is parquet, which needs pyarrow: run pip install "neuroada-serve[parquet]", '
-            "or save it as .jsonl"
-        )
-    from pyarrow import ArrowException, parquet
-
-    try:
-        table = parquet.read_table(io.BytesIO(data))
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path} is no parquet file: {error}") from error
-    yield from enumerate(table.to_pylist(), start=1)
-
-
-def _text(path: Path, data: bytes) -> str:
-    try:
-        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path} line {line} is not UTF-8 text; save the file as UTF-8 (in a spreadsheet: "
-            '"CSV UTF-8")'
-        ) from None
+def counted(count: int, noun: str) -> str:
+    """1 row, 2 rows."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

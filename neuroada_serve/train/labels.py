@@ -1,0 +1,53 @@
+"""Labels as names: one name for what was written in several ways, and the order of names."""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from neuroada_serve.train.rows import counted, shown
+
+_WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
+_MOST_TOLD = 4
+
+
+def clean_labels(labels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The same labels without spaces around them, and whole numbers without .0, and what is to be
+    said of that, and of labels that differ in case alone, as clauses.
+
+    pandas writes .0 wherever one row of the column has no number.
+    """
+    notes = []
+    cleaned = [label.strip() for label in labels]
+    if spaced := sum(map(str.__ne__, cleaned, labels)):
+        notes.append(f"spaces around {counted(spaced, 'label')} left out")
+    distinct = set(cleaned)
+    fractions = [label for label in distinct if "." in label]
+    if fractions and all(map(_WHOLE.fullmatch, distinct)):
+        cleaned = [label.partition(".")[0] for label in cleaned]
+        short = min(fractions)
+        notes.append(f"labels such as {short} read as {short.partition('.')[0]}")
+    for group in groups_by(str.casefold, cleaned)[:_MOST_TOLD]:
+        notes.append(f"labels {' and '.join(map(repr, map(shown, group)))} differ in case alone")
+    return cleaned, notes
+
+
+def groups_by(key: Callable[[str], str], texts: Iterable[str]) -> list[list[str]]:
+    """Different texts of one key, where there are several."""
+    groups: dict[str, list[str]] = {}
+    for text in sorted(set(texts)):
+        groups.setdefault(key(text), []).append(text)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def sorted_labels(labels: Iterable[str]) -> list[str]:
+    """Different labels in their order: by value if all are numbers, else as texts."""
+    distinct = sorted(set(labels))
+    try:
+        values = {label: float(label) for label in distinct}
+    except ValueError:
+        return distinct
+    return (
+        sorted(distinct, key=values.__getitem__)
+        if all(map(math.isfinite, values.values()))
+        else distinct
+    )
