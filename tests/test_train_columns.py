@@ -5,7 +5,7 @@ import pytest
 from neuroada_serve.errors import DataError
 from neuroada_serve.train.columns import fitting_columns, known_columns, may_be_a_row
 
-SENTENCES = ["the printer is on fire", "no paper", "where is my parcel?", "it works"] * 3
+SENTENCES = [f"the printer on floor {n} is on fire" for n in range(12)]
 TEAMS = ["hardware", "hardware", "post", "nobody"] * 3
 
 
