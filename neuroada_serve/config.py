@@ -239,7 +239,11 @@ class TrainConfig:
         "Peak learning rate; default 0.02 / sqrt(k): 0.02 at k=1, 0.007 at k=8. auto tries a few "
         "for some steps each and draws lr.png.",
     )
-    epochs: float | None = _option(None, "Passes over the training rows; default 1.")
+    epochs: float | None = _option(
+        None,
+        "Passes over the training rows. Default: as many as the held-out loss falls for, at most "
+        "20 or 400 steps, and at least one; 6 where no rows are held out.",
+    )
     max_steps: int | None = _option(None, "Optimizer steps; instead of --epochs.")
     batch_size: int = _option(8, "Rows per batch.")
     gradient_accumulation: int = _option(
@@ -278,10 +282,17 @@ class TrainConfig:
     eval_steps: int | None = _option(
         None,
         "Optimizer steps between scores of the held-out rows; the best values are kept. Default: "
-        "after each pass.",
+        "after each pass, and up to four times within one of more than 250 steps.",
     )
     patience: int | None = _option(
-        None, "Stop after so many scores without a better held-out loss; default never."
+        None,
+        "Stop after so many scores without a better held-out loss. Default: never with --epochs "
+        "or --max-steps; else 3, and some steps with a falling learning rate follow.",
+    )
+    samples: int = _option(
+        3,
+        "Held-out rows that the adapter answers at the end. They are shown, and kept with their "
+        "answers in its config and model card; 0: none.",
     )
     save_steps: int = _option(
         50, "Optimizer steps between checkpoints, from which the same command goes on; 0: none."
@@ -289,7 +300,9 @@ class TrainConfig:
     seed: int = _option(0, "Seed of the split and of the order of rows.")
     warmup_ratio: float = _option(0.1, "Share of the steps in which the learning rate rises.")
     schedule: Literal["linear", "cosine", "constant"] = _option(
-        "linear", "How the learning rate goes on after that: linear, cosine (both to 0), constant."
+        "linear",
+        "How the learning rate goes on: linear or cosine, to 0, or constant. Without --epochs and "
+        "--max-steps it falls only once the held-out loss does not.",
     )
     weight_decay: float = _option(0.0, "AdamW's, of the values: it draws them back to the base.")
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm; 0: never.")
@@ -363,7 +376,7 @@ class TrainConfig:
                 f"recompute_share must be above 0 and at most 1, got {self.recompute_share}"
             )
         _at_least(self, selection_rows=1)
-        _at_least(self, gradient_accumulation=1, eval_steps=1, patience=1, save_steps=0)
+        _at_least(self, gradient_accumulation=1, eval_steps=1, patience=1, save_steps=0, samples=0)
         _at_least(self, weight_decay=0, max_grad_norm=0)
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")

@@ -117,8 +117,7 @@ def test_serve_and_curl(clone, serve, requests, expected):
 def test_a_spreadsheet_becomes_a_served_adapter_with_two_commands(clone):
     """With fewer steps than README's: it shows that the commands work, not what they teach."""
     train, serve = block_with("tickets.csv").splitlines()
-    assert train.count("--epochs 3") == 1
-    assert "exact match" in run(train.replace("--epochs 3", "--max-steps 3"), clone)
+    assert "exact match" in run(f"{train} --max-steps 3", clone)
     with served(serve, clone):
         answer = run(
             "curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json'"

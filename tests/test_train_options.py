@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from test_publish import FakeServer
 from test_train import QUICK, ROWS, make_base, write_rows
 
 from neuroada_serve.adapters.reader import load_adapter
@@ -13,7 +12,8 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.train import lr_finder, trainer
 from neuroada_serve.train.data import Example
-from neuroada_serve.train.loop import LengthGroupedBatches, learning_rate_course
+from neuroada_serve.train.ending import Course
+from neuroada_serve.train.loop import LengthGroupedBatches
 from neuroada_serve.train.score import answer_logits, collate, collate_packed, packs
 from neuroada_serve.train.trainer import LOG_FILE, LR_FILE, train_adapter
 
@@ -59,7 +59,7 @@ def test_batches_come_in_whole_steps_and_can_be_skipped():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_learning_rates_rise_and_fall(schedule):
-    course = learning_rate_course(TrainConfig(schedule=schedule, warmup_ratio=0.2), 50)
+    course = Course(TrainConfig(schedule=schedule, warmup_ratio=0.2), 50)
     shares = [course(step) for step in range(50)]
     assert max(shares) == shares[10] == 1.0
     assert all(a < b for a, b in zip(shares[:10], shares[1:11], strict=True))
@@ -77,7 +77,7 @@ def test_the_best_score_is_kept_and_patience_ends_the_run(base, rows, tmp_path):
     assert report.best_step == min(losses, key=losses.get)
     assert report.after.loss == min(losses.values())
     assert report.steps == report.best_step + 3 * 2 < 60
-    assert any("Keeping the values of step" in message for message in told)
+    assert any("keeping the values of step" in message for message in told)
     lines = [json.loads(line) for line in (tmp_path / "out" / LOG_FILE).read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == list(report.losses)
     assert [line["step"] for line in lines if "heldout" in line] == [0, *losses]
@@ -166,20 +166,3 @@ def test_a_quantized_base_is_trained_beside_and_served_unquantized(rows, tmp_pat
     assert (
         load_adapter(tmp_path / "out", fresh.spec).config.metadata["recipe"]["quantize"] == "int8"
     )
-
-
-def test_improved_adapters_are_published_while_training(base, rows, tmp_path):
-    server = FakeServer()
-    try:
-        config = replace(QUICK, max_steps=9, eval_steps=3, lr=0.01)
-        told = []
-        out = tmp_path / "mine"
-        report = train_adapter(base, rows, out, config, told.append, publish=server.url)
-        assert len(server.bodies) == 3
-        assert {body["lora_name"] for _, body in server.bodies} == {"mine"}
-        server.answer = (403, "no")
-        train_adapter(base, rows, out, config, told.append, publish=server.url)
-    finally:
-        server.stop()
-    assert any("Not published" in message and "403 no" in message for message in told)
-    assert load_adapter(out).digest == report.adapter.digest

@@ -39,7 +39,7 @@ TOPICS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             *("dtype", "max_model_len", "bf16", "quantize"),
             *("recompute", "recompute_share", "compile_"),
         ),
-        "Results": ("out_dir", "save_steps", "fresh", "publish"),
+        "Results": ("out_dir", "samples", "save_steps", "fresh", "publish", "publish_improved"),
     },
     "eval": {
         "Rows": ("data", "columns", "limit", "plain"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from neuroada_serve.cli.common import (
@@ -17,6 +18,7 @@ from neuroada_serve.cli.common import (
     command,
     notify,
     out,
+    print_error,
     rows_of,
     words,
 )
@@ -74,6 +76,7 @@ def train(
     eval_data: Annotated[str | None, typer.Option(help=help_of(TrainConfig, "eval_data"))] = None,
     eval_steps: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "eval_steps"))] = None,
     patience: Annotated[int | None, typer.Option(help=help_of(TrainConfig, "patience"))] = None,
+    samples: Annotated[int, typer.Option(help=help_of(TrainConfig, "samples"))] = 3,
     save_steps: Annotated[int, typer.Option(help=help_of(TrainConfig, "save_steps"))] = 50,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard checkpoints instead of going on from them.")
@@ -82,10 +85,18 @@ def train(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Server that loads every improved adapter: http://HOST:PORT, with --out under its "
-            "--adapter-dir.",
+            help="Server that loads the finished adapter: http://HOST:PORT, with --out under its "
+            "--adapter-dir. Exit code 1 where it does not.",
         ),
     ] = None,
+    publish_improved: Annotated[
+        bool,
+        typer.Option(
+            "--publish-improved",
+            help="Publish adapters on the way, too, and none that scores worse on the held-out "
+            "rows than what is served.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help=help_of(TrainConfig, "seed"))] = 0,
     warmup_ratio: Annotated[float, typer.Option(help=help_of(TrainConfig, "warmup_ratio"))] = 0.1,
     schedule: Annotated[str, typer.Option(help=help_of(TrainConfig, "schedule"))] = "linear",
@@ -121,6 +132,7 @@ def train(
         gradient_accumulation=gradient_accumulation,
         eval_steps=eval_steps,
         patience=patience,
+        samples=samples,
         save_steps=save_steps,
         schedule=cast(Any, schedule),
         weight_decay=weight_decay,
@@ -166,20 +178,45 @@ def train(
             tell(f"{load_data(base, rows, config).report}.")
             return
         report = train_adapter(
-            base, rows, out_dir, config, notify=tell, fresh=fresh, publish=publish
+            base,
+            rows,
+            out_dir,
+            config,
+            notify=tell,
+            fresh=fresh,
+            publish=publish,
+            publish_improved=publish_improved,
         )
     if not processes.is_first:
         return
     from neuroada_serve.train.run import figure_name
 
-    table = Table("held-out", "before", "after")
+    baseline = report.baseline
     if report.before is not None and report.after is not None:
-        table.add_row("loss", f"{report.before.loss:.3f}", f"{report.after.loss:.3f}")
-        figure = figure_name(report.adapter.config.labels).replace("_", " ")
-        table.add_row(figure, f"{report.before.figure:.3f}", f"{report.after.figure:.3f}")
+        constant = [] if baseline is None else [f"always {baseline.answer!r}"]
+        table = Table("held-out", *map(escape, constant), "before", "after")
+        for name, before, after, known in (
+            ("loss", report.before.loss, report.after.loss, baseline and baseline.loss),
+            (
+                figure_name(report.adapter.config.labels).replace("_", " "),
+                report.before.figure,
+                report.after.figure,
+                baseline and baseline.figure,
+            ),
+        ):
+            middle = [] if baseline is None else ["" if known is None else f"{known:.3f}"]
+            table.add_row(name, *middle, f"{before:.3f}", f"{after:.3f}")
         out.print(table)
+    if report.samples:
+        shown = Table("held-out row", "expected", "got", show_lines=True)
+        for sample in report.samples:
+            shown.add_row(*map(escape, (sample.question, sample.expected, sample.got)))
+        out.print(shown)
     notify(f"Adapter written to {out_dir}; serve it with:")
     notify(f"  neuroada serve {model} --adapter {out_dir.name}={out_dir}")
+    if report.published is False:
+        print_error(f"The server at {publish} does not serve it.")
+        raise typer.Exit(1)
 
 
 def _k_by_module(text: str) -> tuple[int, dict[str, int]]:

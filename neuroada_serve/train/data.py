@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from neuroada_serve.adapters.format import SEQ_CLS, is_regression, task_faults
 from neuroada_serve.config import TrainConfig
@@ -35,12 +35,13 @@ _MOST_CLASSES_TOLD = 8
 class Example:
     """A row as token ids. The answer ends with the base's end token; only it is trained on.
 
-    target: the number that a regression is to give.
+    target: the number that a regression is to give. question: the row's text, for people.
     """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     target: float | None = None
+    question: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.prompt_ids, "the first answer token needs one before it"
@@ -141,8 +142,10 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
 
     def encode(row: Row) -> Example:
         if labels:
-            return encode_labelled(base, row, labels)
-        return encode_row(base, row, config.prompt_format)
+            example = encode_labelled(base, row, labels)
+        else:
+            example = encode_row(base, row, config.prompt_format)
+        return replace(example, question=row.text.strip())
 
     train = _encode_rows(encode, data, train_rows)
     heldout = _encode_rows(encode, config.eval_data or data, heldout_rows)

@@ -27,6 +27,7 @@ from neuroada_serve.train.bypass import BypassedLinear
 from neuroada_serve.train.checkpoint import Checkpoint
 from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import Example
+from neuroada_serve.train.ending import Course
 from neuroada_serve.train.inplace import InplaceLinear
 from neuroada_serve.train.processes import Processes, current, unlaunched
 from neuroada_serve.train.recompute import set_recompute
@@ -122,7 +123,8 @@ class Loop:
         layers: whose values are trained, from what they are.
         head: a classifier's, trained with them.
         examples: to train on.
-        steps: optimizer steps of the whole run; the learning rate's course depends on it.
+        steps: optimizer steps of the whole run, at most.
+        course: of the learning rate, see `train.ending`; by default that of so many steps.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Loop:
         config: TrainConfig,
         steps: int,
         head: ClassHead | None = None,
+        course: Course | None = None,
     ) -> None:
         self._trained = values_of(layers)
         groups = [{"params": list(self._trained.values()), "lr": config.peak_lr}]
@@ -151,15 +154,20 @@ class Loop:
             self._processes,
         )
         self._optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, learning_rate_course(config, steps)
-        )
+        self.course = course or Course(config, steps)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self.course)
         self._random: dict[str, Tensor] | None = None  # states to begin with
 
     @property
     def done(self) -> int:
         """Steps taken."""
         return len(self.losses)
+
+    def follow_course(self) -> None:
+        """Let the step to come have the rate of a course that has changed."""
+        share = self.course(self.done)
+        for group, peak in zip(self._optimizer.param_groups, self._scheduler.base_lrs, strict=True):
+            group["lr"] = peak * share
 
     def run(self, after_step: Callable[[], bool], notify: Notify, title: str = "training") -> None:
         """Take the steps that are left.
@@ -181,7 +189,7 @@ class Loop:
                 stack.callback(_compile_blocks(self._model))
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
             progress = stack.enter_context(
-                _Progress(self._steps, self.losses, notify, title, self._processes.is_first)
+                _Progress(self.course, self.losses, notify, title, self._processes.is_first)
             )
             arguments = TrainingArguments(
                 output_dir=scratch,
@@ -280,23 +288,6 @@ def selections_of(checkpoint: Checkpoint, modules: Mapping[str, Any]) -> dict[st
             None if trained is None else trained.to(device),
         )
     return selections
-
-
-def learning_rate_course(config: TrainConfig, steps: int) -> Callable[[int], float]:
-    """Share of the peak by step, from 0: up to 1 during the warm-up, then by the schedule; never 0
-    before the end."""
-    warmup = min(int(config.warmup_ratio * steps), steps - 1)
-
-    def share(step: int) -> float:
-        up = (step + 1) / (warmup + 1)
-        if config.schedule == "constant":
-            return min(up, 1.0)
-        left = (steps - step) / (steps - warmup)
-        if config.schedule == "cosine":
-            left = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left))
-        return min(up, left)
-
-    return share
 
 
 def diverged(step: int, lr: float) -> UsageError:
@@ -411,10 +402,10 @@ class _Progress:
     _SENTENCES = 10
 
     def __init__(
-        self, steps: int, losses: list[float], notify: Notify, title: str, bar: bool
+        self, course: Course, losses: list[float], notify: Notify, title: str, bar: bool
     ) -> None:
         console = Console(stderr=True)
-        self._notify, self._steps, self._losses = notify, steps, losses
+        self._notify, self._course, self._losses = notify, course, losses
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -424,7 +415,7 @@ class _Progress:
             console=console,
             disable=not bar or not console.is_terminal,
         )
-        self._task = self._bar.add_task(title, total=steps, completed=len(losses), loss="-")
+        self._task = self._bar.add_task(title, total=course.end, completed=len(losses), loss="-")
 
     def __enter__(self) -> "_Progress":
         self._bar.start()
@@ -437,7 +428,9 @@ class _Progress:
         done = len(self._losses)
         recent = self._losses[-10:]
         loss = f"{sum(recent) / len(recent):.3f}"
-        self._bar.update(self._task, completed=done, loss=loss)
-        every = math.ceil(self._steps / self._SENTENCES)
-        if self._bar.disable and (done % every == 0 or done == self._steps):
-            self._notify(f"Step {done} of {self._steps}, loss {loss}.")
+        end = self._course.end
+        self._bar.update(self._task, completed=done, total=end, loss=loss)
+        every = math.ceil(end / self._SENTENCES)
+        if self._bar.disable and (done % every == 0 or done == end):
+            of = f"at most {end}" if self._course.may_end_early else str(end)
+            self._notify(f"Step {done} of {of}, loss {loss}.")

@@ -1,18 +1,20 @@
-"""Hand adapters to a running server while they are still being trained.
+"""Hand adapters to a running server.
 
 The server reads them from a folder under its --adapter-dir, so that must be where training writes:
 the same machine, or a shared disk.
 """
 
 import json
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 from neuroada_serve.adapters.format import Adapter, save_adapter
+from neuroada_serve.config import ADAPTER_NAME
 from neuroada_serve.errors import UsageError
 
 _TIMEOUT_S = 60.0
@@ -26,14 +28,50 @@ class Publisher:
         folder: what is written; its name is the adapter's.
 
     Raises:
-        UsageError: the url is none, or no server answers there.
+        UsageError: the url is none, no server answers there, or it would not load from the folder.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UsageError(f"--publish takes a server's address, http://HOST:PORT, not {url!r}")
         self._url, self._folder = url.rstrip("/"), folder.absolute()
-        self._request("/v1/models")
+        self.name = self._folder.name
+        if not ADAPTER_NAME.fullmatch(self.name):
+            raise UsageError(
+                f"--publish serves an adapter under the name of --out's folder, and {self.name!r} "
+                "is none: it takes letters, digits and . _ -, at most 63, a letter or digit first"
+            )
+        models = self._request("/v1/models").get("data", ())
+        if any(model["id"] == self.name and model.get("parent") is None for model in models):
+            raise UsageError(
+                f"--publish: {self.name!r} is the name of the base at {self._url}; give --out "
+                "another folder"
+            )
+        self._check_permission()
+
+    def _check_permission(self) -> None:
+        """Ask for a folder that is not there: only a server that would load from beside it says
+        that it is missing."""
+        missing = {"lora_name": self.name, "lora_path": str(self._folder / ".not-there")}
+        try:
+            self._request("/v1/load_lora_adapter", missing)
+        except _Refused as refused:
+            if refused.param == "lora_path" and refused.status == 404:
+                return
+            raise UsageError(f"--publish cannot do its work: {refused}") from refused
+        raise UsageError(
+            f"--publish: what answers at {self._url} loads folders that do not exist; is it a "
+            "server of ours?"
+        )
+
+    def served_digest(self) -> str | None:
+        """Of the version that is served under the name now; None where none is."""
+        try:
+            return str(self._request(f"/v1/adapters/{quote(self.name)}")["digest"])
+        except _Refused as refused:
+            if refused.status == 404:
+                return None
+            raise
 
     def __call__(self, adapter: Adapter) -> None:
         """
@@ -50,25 +88,75 @@ class Publisher:
             },
         )
 
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> None:
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """What JSON the answer holds; {} where it is none."""
         data = None if body is None else json.dumps(body).encode()
         request = Request(self._url + path, data, {"Content-Type": "application/json"})
         try:
             with urlopen(request, timeout=_TIMEOUT_S) as answer:
-                answer.read()
+                text = answer.read()
         except HTTPError as error:
-            raise UsageError(f"the server at {self._url} says: {_message(error)}") from error
+            raise _Refused(self._url, error) from error
         except (OSError, HTTPException) as error:
             raise UsageError(
                 f"no server of ours answers at {self._url}: {error}; start one with neuroada serve "
                 "BASE --adapter-dir FOLDER --allow-runtime-adapters"
             ) from error
+        try:
+            return json.loads(text)
+        except ValueError:
+            return {}
 
 
-def _message(error: HTTPError) -> str:
-    """What an error response says, in OpenAI's form or any other."""
-    text = error.read().decode(errors="replace")
+class Improvements:
+    """Publishes an adapter if it scores better than whatever is served under its name.
+
+    Args:
+        served_loss: of the version served now, on the held-out rows; None where none is.
+        notify: told of each, and of what could not be published: training goes on.
+    """
+
+    def __init__(
+        self, publisher: Publisher, served_loss: float | None, notify: Callable[[str], None]
+    ) -> None:
+        self._publisher, self._loss, self._notify = publisher, served_loss, notify
+
+    def publish(self, adapter: Adapter, loss: float, step: int) -> bool:
+        """Whether the adapter is what is served now."""
+        if self._loss is not None and loss > self._loss:
+            self._notify(
+                f"Not published: the held-out loss is {loss:.4f} after step {step}, and "
+                f"{self._loss:.4f} with the version that is served."
+            )
+            return False
+        if not publish_or_tell(self._publisher, adapter, step, self._notify):
+            return False
+        self._loss = loss
+        return True
+
+
+def publish_or_tell(
+    publisher: Publisher, adapter: Adapter, step: int, notify: Callable[[str], None]
+) -> bool:
+    """Publish an adapter; whether that succeeded. A server that refuses is told of."""
     try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{error.code} {text[:500]}"
+        publisher(adapter)
+    except UsageError as error:
+        notify(f"Not published: {error}.")
+        return False
+    notify(f"Published {publisher.name}, step {step}.")
+    return True
+
+
+class _Refused(UsageError):
+    """An answer of another status than 200. param: what it blames, in OpenAI's form."""
+
+    def __init__(self, url: str, error: HTTPError) -> None:
+        self.status, self.param = error.code, None
+        text = error.read().decode(errors="replace")
+        try:
+            found = json.loads(text)["error"]
+            message, self.param = str(found["message"]), found.get("param")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            message = f"{error.code} {text[:500]}"
+        super().__init__(f"the server at {url} says: {message}")

@@ -22,15 +22,16 @@ from neuroada_serve.adapters.format import (
     target_modules,
 )
 from neuroada_serve.config import TrainConfig
-from neuroada_serve.errors import UsageError
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.train.checkpoint import Checkpoint, Checkpoints
 from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import TrainingData
+from neuroada_serve.train.ending import Plan, reason
 from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, values_of
 from neuroada_serve.train.lr_finder import LearningRates
 from neuroada_serve.train.processes import current
-from neuroada_serve.train.publish import Publisher
+from neuroada_serve.train.publish import Improvements
+from neuroada_serve.train.samples import Sample, baseline_of, samples_of
 from neuroada_serve.train.score import Score, score
 
 FILE_DTYPE = torch.bfloat16
@@ -49,6 +50,7 @@ class Run:
 
     before: the base's score. evaluations: so far.
     best_step: the step with the lowest held-out loss; without held-out rows the last.
+    samples: answers to a few held-out rows, once the run is finished.
     """
 
     def __init__(
@@ -60,18 +62,20 @@ class Run:
         head: ClassHead | None,
         config: TrainConfig,
         out: Path,
-        publisher: Publisher | None,
         notify: Notify,
+        improvements: Improvements | None = None,
     ) -> None:
         self._base, self._data, self._layers, self._head = base, data, layers, head
         self._values = values_of(layers)
         self._data_name = data_name
         self._config, self._out = config, out
-        self._publisher, self._notify = publisher, notify
+        self._improvements, self._notify = improvements, notify
         self._processes = current()
         self.before: Score | None = None
         self.evaluations: list[Evaluation] = []
         self.best_step = 0
+        self.baseline = baseline_of(base, data)
+        self.samples: tuple[Sample, ...] = ()
         self._best: dict[str, Tensor] = {}  # by the names of `values_of`, as a file would hold them
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -85,23 +89,24 @@ class Run:
         best = {name: checkpoint.tensors.get(f"{name}.best") for name in (*self._values, HEAD)}
         self._best = {name: values for name, values in best.items() if values is not None}
 
-    def begin(self, loop: Loop, checkpoints: Checkpoints, searched: LearningRates | None) -> None:
+    def begin(
+        self, loop: Loop, plan: Plan, checkpoints: Checkpoints, searched: LearningRates | None
+    ) -> None:
         """Take part in the steps of a loop."""
         self._loop, self._checkpoints, self._searched = loop, checkpoints, searched
+        self._plan = plan
         if searched is not None:
             self._config = replace(self._config, lr=searched.best)
-        self.steps = steps_of(self._config, self._data)
-        self._per_pass = loop.batches.per_pass
 
     # --- after every step ------------------------------------------------------------------------
 
     def after_step(self) -> bool:
         """Score, keep, save, as the step asks for; whether to stop."""
         done, config = self._loop.done, self._config
-        batches = config.gradient_accumulation * self._processes.size
-        per_pass = max(1, self._per_pass // batches)
-        if done == self.steps or done % (config.eval_steps or per_pass) == 0:
+        if done == self._loop.course.end or done % self._plan.eval_steps == 0:
             self._evaluate(done)
+            if self._plan.is_open and self._loop.course.may_end_early and self._patience_is_over:
+                self._decline()
         saves = config.save_steps and self._processes.is_first
         if saves and (self.is_over or done % config.save_steps == 0):
             self._save()
@@ -109,11 +114,29 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether all steps are taken, or patience is."""
-        if self._loop.done == self.steps:
+        """Whether all steps are taken, or patience is, with what an open plan does then."""
+        if self._loop.done >= self._loop.course.end:
             return True
+        return not self._plan.is_open and self._patience_is_over
+
+    @property
+    def _patience_is_over(self) -> bool:
         since = sum(one.step > self.best_step for one in self.evaluations)
-        return self._config.patience is not None and since >= self._config.patience
+        return self._plan.patience is not None and since >= self._plan.patience
+
+    def _decline(self) -> None:
+        """Go back to the best values, and let the learning rate fall over some last steps."""
+        course = self._loop.course
+        course.decline(self._loop.done)
+        if self.is_over:
+            return
+        self._loop.follow_course()
+        self._take_best()
+        self._notify(
+            f"The held-out loss has not fallen for {self._plan.patience} scores: back to the "
+            f"values of step {self.best_step}, for {course.end - self._loop.done} steps with a "
+            "falling learning rate."
+        )
 
     def _evaluate(self, step: int) -> None:
         with self._rounded():
@@ -126,8 +149,8 @@ class Run:
             if known and found.loss >= min(known):
                 return
             self.best_step, self._best = step, self._file_values()
-        if self._publisher is not None and step != self.steps:  # the last is, at the end
-            self.publish(self.adapter())
+        if self._improvements is not None and step != self._loop.course.end:  # the last is, then
+            self._improvements.publish(self.adapter(), found.loss, step)
 
     def _save(self) -> None:
         here = self._loop.checkpoint()
@@ -140,15 +163,6 @@ class Run:
             "lr_search": None if self._searched is None else asdict(self._searched),
         }
         self._checkpoints.save(Checkpoint(here.step, {**here.tensors, **best}, state))
-
-    def publish(self, adapter: Adapter) -> None:
-        """Hand an adapter to the server. Training goes on where that fails."""
-        assert self._publisher is not None
-        try:
-            self._publisher(adapter)
-            self._notify(f"Published {self._out.name}, step {self.best_step}.")
-        except UsageError as error:
-            self._notify(f"Not published: {error}.")
 
     # --- scores and values -----------------------------------------------------------------------
 
@@ -188,6 +202,14 @@ class Run:
                 for name, value in self._values.items():
                     value.copy_(exact[name])
 
+    @torch.no_grad()
+    def _take_best(self) -> None:
+        """Make the values those kept as the best."""
+        for name, value in self._values.items():
+            value.copy_(self._best[name])
+        if self._head is not None:
+            self._head.weight.copy_(self._best[HEAD])
+
     def _file_values(self) -> dict[str, Tensor]:
         values = {name: v.detach().to(FILE_DTYPE).cpu() for name, v in self._values.items()}
         if self._head is not None:
@@ -195,9 +217,14 @@ class Run:
         return values
 
     def finish(self) -> Adapter:
-        """The adapter of the values kept, told of."""
+        """The adapter of the values kept, told of, and with a few answers of it."""
         if not self.evaluations:
             self.best_step, self._best = self._loop.done, self._file_values()
+        scored = [(one.step, one.score.loss) for one in self.evaluations]
+        if scored and self.before is not None:
+            scored = [(0, self.before.loss), *scored]
+        if why := reason(self._plan, self._loop.done, scored):
+            self._notify(why)
         elif self.best_step != self._loop.done:
             self._notify(f"Keeping the values of step {self.best_step}: they scored best.")
         before, after = self.before, self.after
@@ -206,6 +233,9 @@ class Run:
                 f"The held-out loss rose from {before.loss:.3f} to {after.loss:.3f}: try a --lr "
                 f"below {self._config.peak_lr:.2g}, or more rows."
             )
+        if self._processes.is_first and self._config.samples and self._data.heldout:
+            self._take_best()
+            self.samples = samples_of(self._base, self._data, self._config.samples)
         return self.adapter()
 
     def adapter(self) -> Adapter:
@@ -224,7 +254,7 @@ class Run:
             selection=self._config.selection,
             task_type=self._config.task_type,
             labels=self._data.labels,
-            metadata={"recipe": self._recipe(), "scores": self._scores()},
+            metadata=self._metadata(),
         )
         return make_adapter(config, parts, self._best.get(HEAD))
 
@@ -236,7 +266,16 @@ class Run:
         if self.before is not None:
             lines.append({"step": 0, "heldout": asdict(self.before)})
         lines += [{"step": e.step, "heldout": asdict(e.score)} for e in self.evaluations]
+        if self.baseline is not None:
+            lines.append({"baseline": asdict(self.baseline)})
+        lines += [{"sample": asdict(sample)} for sample in self.samples]
         return "".join(json.dumps(line) + "\n" for line in lines)
+
+    def _metadata(self) -> dict[str, Any]:
+        metadata: dict[str, Any] = {"recipe": self._recipe(), "scores": self._scores()}
+        if self.samples:
+            metadata["samples"] = [asdict(sample) for sample in self.samples]
+        return metadata
 
     def _recipe(self) -> dict[str, Any]:
         config, report = self._config, self._data.report
@@ -255,7 +294,7 @@ class Run:
             "schedule": config.schedule,
             "steps": self._loop.done,
             "kept_step": self.best_step,
-            "epochs": round(self._loop.done * config.gradient_accumulation / self._per_pass, 3),
+            "epochs": round(self._loop.done / self._plan.per_pass, 3),
             "batch_size": config.batch_size,
             "gradient_accumulation": config.gradient_accumulation,
             "max_length": config.max_length,
@@ -264,6 +303,8 @@ class Run:
             "prompt_format": "chat" if chats else "plain",
             "versions": {n: version(n) for n in ("neuroada-serve", "torch", "transformers")},
         }
+        if self._plan.is_open:
+            recipe["patience"] = self._plan.patience
         plain = TrainConfig()
         if self._processes.size > 1:
             recipe["processes"] = self._processes.size
@@ -297,6 +338,10 @@ class Run:
                 score[name] = score.pop("figure")
             if self._head is None:
                 scores["exact_match_by"] = "teacher forcing"
+            if self.baseline is not None:
+                of_baseline = {"loss": self.baseline.loss, name: self.baseline.figure}
+                known = {key: value for key, value in of_baseline.items() if value is not None}
+                scores["baseline"] = {"answer": self.baseline.answer, **known}
         return scores
 
 
@@ -305,10 +350,3 @@ def figure_name(labels: Sequence[str]) -> str:
     if is_regression(labels):
         return "pearson"
     return "accuracy" if labels else "exact_match"
-
-
-def steps_of(config: TrainConfig, data: TrainingData) -> int:
-    """Optimizer steps of a run."""
-    batches = config.gradient_accumulation * current().size
-    per_pass = math.ceil(len(data.train) / config.batch_size) / batches
-    return config.max_steps or max(1, round((config.epochs or 1) * per_pass))

@@ -30,17 +30,20 @@ from neuroada_serve.train.bypass import bypass_training
 from neuroada_serve.train.checkpoint import Checkpoints
 from neuroada_serve.train.classify import class_head
 from neuroada_serve.train.data import DataReport, TrainingData, load_data
+from neuroada_serve.train.ending import Course, plan_of
 from neuroada_serve.train.inplace import inplace_training
 from neuroada_serve.train.loop import Layers, Loop, Notify, selections_of, values_of
 from neuroada_serve.train.lr_finder import LearningRates, find_learning_rate
 from neuroada_serve.train.plot import learning_rate_plot, loss_curve
 from neuroada_serve.train.processes import current
-from neuroada_serve.train.publish import Publisher
+from neuroada_serve.train.publish import Improvements, Publisher, publish_or_tell
 from neuroada_serve.train.quantize import quantize_
 from neuroada_serve.train.rows import Data
-from neuroada_serve.train.run import Evaluation, Run, figure_name, steps_of
+from neuroada_serve.train.run import Evaluation, Run, figure_name
+from neuroada_serve.train.samples import Baseline, Sample
 from neuroada_serve.train.score import Score, packs
 from neuroada_serve.train.selection import k_of_modules, select
+from neuroada_serve.train.served import adapter_at, score_of_adapter
 
 LOSS_FILE = "loss.png"
 LOG_FILE = "loss.jsonl"
@@ -48,7 +51,7 @@ LR_FILE = "lr.png"
 
 _EXTRA = ("accelerate", "matplotlib")
 # What decides neither a step nor what is kept of it, so that it may change between two attempts.
-_NOT_OF_THE_RUN = ("save_steps", "eval_data")
+_NOT_OF_THE_RUN = ("save_steps", "eval_data", "samples")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class TrainReport:
     losses: mean over each step, nats per answer token.
     before, after: the base's and the adapter's score on the held-out rows; None without any.
     evaluations: in order, the one kept among them. best_step: whose values the adapter has.
+    baseline, samples: see `train.samples`; None and empty without held-out rows.
+    published: whether a server serves the adapter now; None where none was to.
     """
 
     adapter: Adapter
@@ -71,6 +76,9 @@ class TrainReport:
     after: Score | None
     evaluations: tuple[Evaluation, ...]
     best_step: int
+    baseline: Baseline | None = None
+    samples: tuple[Sample, ...] = ()
+    published: bool | None = None
 
 
 def _say_nothing(message: str) -> None:
@@ -86,12 +94,13 @@ def train_adapter(
     *,
     fresh: bool = False,
     publish: str | None = None,
+    publish_improved: bool = False,
 ) -> TrainReport:
     """Train an adapter of `base` on the rows in `data` and write it, with its curves, to `out`.
 
     The base's weights change while it runs and have their original bits afterwards, however it
     ends; only `quantize` replaces its layers for good. `out` is touched when everything has
-    succeeded, or with `publish` whenever the held-out loss has improved. On one device with one
+    succeeded, or with `publish_improved` whenever an adapter is published. On one device with one
     thread count, the same base, data and config give the same adapter, byte for byte, also when
     the run was interrupted: its checkpoints lie in `NAME.training` beside `out`, and the same call
     goes on from the newest that is whole.
@@ -103,7 +112,9 @@ def train_adapter(
         notify: told in a sentence what goes on. A progress bar shows on stderr where that is a
             terminal.
         fresh: discard checkpoints instead of going on from them.
-        publish: address of a server that loads every improved adapter, see `train.publish`.
+        publish: address of a server that loads the finished adapter, see `train.publish`.
+        publish_improved: have it load every adapter on the way as well that scores better than
+            what it serves; then the finished one, too, only if it does.
 
     Raises:
         UsageError: before training, if `config`, `out` or this installation does not allow it, or
@@ -122,6 +133,10 @@ def train_adapter(
         base = with_model_len(base, config.max_model_len)
     loaded = load_data(base, data, config)
     notify(f"{loaded.report}.")
+    if publish_improved and publish is None:
+        raise UsageError("--publish-improved needs --publish, the server's address")
+    if publish_improved and not loaded.heldout:
+        raise UsageError("--publish-improved needs held-out rows, to say what is better")
     publisher = Publisher(publish, out) if publish and processes.is_first else None
     checkpoints = Checkpoints(
         out.absolute().parent / f"{out.absolute().name}.training", _identity(base, loaded, config)
@@ -135,6 +150,10 @@ def train_adapter(
 
     modules: Mapping[str, Any] = adaptable_modules(base.model)
     assert modules.keys() == base.spec.shapes.keys(), "the model is in use by an engine"
+    improvements: Improvements | None = None
+    if publisher is not None:
+        improvements = _improvements(publisher, out, base, loaded, config, notify)
+        improvements = improvements if publish_improved else None
     beside = config.bypass or config.quantize != "none"
     if config.quantize != "none":
         modules = quantize_(base.model, modules, config.quantize)
@@ -154,7 +173,7 @@ def train_adapter(
         )
         if head is not None:  # attaching has frozen it with the rest
             head.requires_grad_(True)
-        run = Run(base, loaded, data.name, layers, head, config, out, publisher, notify)
+        run = Run(base, loaded, data.name, layers, head, config, out, notify, improvements)
         if config.packing and not packs(base.model):
             raise UsageError(
                 "rows of a packed batch see each other in this base's attention; train without "
@@ -176,14 +195,15 @@ def train_adapter(
             config = replace(config, lr=searched.best)
 
         # 3. The steps.
-        steps = steps_of(config, loaded)
-        loop = Loop(base.model, layers, loaded.train, config, steps, head)
+        plan = plan_of(config, len(loaded.train), len(loaded.heldout), processes.size)
+        course = Course(config, plan.steps, plan.is_open)
+        loop = Loop(base.model, layers, loaded.train, config, plan.steps, head, course)
         if resumed is not None:
             loop.restore(resumed)
-        run.begin(loop, checkpoints, searched)
+        run.begin(loop, plan, checkpoints, searched)
         biases = [v for name, v in values_of(layers).items() if name.endswith(".bias")]
         count = sum(selections[name].nnz for name in layers) + sum(map(len, biases))
-        notify(f"Training {count:,} values for {run.steps} steps, lr {config.peak_lr:.2g}.")
+        notify(f"Training {count:,} values, lr {config.peak_lr:.2g}, {plan.words()}.")
         if processes.size > 1:
             each = "a batch" if (n := config.gradient_accumulation) == 1 else f"{n} batches"
             notify(f"{processes.size} processes take {each} a step each.")
@@ -205,6 +225,8 @@ def train_adapter(
         run.after,
         tuple(run.evaluations),
         run.best_step,
+        run.baseline,
+        run.samples,
     )
     if not processes.is_first:
         return report
@@ -225,10 +247,40 @@ def train_adapter(
             f"the adapter cannot be written to {out}: {error.strerror}; make room, and the same "
             f"command goes on from {checkpoints.folder}"
         ) from error
-    if publisher is not None:
-        run.publish(adapter)
     checkpoints.remove()
-    return report
+    if publisher is None:
+        return report
+    if improvements is not None and run.after is not None:
+        published = improvements.publish(adapter, run.after.loss, run.best_step)
+    else:
+        published = publish_or_tell(publisher, adapter, run.best_step, notify)
+    return replace(report, published=published)
+
+
+def _improvements(
+    publisher: Publisher,
+    out: Path,
+    base: BaseModel,
+    data: TrainingData,
+    config: TrainConfig,
+    notify: Notify,
+) -> Improvements | None:
+    """What publishes adapters that are better than the one served; None where that has no score."""
+    digest = publisher.served_digest()
+    if digest is None:
+        return Improvements(publisher, None, notify)
+    served = adapter_at(out, base, digest)
+    score = None if served is None else score_of_adapter(base, served, data, config.batch_size)
+    if score is None:
+        notify(
+            f"The version of {publisher.name!r} that is served cannot be scored on these rows: it "
+            f"is not the adapter in {out}, or of another task. The finished adapter replaces it."
+        )
+        return None
+    notify(
+        f"The version of {publisher.name!r} that is served has a held-out loss of {score.loss:.4f}."
+    )
+    return Improvements(publisher, score.loss, notify)
 
 
 def _identity(base: BaseModel, data: TrainingData, config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""The score of a served adapter on the held-out rows of the one that is to replace it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuroada_serve.adapters.format import Adapter
+from neuroada_serve.adapters.reader import load_adapter
+from neuroada_serve.adapters.select import Selection
+from neuroada_serve.errors import AdapterError
+from neuroada_serve.model.loader import BaseModel, adaptable_modules
+from neuroada_serve.train.classify import class_head
+from neuroada_serve.train.data import TrainingData
+from neuroada_serve.train.inplace import inplace_training
+from neuroada_serve.train.score import Score, score
+
+
+def adapter_at(folder: Path, base: BaseModel, digest: str) -> Adapter | None:
+    """The adapter in a folder, if it is the version of this digest and fits the base."""
+    try:
+        adapter = load_adapter(folder, base.spec)
+    except (AdapterError, OSError):
+        return None
+    return adapter if adapter.digest == digest else None
+
+
+def score_of_adapter(
+    base: BaseModel, adapter: Adapter, data: TrainingData, batch_size: int
+) -> Score | None:
+    """Its score on the held-out rows; None where it is of another task or has other labels.
+
+    The base's weights change meanwhile, and have their original bits afterwards.
+    """
+    if tuple(adapter.config.labels) != data.labels or not data.heldout:
+        return None
+    modules: dict[str, Any] = adaptable_modules(base.model)
+    modules = {name: modules[name] for name in adapter.modules}
+    device = base.device
+    selections = {
+        name: Selection(part.index.to(device), None) for name, part in adapter.modules.items()
+    }
+    biased = any(part.bias is not None for part in adapter.modules.values())
+    with (
+        class_head(base.model, len(data.labels), 0) as head,
+        inplace_training(base.model, modules, selections, biased) as layers,
+        torch.no_grad(),
+    ):
+        for name, layer in layers.items():
+            layer.value.copy_(adapter.modules[name].bypass)
+            bias = adapter.modules[name].bias
+            if bias is not None and layer.bias_value is not None:
+                layer.bias_value.copy_(bias)
+        if head is not None and adapter.head is not None:
+            head.weight.copy_(adapter.head)
+        return score(base.model, data.heldout, batch_size)
