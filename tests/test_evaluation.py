@@ -383,7 +383,7 @@ def test_save_refuses_scores_of_another_make(llm, folder, write):
         (["--metric", "blue"], "no metric"),
         (["--pick", "middle"], "pick"),
         (["--out", "results.txt"], ".json"),
-        (["--out", "/no/such/results.json"], "no folder"),
+        (["--out", "/dev/null/results.json"], "/dev/null is no folder"),
         (["--adapter", "FOLDER", "--adapter", "FOLDER"], "two adapters are called 'fr'"),
         (["--adapter", "base=FOLDER"], "no adapter can be called 'base'"),
         (["--adapter", "a/b=FOLDER"], "NAME of letters"),

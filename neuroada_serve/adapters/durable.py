@@ -4,6 +4,34 @@ import os
 import secrets
 from pathlib import Path
 
+from neuroada_serve.errors import UsageError
+
+
+def check_writable(folder: Path, what: Path) -> None:
+    """Refuse what could not be written, before the work that it is to hold.
+
+    Args:
+        folder: which is there, or can be made.
+        what: the file or folder that is named in the refusal.
+
+    Raises:
+        UsageError: the folder can be neither written to nor made.
+    """
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"{what} cannot be written: {existing} is no folder you may write to")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that holds something, or cannot be made.
+
+    Raises:
+        UsageError
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder; name a new one")
+    check_writable(folder, folder)
+
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write `data` to `path`: temporary file in the same directory, fsync, rename, fsync directory.

@@ -83,9 +83,11 @@ def merge(
     """Write base and adapter as one plain Hugging Face checkpoint."""
     EngineConfig(dtype=dtype)  # refuses an unknown dtype before the model is loaded
 
+    from neuroada_serve.adapters.durable import check_new_folder
     from neuroada_serve.model.export import export_merged
     from neuroada_serve.model.source import resolve_model
 
+    check_new_folder(out_dir)
     export_merged(resolve_model(model, notify), adapter, out_dir, dtype)
     notify(f"Checkpoint written to {out_dir}")
 

@@ -112,6 +112,7 @@ def bench_throughput(
 
     from neuroada_serve.benchmark.offline import bench_throughput as bench
 
+    _check_report(report)
     _finish_bench(bench(model, config, err), report, json_output)
 
 
@@ -166,6 +167,7 @@ def bench_latency(
 
     from neuroada_serve.benchmark.offline import bench_latency as bench
 
+    _check_report(report)
     _finish_bench(bench(model, config, err), report, json_output)
 
 
@@ -214,7 +216,19 @@ def bench_serving(
 
     from neuroada_serve.benchmark.serving import bench_serving as bench
 
+    _check_report(report)
     _finish_bench(bench(config, err), report, json_output)
+
+
+def _check_report(report: Path | None) -> None:
+    """Refuse a file that could not be written, before anything is measured."""
+    if report is None:
+        return
+    from neuroada_serve.adapters.durable import check_writable
+
+    if report.is_dir():
+        raise UsageError(f"--out {report} is a folder")
+    check_writable(report.parent, report)
 
 
 def _finish_bench(result: dict[str, Any], report: Path | None, json_output: bool) -> None:

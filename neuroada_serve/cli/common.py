@@ -92,13 +92,23 @@ def command(
         except EngineError as error:
             print_error(f"Engine failure: {error}")
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            notify(f"\nInterrupted{interrupt}.")
             raise typer.Exit(130) from None
 
     name = name or function.__name__.strip("_")
     examples = EXAMPLES.get(name if group is app else f"{group.info.name} {name}", ())
     group.command(name=name, cls=Command, epilog="\n".join(examples))(run)
     return run
+
+
+@contextmanager
+def interrupted(tell: Callable[[], str]) -> Iterator[None]:
+    """Let a Ctrl-C within say more than that: what was kept, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(tell()) from None
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def official(
     """A run of the method's official code. Its pickle is read as data, nothing in it is run."""
     from neuroada_serve.model.convert import convert_official
 
-    _show(convert_official(_source(base), run, out_dir, k, dtype), out_dir, json_output)
+    _show(convert_official(_source(base, out_dir), run, out_dir, k, dtype), out_dir, json_output)
 
 
 @_convert_command
@@ -79,7 +79,7 @@ def shira(
     """A SHiRA adapter of PEFT."""
     from neuroada_serve.model.convert import convert_shira
 
-    _show(convert_shira(_source(base), adapter, out_dir, k, dtype), out_dir, json_output)
+    _show(convert_shira(_source(base, out_dir), adapter, out_dir, k, dtype), out_dir, json_output)
 
 
 @_convert_command
@@ -94,7 +94,11 @@ def supertuning(
     """A Super-Tuning adapter of PEFT."""
     from neuroada_serve.model.convert import convert_supertuning
 
-    _show(convert_supertuning(_source(base), adapter, out_dir, k, dtype), out_dir, json_output)
+    _show(
+        convert_supertuning(_source(base, out_dir), adapter, out_dir, k, dtype),
+        out_dir,
+        json_output,
+    )
 
 
 @_convert_command
@@ -113,7 +117,7 @@ def diff(
     """The difference of a fine-tuned model and its base, its largest entries."""
     from neuroada_serve.model.convert import convert_diff
 
-    result = convert_diff(_source(base), _source(tuned), out_dir, k, dtype)
+    result = convert_diff(_source(base, out_dir), _source(tuned, out_dir), out_dir, k, dtype)
     _show(result, out_dir, json_output)
 
 
@@ -126,13 +130,16 @@ def to_shira(
     """Write an adapter as one that PEFT loads, SHiRA."""
     from neuroada_serve.model.convert import export_shira
 
-    r = export_shira(_source(base), adapter, out_dir)
+    r = export_shira(_source(base, out_dir), adapter, out_dir)
     notify(f"SHiRA adapter with r={r} written to {out_dir}; peft.PeftModel loads it.")
 
 
-def _source(model: str) -> "ModelSource":
+def _source(model: str, out_dir: Path) -> "ModelSource":
+    """A model's files, fetched once it is known that the result can be written."""
+    from neuroada_serve.adapters.durable import check_new_folder
     from neuroada_serve.model.source import resolve_model
 
+    check_new_folder(out_dir)
     return resolve_model(model, notify)
 
 

@@ -17,6 +17,7 @@ from neuroada_serve.cli.common import (
     command,
     err,
     for_good,
+    interrupted,
     notify,
     out,
     rows_of,
@@ -24,6 +25,8 @@ from neuroada_serve.cli.common import (
 )
 from neuroada_serve.config import EngineConfig, help_of
 from neuroada_serve.errors import UsageError
+
+_UNSCORED = "; no scores were written"
 
 
 @command
@@ -119,7 +122,7 @@ def _eval(
     )
     if out_file is not None:
         report.check_out(out_file)
-    with for_good():
+    with interrupted(lambda: _UNSCORED), for_good():
         from neuroada_serve.engine.llm import LLM
 
         llm = LLM(model, folders, dtype=dtype, max_model_len=max_model_len, notify=notify)
@@ -141,10 +144,14 @@ def _eval(
             if given is not None:
                 raise UsageError(f"{flag} is for answers in text; {classifiers[0]} is a classifier")
         base = False  # it has no head for these labels
-        found = evaluate_classifiers(llm, rows, classifiers, limit, settings.columns, console=err)
+        with interrupted(lambda: _UNSCORED):
+            found = evaluate_classifiers(
+                llm, rows, classifiers, limit, settings.columns, console=err
+            )
     else:
         asked = [*([None] if base else []), *folders]
-        found = evaluate(llm, rows, asked, settings, console=err)
+        with interrupted(lambda: _UNSCORED):
+            found = evaluate(llm, rows, asked, settings, console=err)
     subjects = [*([report.BASE] if base else []), *folders]
     if out_file is not None:
         written = report.write_results(found, subjects, model, rows, out_file, notify)

@@ -16,6 +16,7 @@ from neuroada_serve.cli.common import (
     Plain,
     columns_of,
     command,
+    interrupted,
     notify,
     out,
     print_error,
@@ -167,8 +168,10 @@ def train(
     from neuroada_serve.model.loader import load_base
     from neuroada_serve.model.source import resolve_model
     from neuroada_serve.train.processes import joined
-    from neuroada_serve.train.trainer import train_adapter
+    from neuroada_serve.train.trainer import check_place, train_adapter
 
+    if not check:
+        check_place(out_dir)
     with joined() as processes:
         tell = notify if processes.is_first else lambda message: None
         base = load_base(resolve_model(model, tell), config.dtype)
@@ -177,16 +180,17 @@ def train(
 
             tell(f"{load_data(base, rows, config).report}.")
             return
-        report = train_adapter(
-            base,
-            rows,
-            out_dir,
-            config,
-            notify=tell,
-            fresh=fresh,
-            publish=publish,
-            publish_improved=publish_improved,
-        )
+        with interrupted(lambda: _kept(out_dir, save_steps)):
+            report = train_adapter(
+                base,
+                rows,
+                out_dir,
+                config,
+                notify=tell,
+                fresh=fresh,
+                publish=publish,
+                publish_improved=publish_improved,
+            )
     if not processes.is_first:
         return
     from neuroada_serve.train.run import figure_name
@@ -217,6 +221,22 @@ def train(
     if report.published is False:
         print_error(f"The server at {publish} does not serve it.")
         raise typer.Exit(1)
+
+
+def _kept(out_dir: Path, save_steps: int) -> str:
+    """What an interrupted run leaves, as the end of a sentence."""
+    from neuroada_serve.train.checkpoint import checkpoint_folder, newest_step
+
+    folder = checkpoint_folder(out_dir)
+    step = newest_step(folder)
+    if step is not None:
+        return (
+            f": step {step} is kept in {folder}. The same command goes on from there; with --fresh "
+            "it starts again"
+        )
+    if save_steps == 0:
+        return ": nothing is kept, with --save-steps 0; the same command starts again"
+    return " before the first step was kept; the same command starts again"
 
 
 def _k_by_module(text: str) -> tuple[int, dict[str, int]]:

@@ -16,7 +16,6 @@ is left out.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -28,7 +27,7 @@ from typing import Any
 from rich.table import Table
 
 from neuroada_serve.adapters.card import write_card
-from neuroada_serve.adapters.durable import write_durably
+from neuroada_serve.adapters.durable import check_writable, write_durably
 from neuroada_serve.adapters.format import save_config
 from neuroada_serve.adapters.reader import MAX_CONFIG_BYTES, AdapterReader
 from neuroada_serve.errors import AdapterError, UsageError
@@ -89,15 +88,14 @@ def scores_json(scores: Mapping[str, Score]) -> dict[str, Any]:
 def check_out(out: Path) -> None:
     """
     Raises:
-        UsageError: nothing can be written there; better told before an hour of scoring.
+        UsageError: nothing can be written there; better told before an hour of scoring. A folder
+            that is missing will be made.
     """
     if out.suffix != ".json":
         raise UsageError(f"--out takes a file name that ends in .json, got {str(out)!r}")
-    folder = out.absolute().parent
-    if not folder.is_dir():
-        raise UsageError(f"--out {out}: no folder {str(out.parent)!r}; make it first")
-    if out.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {out} cannot be written")
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder")
+    check_writable(out.parent, out)
 
 
 def write_results(
@@ -127,6 +125,7 @@ def write_results(
     else:
         files |= _plots(evaluation, subjects, data, out)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
             write_durably(path, content)
     except OSError as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuroada_serve.adapters.durable import check_new_folder
 from neuroada_serve.adapters.entries import Entries, as_rows, target_modules
 from neuroada_serve.adapters.format import (
     Adapter,
@@ -271,7 +272,7 @@ def export_shira(source: ModelSource, adapter: Path, out: Path) -> int:
     Raises:
         UsageError: its subclasses name what is wrong.
     """
-    _check_new(out)
+    check_new_folder(out)
     base = _loaded(source)
     loaded = load_adapter(adapter, base.spec)
     if loaded.head is not None:
@@ -287,13 +288,8 @@ def export_shira(source: ModelSource, adapter: Path, out: Path) -> int:
 # --- what all have in common -------------------------------------------------------------------
 
 
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not an empty folder; name a new one")
-
-
 def _check_arguments(out: Path, k: int | None, dtype: str) -> None:
-    _check_new(out)
+    check_new_folder(out)
     if k is not None and k < 1:
         raise UsageError(f"k must be at least 1, is {k}")
     if dtype not in _DTYPES:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from neuroada_serve.adapters.durable import check_new_folder
 from neuroada_serve.adapters.format import Adapter, is_regression
 from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.adapters.values import ValuesReader
@@ -38,8 +39,7 @@ def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "a
     Raises:
         UsageError: its subclasses name what is wrong.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not an empty folder; name a new one")
+    check_new_folder(out)
     base = load_base(source, dtype, "cpu")
     loaded = load_adapter(adapter, base.spec)
     merger = WeightMerger(plain_layers(base.model))

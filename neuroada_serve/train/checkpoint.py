@@ -37,6 +37,16 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
+def checkpoint_folder(out: Path) -> Path:
+    """Where the checkpoints of a run that writes `out` lie."""
+    return out.absolute().parent / f"{out.absolute().name}.training"
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint in a folder; None without any."""
+    return next((step for step, _ in _files_in(folder)), None)
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -70,7 +80,7 @@ class Checkpoints:
                 f"the checkpoint {path} cannot be written: {error.strerror}; those before it are "
                 "whole. Make room, and the same command goes on from them"
             ) from error
-        for _, older in self._files()[_KEPT:]:
+        for _, older in _files_in(self.folder)[_KEPT:]:
             older.unlink(missing_ok=True)
 
     def newest(self, notify: Callable[[str], None]) -> Checkpoint | None:
@@ -79,7 +89,7 @@ class Checkpoints:
         Raises:
             UsageError: they are of another run; names what differs.
         """
-        for _, path in self._files():
+        for _, path in _files_in(self.folder):
             try:
                 found = _read(path)
             except _Broken as broken:
@@ -94,13 +104,6 @@ class Checkpoints:
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
 
-    def _files(self) -> list[tuple[int, Path]]:
-        """(step, file), newest first."""
-        if not self.folder.is_dir():
-            return []
-        names = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
-        return sorted(((int(m[1]), path) for m, path in names if m), reverse=True)
-
     def _check_same_run(self, run: Mapping[str, Any]) -> None:
         differing = [
             f"{name} was {run.get(name)!r} and is {self._run.get(name)!r}"
@@ -112,6 +115,14 @@ class Checkpoints:
                 f"{self.folder} has checkpoints of another run: {'; '.join(differing)}. Run that "
                 "one to its end, or discard them with --fresh"
             )
+
+
+def _files_in(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file), newest first."""
+    if not folder.is_dir():
+        return []
+    names = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted(((int(m[1]), path) for m, path in names if m), reverse=True)
 
 
 class _Broken(Exception):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from importlib.metadata import version
@@ -92,9 +92,11 @@ class Run:
     def begin(
         self, loop: Loop, plan: Plan, checkpoints: Checkpoints, searched: LearningRates | None
     ) -> None:
-        """Take part in the steps of a loop."""
+        """Take part in the steps of a loop. It ends after the step, saved, where `interrupted` of
+        the run says so."""
         self._loop, self._checkpoints, self._searched = loop, checkpoints, searched
         self._plan = plan
+        self.interrupted: Callable[[], bool] = lambda: False
         if searched is not None:
             self._config = replace(self._config, lr=searched.best)
 
@@ -108,8 +110,11 @@ class Run:
             if self._plan.is_open and self._loop.course.may_end_early and self._patience_is_over:
                 self._decline()
         saves = config.save_steps and self._processes.is_first
-        if saves and (self.is_over or done % config.save_steps == 0):
+        interrupted = self.interrupted() and not self.is_over
+        if saves and (self.is_over or interrupted or done % config.save_steps == 0):
             self._save()
+        if interrupted:
+            raise KeyboardInterrupt
         return self.is_over
 
     @property

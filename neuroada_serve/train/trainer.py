@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +13,12 @@ from typing import Any
 import torch
 
 from neuroada_serve.adapters.card import write_card
-from neuroada_serve.adapters.durable import is_unfinished, remove_unfinished, write_durably
+from neuroada_serve.adapters.durable import (
+    check_writable,
+    is_unfinished,
+    remove_unfinished,
+    write_durably,
+)
 from neuroada_serve.adapters.format import (
     CONFIG_FILE,
     SEQ_CLS,
@@ -27,11 +31,12 @@ from neuroada_serve.errors import UsageError
 from neuroada_serve.model.loader import BaseModel, adaptable_modules, with_model_len
 from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.train.bypass import bypass_training
-from neuroada_serve.train.checkpoint import Checkpoints
+from neuroada_serve.train.checkpoint import Checkpoints, checkpoint_folder
 from neuroada_serve.train.classify import class_head
 from neuroada_serve.train.data import DataReport, TrainingData, load_data
 from neuroada_serve.train.ending import Course, plan_of
 from neuroada_serve.train.inplace import inplace_training
+from neuroada_serve.train.interrupt import between_steps
 from neuroada_serve.train.loop import Layers, Loop, Notify, selections_of, values_of
 from neuroada_serve.train.lr_finder import LearningRates, find_learning_rate
 from neuroada_serve.train.plot import learning_rate_plot, loss_curve
@@ -127,7 +132,7 @@ def train_adapter(
     if not processes.is_first:
         notify = _say_nothing
     _check_extra()
-    _check_place(out)
+    check_place(out)
     _check_fits(base, config)
     if config.max_model_len is not None:
         base = with_model_len(base, config.max_model_len)
@@ -138,9 +143,7 @@ def train_adapter(
     if publish_improved and not loaded.heldout:
         raise UsageError("--publish-improved needs held-out rows, to say what is better")
     publisher = Publisher(publish, out) if publish and processes.is_first else None
-    checkpoints = Checkpoints(
-        out.absolute().parent / f"{out.absolute().name}.training", _identity(base, loaded, config)
-    )
+    checkpoints = Checkpoints(checkpoint_folder(out), _identity(base, loaded, config))
     if fresh and processes.is_first:
         checkpoints.remove()
     processes.wait()
@@ -209,6 +212,9 @@ def train_adapter(
             notify(f"{processes.size} processes take {each} a step each.")
         started = time.perf_counter()
         if not run.is_over:  # it may have been interrupted just before the adapter was written
+            # Of several processes one could stop a step before the others: they stop at once.
+            if processes.size == 1:
+                run.interrupted = stack.enter_context(between_steps(notify))
             loop.run(run.after_step, notify)
         seconds = time.perf_counter() - started
         adapter = run.finish()
@@ -311,12 +317,15 @@ def _check_extra() -> None:
         )
 
 
-def _check_place(out: Path) -> None:
+def check_place(out: Path) -> None:
+    """Refuse a folder that could not be written, before anything is loaded.
+
+    Raises:
+        UsageError
+    """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; give --out a folder for the adapter")
-    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UsageError(f"{out} cannot be written: {existing} is no folder you may write to")
+    check_writable(out, out)
 
 
 def _check_contents(out: Path, resumed: bool) -> None:
