@@ -234,6 +234,7 @@ def random_base(shape: Shape, device: torch.device, dtype: torch.dtype) -> BaseM
         device=device,
         eos_token_ids=frozenset(),
         max_model_len=int(shape.model["max_position_embeddings"]),
+        vocab_size=int(shape.model["vocab_size"]),
     )
 
 

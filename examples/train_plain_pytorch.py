@@ -18,23 +18,22 @@ from torch.nn.utils import clip_grad_norm_
 from neuroada_serve import save_adapter
 from neuroada_serve.adapters.format import AdapterConfig, ModuleBypass, make_adapter
 from neuroada_serve.model.loader import adaptable_modules, load_base
+from neuroada_serve.model.prompt import encode_continuation, encode_exchange
 from neuroada_serve.model.source import resolve_model
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
 
 NOT_AN_ANSWER = -100  # transformers' losses leave it out
 
 
-def encoded(tokenizer, row: dict[str, str], max_length: int) -> tuple[list[int], list[int]]:
+def encoded(base, row: dict[str, str], max_length: int) -> tuple[list[int], list[int]]:
     """Token ids of prompt and answer, and labels that count the answer alone."""
-    if tokenizer.chat_template:
+    if base.has_chat_template:
         messages = [{"role": "user", "content": row["prompt"]}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer(text, add_special_tokens=False).input_ids
+        prompt, answer = encode_exchange(base, messages, row["completion"])
     else:
-        prompt = tokenizer(row["prompt"]).input_ids
-    answer = tokenizer(row["completion"], add_special_tokens=False).input_ids
-    ids = [*prompt, *answer, tokenizer.eos_token_id]
-    labels = [NOT_AN_ANSWER] * len(prompt) + ids[len(prompt) :]
+        prompt, answer = encode_continuation(base, row["prompt"], row["completion"])
+    ids = prompt + answer
+    labels = [NOT_AN_ANSWER] * len(prompt) + answer
     return ids[:max_length], labels[:max_length]
 
 
@@ -61,7 +60,7 @@ def main() -> None:
 
     base = load_base(resolve_model(options.model, print))
     rows = [json.loads(line) for line in options.rows.read_text().splitlines() if line.strip()]
-    examples = [encoded(base.tokenizer, row, options.max_length) for row in rows]
+    examples = [encoded(base, row, options.max_length) for row in rows]
     choice = random.Random(options.seed)
 
     # 1. Which inputs each neuron keeps. Any Selection will do; this is the method's own.

@@ -49,8 +49,8 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode()
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> list[int]:
-        return list("".join(f"<{m['role']}>{m['content']}" for m in messages).encode())
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> str:
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
 
 # --- adapters --------------------------------------------------------------------------------
@@ -308,6 +308,7 @@ class FakeEngine:
             device=torch.device("cpu"),
             eos_token_ids=frozenset({0}),
             max_model_len=1_000_000,
+            vocab_size=256,
         )
         self.config = EngineConfig(max_num_seqs=max_num_seqs)
         self.max_model_len = self.base.max_model_len

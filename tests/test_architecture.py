@@ -42,6 +42,7 @@ FLOORS: list[list[str]] = [
         "model.gguf_convert",
         "model.source",
         "model.rotary",
+        "model.template",
         "model.loader",
         "model.prompt",
         "model.bypass_linear",

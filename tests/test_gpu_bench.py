@@ -80,6 +80,7 @@ def test_floor_counts_the_bytes_of_llama_8b():
             device=CPU,
             eos_token_ids=frozenset(),
             max_model_len=1,
+            vocab_size=1,
         )
 
     base = gpu.floor_ms(Meta(), gpu.LLAMA_8B, 1.0, 1, 0, 0)

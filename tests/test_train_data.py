@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jinja2 import TemplateError
 
 from neuroada_serve.adapters.format import BaseSpec
 from neuroada_serve.config import TrainConfig
@@ -28,14 +29,12 @@ class CharTokenizer:
     def __call__(self, text, add_special_tokens=True):
         return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(c) for c in text])
 
-    def apply_chat_template(self, messages, add_generation_prompt, tokenize, return_dict):
-        assert add_generation_prompt
-        assert tokenize
-        assert not return_dict
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        assert not tokenize
         if messages[0]["role"] == "bard":
-            raise TypeError("no bards")
-        ids = [[ord(m["role"][0]), *map(ord, m["content"])] for m in messages]
-        return [*sum(ids, []), ord("a")]
+            raise TemplateError("no bards")
+        text = "".join(m["role"][0] + m["content"] for m in messages)
+        return text + "a" * add_generation_prompt
 
 
 def _base(tokenizer=None, max_model_len=1000):
@@ -48,6 +47,7 @@ def _base(tokenizer=None, max_model_len=1000):
         device=torch.device("cpu"),
         eos_token_ids=frozenset({END}),
         max_model_len=max_model_len,
+        vocab_size=1 << 21,
     )
 
 

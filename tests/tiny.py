@@ -92,10 +92,15 @@ def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def save_tiny_model(
-    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, chat: bool = True
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    chat: bool = True,
+    **changed: object,
 ) -> ModelSource:
-    """A random model of this family in a Hugging Face folder."""
-    config = configuration_auto.AutoConfig.for_model(family, **FAMILIES[family])
+    """A random model of this family, its config changed by keyword, in a Hugging Face folder."""
+    settings = FAMILIES[family] | changed
+    config = configuration_auto.AutoConfig.for_model(family, **settings)
     config.dtype = dtype
     torch.manual_seed(zlib.crc32(family.encode()))
     model = AutoModelForCausalLM.from_config(config).to(dtype)

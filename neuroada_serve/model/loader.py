@@ -22,6 +22,7 @@ from neuroada_serve.errors import ModelError, UsageError
 from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.model.rotary import fix_rotation, longest_model_len
 from neuroada_serve.model.source import ModelSource
+from neuroada_serve.model.template import TurnEnd, choose_template, examine
 
 _FINGERPRINT_FILE = "neuroada_fingerprint.json"
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
@@ -35,8 +36,12 @@ class BaseModel:
     model: a transformers causal LM in eval mode, all parameters frozen.
     tokenizer: its tokenizer, with the chat template if it has one.
     spec: what adapters are checked against.
-    eos_token_ids: tokens that end an answer.
+    eos_token_ids: all tokens that end an answer: those of the model's and the tokenizer's configs,
+        and the one that the chat template writes after an answer.
     max_model_len: most tokens of a sequence, by which its rotation was chosen.
+    vocab_size: tokens that the model has an embedding and a score for; the tokenizer may know more.
+    turn_end: what the chat template writes after an answer, as far as that is known.
+    template_fault: why the chat template renders nothing, as a clause about the base.
     """
 
     model: Any  # PreTrainedModel; its class differs per architecture and is untyped upstream
@@ -47,6 +52,9 @@ class BaseModel:
     device: torch.device
     eos_token_ids: frozenset[int]
     max_model_len: int
+    vocab_size: int
+    turn_end: TurnEnd | None = None
+    template_fault: str | None = None
 
     @property
     def has_chat_template(self) -> bool:
@@ -58,22 +66,26 @@ def load_base(
     dtype: str = "auto",
     device: str = "auto",
     max_model_len: int | None = None,
+    chat_template: str | None = None,
 ) -> BaseModel:
     """Load a base model to a device, frozen.
 
     Args:
         max_model_len: most tokens of a sequence; default: what the config's positions allow. What
             else depends on it is in `model/rotary.py`.
+        chat_template: the name of one of the tokenizer's, or a file; default: the tokenizer's own.
 
     Raises:
         ModelError: unreadable files, pickle-only weights, no causal LM; tensors that are missing,
-            of another shape, or without a place in the model; an unknown rope_type.
+            of another shape, or without a place in the model; an unknown rope_type; no such chat
+            template.
         UsageError: max_model_len is more than the positions allow.
     """
     torch_device = find_device(device)
     model = load_checked(source)
     with _refusing(source):
         tokenizer = load_tokenizer(source.path)
+    choose_template(tokenizer, chat_template)
     place_(model, torch_device, None if dtype == "auto" else getattr(torch, dtype))
     modules = adaptable_modules(model)
     if not modules:
@@ -82,6 +94,11 @@ def load_base(
         )
     length = _model_len(model.config, max_model_len)
     fix_rotation(model, length)
+    vocab_size = _vocab_size(model)
+    eos_token_ids = _eos_token_ids(model, tokenizer)
+    turn_end, template_fault = examine(tokenizer, eos_token_ids)
+    if turn_end is not None and turn_end.token_id is not None:
+        eos_token_ids |= {turn_end.token_id}
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -89,8 +106,11 @@ def load_base(
         path=source.path,
         dtype=next(iter(modules.values())).weight.dtype,
         device=torch_device,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=frozenset(i for i in eos_token_ids if i < vocab_size),
         max_model_len=length,
+        vocab_size=vocab_size,
+        turn_end=turn_end,
+        template_fault=template_fault,
     )
 
 
@@ -216,6 +236,12 @@ def _spec(source: ModelSource, model: Any) -> BaseSpec:
     shapes = {name: matrix_shape(module) for name, module in modules.items()}
     biased = frozenset(name for name, module in modules.items() if module.bias is not None)
     return BaseSpec(source.name, fingerprint, shapes, _hidden_size(model), biased)
+
+
+def _vocab_size(model: Any) -> int:
+    """Tokens with both an embedding and a score."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(len(end.weight) for end in ends if end is not None)
 
 
 def _hidden_size(model: Any) -> int | None:

@@ -130,7 +130,7 @@ def _add_generation(
     async def chat(http: Request, request: ChatCompletionRequest) -> Response:
         """Answer a conversation."""
         adapter, params = models.adapter_of(request.model), request.sampling_params()
-        messages = [message.for_template for message in request.messages]
+        messages = [m.model_dump(include={"role", "content"}) for m in request.messages]
         encoding = prompts.encode_chat(messages, _tenant(http, config))
         if (ids := await unless_disconnected(http.receive, encoding)) is None:
             return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -296,14 +296,14 @@ class TextPart(_Strict):
 
 
 Content = Annotated[
-    str | Annotated[list[TextPart], _FailFast],
+    str | Annotated[list[TextPart], _FailFast] | None,
     _at_most(MAX_PARTS),
     _expect('a string or a list of {"type": "text", "text": ...} parts; others are not supported'),
 ]
 
 
 class ChatMessage(_Strict):
-    """One message. developer is the newer name of system; text parts are joined by newlines."""
+    """One message; `model.prompt.normalized` says what the chat template gets of it."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
@@ -313,13 +313,6 @@ class ChatMessage(_Strict):
     tool_calls: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
-
-    @property
-    def for_template(self) -> dict[str, str]:
-        role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
-        return {"role": role, "content": "\n".join(part.text for part in self.content)}
 
 
 class TextFormat(_Strict):

@@ -21,7 +21,13 @@ from neuroada_serve.adapters.format import SEQ_CLS, is_regression, task_faults
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, RequestError
 from neuroada_serve.model.loader import BaseModel
-from neuroada_serve.model.prompt import encode_chat, encode_text
+from neuroada_serve.model.prompt import (
+    encode_chat,
+    encode_continuation,
+    encode_exchange,
+    encode_text,
+    renders_chats,
+)
 from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.train.labels import sorted_labels
 from neuroada_serve.train.rows import Data, Faults, place
@@ -139,6 +145,8 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
     labels: tuple[str, ...] = ()
     if classifies:
         labels = _labels(data, train_rows, config.labels or found.classes)
+    else:
+        renders_chats(base, config.prompt_format)  # or refuses, once for all rows
 
     def encode(row: Row) -> Example:
         if labels:
@@ -254,12 +262,11 @@ def encode_prompt(base: BaseModel, row: Row, prompt_format: str) -> list[int]:
         prompt_format: "chat" or "plain"; chat falls back on plain where the base has no template.
 
     Raises:
-        RequestError: the chat template refuses the messages, or nothing is left of the prompt.
+        RequestError: the chat template refuses the messages, nothing is left of the prompt, or it
+            has tokens that the base does not know.
     """
-    if prompt_format == "chat" and base.has_chat_template:
-        ids = encode_chat(base, row.messages)
-    else:
-        ids = encode_text(base, row.text)
+    chats = renders_chats(base, prompt_format)
+    ids = encode_chat(base, row.messages) if chats else encode_text(base, row.text)
     if not ids:
         raise RequestError("the prompt has no tokens")
     return ids
@@ -271,9 +278,13 @@ def encode_row(base: BaseModel, row: Row, prompt_format: str) -> Example:
     Raises:
         RequestError: see `encode_prompt`.
     """
-    prompt_ids = encode_prompt(base, row, prompt_format)
-    answer_ids = base.tokenizer(row.answer, add_special_tokens=False).input_ids
-    return Example(tuple(prompt_ids), (*answer_ids, end_token_id(base)))
+    if renders_chats(base, prompt_format):
+        prompt_ids, answer_ids = encode_exchange(base, row.messages, row.answer)
+    else:
+        prompt_ids, answer_ids = encode_continuation(base, row.text, row.answer)
+    if not prompt_ids:
+        raise RequestError("the prompt has no tokens")
+    return Example(tuple(prompt_ids), tuple(answer_ids))
 
 
 def encode_labelled(base: BaseModel, row: Row, labels: Sequence[str]) -> Example:
@@ -301,22 +312,6 @@ def _number(text: str) -> float:
     if not math.isfinite(number):
         raise RequestError(f"label {text[:80]!r} is no number; a regression learns numbers")
     return number
-
-
-def end_token_id(base: BaseModel) -> int:
-    """The token that ends an answer: the tokenizer's own, else the first of the model's.
-
-    Raises:
-        DataError: the base has none, so it could not learn where to stop.
-    """
-    if base.tokenizer.eos_token_id is not None:
-        return int(base.tokenizer.eos_token_id)
-    if not base.eos_token_ids:
-        raise DataError(
-            f"base {base.spec.name!r} has no end token (eos_token_id in its tokenizer or "
-            "generation config), so answers would have no end"
-        )
-    return min(base.eos_token_ids)
 
 
 def _refuse_shared_prompts(
