@@ -182,7 +182,12 @@ class Run:
         self._notify(f"Scoring {what} on {len(self._data.heldout)} held-out rows.")
         found = Score(math.nan, math.nan)
         if self._processes.is_first:
-            found = score(self._base.model, self._data.heldout, self._config.batch_size)
+            found = score(
+                self._base.model,
+                self._data.heldout,
+                self._config.batch_size,
+                self._base.eos_token_ids,
+            )
         found = Score(*self._processes.of_first(astuple(found), self._base.device))
         if not math.isfinite(found.loss):
             raise diverged(next_step, self._config.peak_lr)

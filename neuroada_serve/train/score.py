@@ -1,6 +1,6 @@
 """Examples through the model: batches, the logits that predict answers, and scores made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,9 @@ class Score:
 
     loss: mean negative log likelihood per answer token, end token included, in nats; of a
         regression the mean squared error.
-    figure: share of rows whose every answer token, end token included, is the model's first choice
-        after the true ones before it (teacher forcing: what greedy decoding gives); of a
-        classifier, its accuracy; of a regression, Pearson's correlation.
+    figure: share of rows whose every answer token is the model's first choice after the true ones
+        before it, and at the end any token that ends an answer (teacher forcing: what greedy
+        decoding gives); of a classifier, its accuracy; of a regression, Pearson's correlation.
     """
 
     loss: float
@@ -115,7 +115,9 @@ def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: Any, examples: Sequence[Example], batch_size: int) -> Score:
+def score(
+    model: Any, examples: Sequence[Example], batch_size: int, eos_token_ids: Collection[int] = ()
+) -> Score:
     """Score a model on examples, in eval mode; the model is left in that mode.
 
     Batches are made of rows of like length. Sums inside a batch depend on its other rows by the
@@ -124,10 +126,13 @@ def score(model: Any, examples: Sequence[Example], batch_size: int) -> Score:
     Args:
         model: a causal LM of transformers.
         examples: at least one.
+        eos_token_ids: tokens that end an answer as well as the one an example has.
     """
     model.eval()
     by_length = sorted(examples, key=len)
     device = next(model.parameters()).device
+    classifies = isinstance(model.get_output_embeddings(), ClassHead)  # labels, not tokens
+    ends = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
     loss, tokens, exact = 0.0, 0, 0
     numbers: list[tuple[Tensor, Tensor]] = []  # given and true, of a regression
     for start in range(0, len(by_length), batch_size):
@@ -139,8 +144,13 @@ def score(model: Any, examples: Sequence[Example], batch_size: int) -> Score:
         if targets.is_floating_point():
             numbers.append((logits.squeeze(1), targets))
             continue
+        chosen = logits.argmax(dim=-1)
+        matches = chosen == targets
+        if not classifies:
+            last = is_answer.sum(dim=1).cumsum(dim=0) - 1  # where each row's answer ends
+            matches[last] |= torch.isin(chosen[last], ends)
         right = ~is_answer
-        right[is_answer] = logits.argmax(dim=-1) == targets
+        right[is_answer] = matches
         exact += int(right.all(dim=1).sum())
     if numbers:
         given, true = (torch.cat(side).tolist() for side in zip(*numbers, strict=True))
