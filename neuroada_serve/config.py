@@ -60,6 +60,12 @@ class EngineConfig:
 
     dtype: str = _option("auto", "Weight dtype: auto (as stored), float32, bfloat16 or float16.")
     device: str = _option("auto", "Torch device; auto takes cuda where there is one.")
+    chat_template: str | None = _option(
+        None,
+        "Chat template, for a base that has none, several without a default, or one that fails: "
+        "the name of one of the base's, or a Jinja file. An adapter is served with the one that it "
+        "was trained with.",
+    )
     max_num_seqs: int = _option(16, "Most sequences that run at once.")
     max_model_len: int | None = _option(
         None,

@@ -4,7 +4,9 @@ import sys
 
 import pytest
 from chat_forms import FORMS, load_form, save_form
+from typer.testing import CliRunner
 
+from neuroada_serve.cli.main import app
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, ModelError, RequestError
 from neuroada_serve.model import template
@@ -61,6 +63,22 @@ def test_a_template_is_chosen_by_name_or_file(tmp_path):
     assert base.turn_end.ending == "<|im_end|>"
     with pytest.raises(ModelError, match="must be one of rag, tool_use, or a file"):
         load_base(source, chat_template="tools")
+
+
+def test_every_command_takes_a_chat_template(tmp_path):
+    source = save_form(tmp_path / "base", FORMS["chatml"], {"rag": "R", "tool_use": "T"})
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    commands = [
+        ["generate", str(source.path), "hello", "--max-tokens", "2"],
+        ["train", str(source.path), "--data", str(rows), "--out", str(tmp_path / "o"), "--check"],
+        ["eval", str(source.path), "--data", str(rows), "--metric", "loss"],
+    ]
+    for command in commands:
+        refused = CliRunner().invoke(app, command)
+        assert (refused.exit_code, "--chat-template" in refused.output) == (2, True), command
+        done = CliRunner().invoke(app, [*command, "--chat-template", "rag"])
+        assert done.exit_code == 0, done.output
 
 
 def test_default_is_taken_of_several_templates(tmp_path):

@@ -9,6 +9,7 @@ import typer
 
 from neuroada_serve.cli.common import (
     Adapter,
+    ChatTemplate,
     Dtype,
     Model,
     Plain,
@@ -30,13 +31,14 @@ def generate(
         int | None, typer.Option(help="Seed of the sampling; default: a random one.")
     ] = None,
     dtype: Dtype = "auto",
+    chat_template: ChatTemplate = None,
     plain: Plain = False,
 ) -> None:
     """Answer one prompt, streamed to the terminal."""
     from neuroada_serve.request import Output, SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    llm, name = llm_with(model, adapter, dtype, max_num_seqs=1)
+    llm, name = llm_with(model, adapter, dtype, max_num_seqs=1, chat_template=chat_template)
 
     def show(output: Output) -> None:
         sys.stdout.write(output.text)

@@ -12,6 +12,7 @@ import typer
 
 from neuroada_serve.cli.common import (
     Adapters,
+    ChatTemplate,
     Dtype,
     Model,
     Plain,
@@ -54,6 +55,7 @@ def chat(
         int | None, typer.Option(help="Seed of the sampling; default: a random one.")
     ] = None,
     dtype: Dtype = "auto",
+    chat_template: ChatTemplate = None,
     plain: Plain = False,
 ) -> None:
     """Talk to the base and its adapters in the terminal.
@@ -67,7 +69,13 @@ def chat(
         from neuroada_serve.engine.llm import LLM
 
         llm = LLM(
-            model, adapters, adapter_dir=adapter_dir, notify=notify, dtype=dtype, max_num_seqs=1
+            model,
+            adapters,
+            adapter_dir=adapter_dir,
+            notify=notify,
+            dtype=dtype,
+            chat_template=chat_template,
+            max_num_seqs=1,
         )
     conversation = Conversation(llm, params, system, plain)
     if adapters:

@@ -53,6 +53,9 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A local folder, a .gguf file, demo, or a hub id.")
 ]
 Dtype = Annotated[str, typer.Option(help=help_of(EngineConfig, "dtype"))]
+ChatTemplate = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE", help=help_of(EngineConfig, "chat_template"))
+]
 Plain = Annotated[
     bool, typer.Option("--plain", help="Use prompts as they are, without the chat template.")
 ]

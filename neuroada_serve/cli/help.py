@@ -19,13 +19,13 @@ TOPICS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Memory": ("adapter_memory", "adapter_host_memory", "prefix_cache_memory"),
         "Engine": (
             *("max_num_seqs", "max_model_len", "max_num_batched_tokens"),
-            *("dtype", "device", "enforce_eager"),
+            *("dtype", "device", "chat_template", "enforce_eager"),
         ),
     },
     "train": {
         "Rows": (
-            *("data", "columns", "plain", "max_length", "too_long", "packing", "check"),
-            *("eval_data", "eval_fraction"),
+            *("data", "columns", "plain", "chat_template", "max_length", "too_long", "packing"),
+            *("check", "eval_data", "eval_fraction"),
         ),
         "Task": ("task_type", "labels", "head_lr"),
         "What is trained": (
@@ -42,7 +42,7 @@ TOPICS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Results": ("out_dir", "samples", "save_steps", "fresh", "publish", "publish_improved"),
     },
     "eval": {
-        "Rows": ("data", "columns", "limit", "plain"),
+        "Rows": ("data", "columns", "limit", "plain", "chat_template"),
         "Models": ("adapter", "base", "dtype", "max_model_len"),
         "Scores": ("metric", "choices", "answer_key", "trigger", "pick", "max_tokens"),
         "Results": ("out_file", "save", "json_output"),

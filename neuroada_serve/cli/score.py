@@ -8,6 +8,7 @@ import typer
 
 from neuroada_serve.cli.common import (
     Adapters,
+    ChatTemplate,
     Columns,
     Dtype,
     Model,
@@ -96,6 +97,7 @@ def _eval(
     max_model_len: Annotated[
         int | None, typer.Option(help=help_of(EngineConfig, "max_model_len"))
     ] = None,
+    chat_template: ChatTemplate = None,
     plain: Plain = False,
 ) -> None:
     """Score a base and adapters on the answers of rows, in one run."""
@@ -125,7 +127,14 @@ def _eval(
     with interrupted(lambda: _UNSCORED), for_good():
         from neuroada_serve.engine.llm import LLM
 
-        llm = LLM(model, folders, dtype=dtype, max_model_len=max_model_len, notify=notify)
+        llm = LLM(
+            model,
+            folders,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            chat_template=chat_template,
+            notify=notify,
+        )
     classifiers = [name for name in folders if llm.engine.adapters.store.get(name).labels]
     if classifiers:
         from neuroada_serve.evaluation.classifiers import evaluate_classifiers

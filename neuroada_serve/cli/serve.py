@@ -9,6 +9,7 @@ import typer
 
 from neuroada_serve.cli.common import (
     Adapters,
+    ChatTemplate,
     Dtype,
     Model,
     adapters_of,
@@ -88,6 +89,7 @@ def serve(
     max_num_batched_tokens: Annotated[
         int, typer.Option(help=help_of(EngineConfig, "max_num_batched_tokens"))
     ] = 512,
+    chat_template: ChatTemplate = None,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help=help_of(EngineConfig, "device"))] = "auto",
     enforce_eager: Annotated[
@@ -136,6 +138,7 @@ def serve(
         "max_num_seqs": max_num_seqs,
         "max_model_len": max_model_len,
         "max_num_batched_tokens": max_num_batched_tokens,
+        "chat_template": chat_template,
         "dtype": dtype,
         "device": device,
         "enforce_eager": enforce_eager,

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from neuroada_serve.cli.common import (
+    ChatTemplate,
     Columns,
     Dtype,
     Model,
@@ -117,6 +118,7 @@ def train(
     ] = False,
     bypass: Annotated[bool, typer.Option("--bypass", help=help_of(TrainConfig, "bypass"))] = False,
     quantize: Annotated[str, typer.Option(help=help_of(TrainConfig, "quantize"))] = "none",
+    chat_template: ChatTemplate = None,
     plain: Plain = False,
 ) -> None:
     """Train an adapter or a classifier on rows; the loss is on answers."""
@@ -174,7 +176,7 @@ def train(
         check_place(out_dir)
     with joined() as processes:
         tell = notify if processes.is_first else lambda message: None
-        base = load_base(resolve_model(model, tell), config.dtype)
+        base = load_base(resolve_model(model, tell), config.dtype, chat_template=chat_template)
         if check:
             from neuroada_serve.train.data import load_data
 

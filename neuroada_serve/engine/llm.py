@@ -86,7 +86,11 @@ class LLM:
         if find_device(engine_config.device).type == "cpu":
             kernels.start()
         base = load_base(
-            source, engine_config.dtype, engine_config.device, engine_config.max_model_len
+            source,
+            engine_config.dtype,
+            engine_config.device,
+            engine_config.max_model_len,
+            engine_config.chat_template,
         )
         if base.device.type == "cpu":
             kernels.join(timeout=1)
