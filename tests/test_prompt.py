@@ -249,8 +249,8 @@ def post(engine, path, **body):
 
     async def ask():
         async with Worker(engine, 8) as worker:
-            transport = httpx.ASGITransport(create_app(worker, ServerConfig()))
-            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            app = httpx.ASGITransport(create_app(worker, ServerConfig()))
+            async with httpx.AsyncClient(transport=app, base_url="http://127.0.0.1") as client:
                 return await client.post(path, json={"max_tokens": 3, "temperature": 0, **body})
 
     return anyio.run(ask)
