@@ -395,3 +395,11 @@ def test_wrong_flags_are_told_before_anything_is_loaded(source, folder, write, f
     result = run("eval", source.path, "--data", write(BOOLQ), *flags)
     assert result.exit_code == 2
     assert word in result.stderr
+
+
+def test_how_the_rows_were_read_is_told(source, write):
+    rows = [*BOOLQ, {**BOOLQ[0], "output": ""}]
+    result = run("eval", source.path, "--data", write(rows), "--limit", 1, "--json")
+    assert "rows.jsonl: 1 row left out with an empty output (line" in result.stderr
+    assert "not used" not in result.stderr
+    assert json.loads(result.stdout)["rows"] == 1

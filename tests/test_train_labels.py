@@ -56,3 +56,10 @@ def test_answers_of_a_classifier_are_labels_in_every_shape(tmp_path):
     loaded = load_data(base, path, TrainConfig(task_type="SEQ_CLS", eval_fraction=0))
     assert loaded.report.classes == (("neg", 1), ("pos", 2))
     assert "spaces around 1 label left out" in str(loaded.report)
+
+
+def test_labels_that_a_classifier_has_stay_as_it_has_them():
+    assert clean_labels([" 1.0", "2.0"], ["1.0", "2.5"]) == (
+        ["1.0", "2.0"],
+        ["spaces around 1 label left out"],
+    )

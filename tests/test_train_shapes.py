@@ -269,7 +269,7 @@ def test_answers_keep_their_spaces_unless_they_are_labels(tmp_path):
     found = read_rows(path)
     assert [row.answer for row in found.rows] == [" a", "a", " b"]
     assert found.notes == ("1 answer like others but for spaces around them",)
-    labels = read_rows(path, answers_are_labels=True)
+    labels = read_rows(path, labels=())
     assert [row.answer for row in labels.rows] == ["a", "a", "b"]
 
 

@@ -155,12 +155,12 @@ def _eval(
         base = False  # it has no head for these labels
         with interrupted(lambda: _UNSCORED):
             found = evaluate_classifiers(
-                llm, rows, classifiers, limit, settings.columns, console=err
+                llm, rows, classifiers, limit, settings.columns, console=err, notify=notify
             )
     else:
         asked = [*([None] if base else []), *folders]
         with interrupted(lambda: _UNSCORED):
-            found = evaluate(llm, rows, asked, settings, console=err)
+            found = evaluate(llm, rows, asked, settings, console=err, notify=notify)
     subjects = [*([report.BASE] if base else []), *folders]
     if out_file is not None:
         written = report.write_results(found, subjects, model, rows, out_file, notify)

@@ -1,7 +1,7 @@
 """How well classifiers label held-out rows, and regressions number them, by GLUE's figures."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from rich.console import Console
@@ -38,6 +38,7 @@ def evaluate_classifiers(
     columns: Mapping[str, str] | None = None,
     *,
     console: Console | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Score loaded classifiers, or regressions, on the rows of a file, all in the same batches.
 
@@ -47,6 +48,7 @@ def evaluate_classifiers(
         limit: most rows, from the top.
         columns: our keys for the data's columns, see `read_rows`.
         console: shows a progress bar.
+        notify: told how the rows were read, where there is something to say.
 
     Raises:
         UsageError: there are both kinds.
@@ -54,8 +56,6 @@ def evaluate_classifiers(
             text does not fit; names the row.
         EngineError: a request failed.
     """
-    found = read_rows(data, columns, answers_are_labels=True)
-    rows = found.rows[:limit]
     labels = {name: llm.engine.adapters.store.get(name).labels for name in adapters}
     regressions = [name for name in adapters if is_regression(labels[name])]
     if len(regressions) not in (0, len(adapters)):
@@ -63,6 +63,10 @@ def evaluate_classifiers(
         raise UsageError(
             f"{regressions[0]} is a regression and {other} a classifier; score them apart"
         )
+    known = {label for name in adapters for label in labels[name]}
+    found = read_rows(data, columns, labels=known)
+    found.tell(data, notify)
+    rows = found.rows[:limit]
     prompts, targets = [], list[float | None]()
     for row in rows:
         where = f"{data} {place(data, row.number)}"

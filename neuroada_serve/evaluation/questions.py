@@ -7,7 +7,7 @@ Rows are those that training reads. Beside its answer a row may have
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +50,7 @@ def read_questions(
     trigger: str | None = None,
     choices: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> list[Question]:
     """The questions of a file or of a set on the hub.
 
@@ -62,11 +63,15 @@ def read_questions(
             the paper ends with ("Answer format: true/false"), else all distinct answers of the
             file, if there are at most 20, and two rows to each.
         columns: our keys for the data's columns, see `read_rows`.
+        notify: told how the rows were read, where there is something to say.
 
     Raises:
         DataError: rows at fault; names the first.
     """
-    rows = read_rows(data, columns).rows
+    also_used = ("choices", answer_key or PAPER_KEY)
+    found = read_rows(data, columns, also_used=also_used)
+    found.tell(data, notify)
+    rows = found.rows
     extras = [row.raw for row in rows]
     if answer_key is not None and not any(answer_key in extra for extra in extras):
         raise DataError(f"{data}: no row has the key {answer_key!r}; leave out --answer-key")

@@ -162,12 +162,14 @@ def evaluate(
     settings: EvalSettings | None = None,
     *,
     console: Console | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Score loaded adapters, or with None the base, on the rows of a file, all in the same batches.
 
     Args:
         data: rows in the shapes that training reads; see also `evaluation.questions`.
         console: shows a progress bar.
+        notify: told how the rows were read, where there is something to say.
 
     Raises:
         DataError: rows that do not fit, or that a metric cannot score; names the line.
@@ -180,6 +182,7 @@ def evaluate(
         trigger=settings.trigger,
         choices=settings.choices,
         columns=settings.columns,
+        notify=notify,
     )[: settings.limit]
     metrics = settings.metrics or default_metrics(questions)
     _check_metrics(data, questions, metrics)

@@ -130,23 +130,23 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
         DataError: names the data and the rows at fault, or says why no row is left to train on.
     """
     classifies = config.task_type == SEQ_CLS
-    found = read_rows(data, config.columns, answers_are_labels=classifies)
+    found = read_rows(data, config.columns, labels=config.labels if classifies else None)
     notes = list(found.notes)
-    train_rows: Sequence[Row]
-    heldout_rows: Sequence[Row]
+    train_rows: Sequence[Row] = found.rows
+    heldout_rows: Sequence[Row] = ()
     if config.eval_data is None:
         train_rows, heldout_rows = split_rows(found.rows, config.eval_fraction, config.seed)
-    else:
-        apart = read_rows(config.eval_data, config.columns, answers_are_labels=classifies)
-        notes += [f"of {config.eval_data.name}: {note}" for note in apart.notes]
-        train_rows, heldout_rows = found.rows, apart.rows
-        _refuse_shared_prompts(data, train_rows, config.eval_data, heldout_rows)
-    most = min(config.max_length, base.max_model_len)
     labels: tuple[str, ...] = ()
     if classifies:
         labels = _labels(data, train_rows, config.labels or found.classes)
     else:
         renders_chats(base, config.prompt_format)  # or refuses, once for all rows
+    if config.eval_data is not None:
+        apart = read_rows(config.eval_data, config.columns, labels=labels if classifies else None)
+        heldout_rows = apart.rows
+        notes += [f"of {config.eval_data.name}: {note}" for note in apart.notes]
+        _refuse_shared_prompts(data, train_rows, config.eval_data, heldout_rows)
+    most = min(config.max_length, base.max_model_len)
 
     def encode(row: Row) -> Example:
         if labels:

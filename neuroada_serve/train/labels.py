@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from neuroada_serve.train.rows import counted, shown
 
@@ -10,11 +10,14 @@ _WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
 _MOST_TOLD = 4
 
 
-def clean_labels(labels: Sequence[str]) -> tuple[list[str], list[str]]:
+def clean_labels(labels: Sequence[str], known: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """The same labels without spaces around them, and whole numbers without .0, and what is to be
     said of that, and of labels that differ in case alone, as clauses.
 
     pandas writes .0 wherever one row of the column has no number.
+
+    Args:
+        known: labels that a classifier has; .0 stays where they have it.
     """
     notes = []
     cleaned = [label.strip() for label in labels]
@@ -22,7 +25,7 @@ def clean_labels(labels: Sequence[str]) -> tuple[list[str], list[str]]:
         notes.append(f"spaces around {counted(spaced, 'label')} left out")
     distinct = set(cleaned)
     fractions = [label for label in distinct if "." in label]
-    if fractions and all(map(_WHOLE.fullmatch, distinct)):
+    if fractions and set(known).isdisjoint(fractions) and all(map(_WHOLE.fullmatch, distinct)):
         cleaned = [label.partition(".")[0] for label in cleaned]
         short = min(fractions)
         notes.append(f"labels such as {short} read as {short.partition('.')[0]}")

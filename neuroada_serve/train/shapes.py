@@ -118,12 +118,17 @@ class Rows:
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
 
+    def tell(self, data: Data, notify: Callable[[str], None] | None) -> None:
+        """The notes as a sentence, if there are any."""
+        if self.notes and notify is not None:
+            notify(f"{data.name}: {'; '.join(self.notes)}.")
+
 
 def read_rows(
     data: Data,
     columns: Mapping[str, str] | None = None,
     *,
-    answers_are_labels: bool = False,
+    labels: Collection[str] | None = None,
     also_used: Collection[str] = (),
 ) -> Rows:
     """The rows of a file or of the hub, see `read_records`.
@@ -132,7 +137,8 @@ def read_rows(
 
     Args:
         columns: our keys -> the data's, as {"prompt": "question", "completion": "reply"}.
-        answers_are_labels: of every shape, not of those with a label alone.
+        labels: of a classifier, for which answers of every shape are labels; empty if the rows are
+            to say which there are. None: only those of rows with a label are.
         also_used: columns that the caller reads, so that they are not noted as unused.
 
     Raises:
@@ -178,8 +184,8 @@ def read_rows(
         )
 
     # 3. All of them together.
-    labelled = {row.number for row in rows} if answers_are_labels else reader.labelled
-    rows, said = _with_clean_answers(rows, labelled)
+    labelled = {row.number for row in rows} if labels is not None else reader.labelled
+    rows, said = _with_clean_answers(rows, labelled, labels or ())
     notes = [*records.notes, *told, *said, *reader.notes(names, also_used)]
     return Rows(tuple(rows), tuple(notes), _classes(records, known, rows) if labelled else ())
 
@@ -232,10 +238,12 @@ def _not_meant(
     return frozenset(others)
 
 
-def _with_clean_answers(rows: list[Row], labelled: Collection[int]) -> tuple[list[Row], list[str]]:
+def _with_clean_answers(
+    rows: list[Row], labelled: Collection[int], known: Collection[str]
+) -> tuple[list[Row], list[str]]:
     """The rows, labels as `clean_labels` has them, and what is to be said of their answers."""
     labels = [row.answer for row in rows if row.number in labelled]
-    cleaned, notes = clean_labels(labels)
+    cleaned, notes = clean_labels(labels, known)
     named = iter(cleaned)
     rows = [replace(r, answer=next(named)) if r.number in labelled else r for r in rows]
     others = [row.answer for row in rows if row.number not in labelled]
