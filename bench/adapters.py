@@ -49,6 +49,7 @@ from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import ModelSource, resolve_model
+from neuroada_serve.plots import GREY, RED, legend_beside, new_panels, png
 from neuroada_serve.request import SamplingParams
 from neuroada_serve.server.worker import Worker
 
@@ -478,26 +479,24 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, (left, middle, right) = new_panels(1, 3, 17, 3.6)
     cases = {row["case"]: row for row in result["throughput"]["cases"]}
     counts = [str(count) for count in result["settings"]["counts"]]
     spread = [cases[count]["rounds_tokens_per_s"] for count in counts]
-    left.boxplot(spread, tick_labels=[f"{int(count):,}" for count in counts])
-    left.axhline(
-        cases[BESIDE]["tokens_per_s"], ls="--", c="grey", label="16 on the device, all distinct"
+    left.boxplot(
+        spread,
+        tick_labels=[f"{int(count):,}" for count in counts],
+        medianprops={"color": RED},
     )
+    beside = cases[BESIDE]["tokens_per_s"]
+    left.axhline(beside, linestyle="--", color=GREY, label="16 on the device,\nall distinct")
     left.set(xlabel="adapters registered", ylabel="output tokens/s", ylim=(0, None))
-    left.legend(loc="lower left")
+    legend_beside(left)
     started = result["start"]
     middle.plot(counts, [row["first_token_s"] for row in started], "o-", label="first token")
     middle.plot(counts, [row["listening_s"] for row in started], "o-", label="listening")
     middle.set(xlabel="adapters registered", ylabel="seconds from the call", ylim=(0, None))
-    middle.legend(loc="lower right")
+    legend_beside(middle)
     loads = list(result["cold"])
     width = 0.8 / len(COLD_PLACES)
     for i, place in enumerate(COLD_PLACES):
@@ -505,8 +504,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         right.bar([j + i * width for j in range(len(loads))], values, width, label=place)
     right.set(ylabel="time to first token, ms")
     right.set_xticks([j + 1.5 * width for j in range(len(loads))], loads)
-    right.legend(title="adapter is on", loc="upper left")
-    figure.savefig(path, dpi=110)
+    legend_beside(right, "adapter is on")
+    path.write_bytes(png(figure))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import ModelSource, resolve_model
+from neuroada_serve.plots import BLUE, GREY, legend_beside, new_panels, png
 from neuroada_serve.request import SamplingParams
 
 BATCH = 16
@@ -366,19 +367,15 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 1 + len(MODE_KS), figsize=(15, 3.8), layout="constrained")
+    figure, axes = new_panels(1, 1 + len(MODE_KS), 17, 3.8)
     left = axes[0]
     swap = result["swap"]
     names = ["ours, k=1", f"ours, k={LARGE_K}", "PEFT LoRA r=8"]
     values = [*swap["ours_ms"].values(), swap["peft_lora_r8_ms"]]
-    left.barh(names, values, color=["C0", "C0", "C7"])
+    left.barh(names, values, color=[BLUE, BLUE, GREY])
     left.set(xscale="log", xlabel="ms to put another adapter into the weights")
-    left.set_xlim(right=4 * max(values))  # room for the label
+    left.set_xlim(right=8 * max(values))  # room for the label
+    left.grid(visible=False, axis="y")
     left.bar_label(left.containers[0], fmt="%.2f", padding=3)
     width = 0.27
     for right, (k, loads) in zip(axes[1:], result["modes"].items(), strict=True):
@@ -388,9 +385,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             right.bar(places, rates, width, label=mode)
         right.set_xticks([place + width for place in range(len(LOADS))], LOADS)
         right.set(ylabel="output tokens/s", title=k)
-        right.set_ylim(top=1.25 * right.get_ylim()[1])
-        right.legend(title="merge mode", loc="upper center", ncols=len(MODES))
-    figure.savefig(path, dpi=110)
+    legend_beside(axes[-1], "merge mode")
+    path.write_bytes(png(figure))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ from neuroada_serve.model.loader import (
     load_base,
 )
 from neuroada_serve.model.source import resolve_model
+from neuroada_serve.plots import BLUE, GREY, RED, YELLOW, legend_beside, new_panels, png
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "neuroada-bench/1"
@@ -461,17 +462,10 @@ def _cell(found: Mapping[str, Any], scale: float, digits: int, with_range: bool 
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = [(task, name) for task, evals in result["evals"].items() for name in evals]
     columns = 3
     lines = math.ceil(len(panels) / columns)
-    size = (5 * columns, 3.9 * lines)
-    figure, grid = pyplot.subplots(lines, columns, figsize=size, layout="constrained")
-    flat = grid.flatten()
+    figure, flat = new_panels(lines, columns, 6 * columns, 3.9 * lines)
     for axes, (task, name) in zip(flat, panels, strict=False):
         kind, majority = (result["evals"][task][name][key] for key in ("kind", "majority"))
         figure_name, scale = ("loss", 1) if kind == "loss" else ("accuracy", 100)
@@ -482,20 +476,20 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             if found["mean"] is None:
                 continue
             if row["method"] == "base":
-                axes.axhline(scale * found["mean"], color="C7", linestyle="--", label="base")
+                axes.axhline(scale * found["mean"], color=GREY, linestyle="--", label="base")
                 continue
             x = labels.index(row["method"])
             values = [scale * value for value in found["values"] if value is not None]
-            axes.plot([x] * len(values), values, "o", color="C0", alpha=0.6)
-            axes.plot([x], [scale * found["mean"]], "_", color="C1", markersize=16, mew=2)
+            axes.plot([x] * len(values), values, "o", color=BLUE, alpha=0.6)
+            axes.plot([x], [scale * found["mean"]], "_", color=RED, markersize=16, mew=2)
         if majority is not None:
-            axes.axhline(100 * majority, color="C3", linestyle=":", label="commonest answer")
+            axes.axhline(100 * majority, color=YELLOW, linestyle=":", label="commonest answer")
         axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
         axes.set(title=f"{task}: {name}", ylabel="loss" if kind == "loss" else "accuracy, %")
-        axes.legend(fontsize=7)
+        legend_beside(axes)
     for axes in flat[len(panels) :]:
         axes.set_visible(False)
-    figure.savefig(path, dpi=110)
+    path.write_bytes(png(figure))
 
 
 def finish(

@@ -36,6 +36,7 @@ from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import resolve_model
+from neuroada_serve.plots import BLUE, GREY, RED, new_figure, png
 
 PROMPT_LEN = 16
 CONTEXTS = (16, 64, 256, 512)
@@ -209,34 +210,25 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 
 def plot(name: str, entries: Sequence[dict[str, Any]], fit: dict[str, float]) -> bytes:
     """A PNG of one series: steps with and without adapters, or the sparse part and its fit."""
-    import io
-
-    from matplotlib.figure import Figure  # of the bench extra; no pyplot, so no global state
-
-    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_figure(6, 4)
     x = [each["x"] for each in entries]
     if name == "nnz":
-        axes.plot(x, [each["sparse_ms"] for each in entries], "o", color="#1f4e8c")
+        axes.plot(x, [each["sparse_ms"] for each in entries], "o", color=BLUE)
         ends = [0, max(x)]
         line = [fit["slope_ms_per_million"] * each + fit["intercept_ms"] for each in ends]
         label = f"{fit['slope_ms_per_million']:.2f} ms per million, R2 = {fit['r2']:.3f}"
-        axes.plot(ends, line, color="#c8501e", label=label)
+        axes.plot(ends, line, color=RED, label=label)
         axes.set_ylabel("sparse part of a step (ms)")
     else:
-        axes.plot(x, [each["step_ms"] for each in entries], "o-", color="#1f4e8c", label="adapters")
+        axes.plot(x, [each["step_ms"] for each in entries], "o-", color=BLUE, label="adapters")
         base = [each["base_step_ms"] for each in entries]
-        axes.plot(x, base, "o--", color="#7a7a7a", label="base")
+        axes.plot(x, base, "o--", color=GREY, label="base")
         axes.set_xscale("log", base=2)
         axes.set_ylabel("decode step (ms)")
     axes.set_ylim(bottom=min(0, *axes.get_ylim()))
     axes.set_xlabel(LABELS[name])
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return png(figure)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import ModelSource, resolve_model
+from neuroada_serve.plots import legend_beside, new_panels, png
 from neuroada_serve.request import SamplingParams
 
 BATCH = 16
@@ -320,31 +321,27 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, (left, middle, right) = new_panels(1, 3, 15, 3.6)
     for name in ("room for all", "room for three"):
         every = sorted(t for times in result["turns"][name]["all_ttft_ms"] for t in times)
         left.plot(every, [(i + 1) / len(every) for i in range(len(every))], label=name)
     left.set(xlabel="time to first token, ms", ylabel="share of requests", xlim=(0, None))
-    left.legend(title="six adapters wanted", loc="lower right")
+    legend_beside(left, "six adapters wanted")
     names, width = list(DEMANDS), 0.27
-    for i, case in enumerate(TENANT_CASES):
+    cases = [case for case in TENANT_CASES if case in result["tenants"]]
+    for i, case in enumerate(cases):
         rates = [result["tenants"][case]["tokens_per_s"][name] for name in names]
         middle.bar([j + i * width for j in range(len(names))], rates, width, label=case)
     middle.set_xticks(
         [j + width for j in range(len(names))],
-        [f"{name}, asks {share}" for name, share in DEMANDS.items()],
+        [f"{name},\nasks {share}" for name, share in DEMANDS.items()],
     )
     middle.set(ylabel="output tokens/s, at twice the load")
-    middle.legend(loc="upper right")
+    legend_beside(middle)
     ttft = result["prefix"]["ttft_ms"]
     right.bar(list(ttft), list(ttft.values()))
-    right.set(ylabel=f"time to first token, ms ({SYSTEM_TOKENS} + {USER_TOKENS} tokens)")
-    figure.savefig(path, dpi=110)
+    right.set(ylabel=f"time to first token, ms\n({SYSTEM_TOKENS} + {USER_TOKENS} tokens)")
+    path.write_bytes(png(figure))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from bench.gpu import LLAMA_8B, TINY, Shape, random_base
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.benchmark.report import environment, progress_bar
 from neuroada_serve.model.loader import adaptable_modules
+from neuroada_serve.plots import BLUE, GREY, new_panels, png
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
 from neuroada_serve.train.recompute import Recompute, set_recompute
 from neuroada_serve.train.score import answer_logits
@@ -500,17 +501,15 @@ def show(found: dict[str, Any], made: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def title_of(settings: dict[str, Any]) -> str:
+    size = f"{settings['rows']} x {settings['width']}"
+    return f"{settings['model']}, {settings['dtype']}, batch {size}"
+
+
 def plot(found: dict[str, Any], made: dict[str, Any], title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(reversed(list(made)))
-    colors = ["C0" if name.startswith("neuroada") else "C7" for name in names]
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(12, 0.9 + 0.3 * len(names)), layout="constrained", sharey=True
-    )
+    colors = [BLUE if name.startswith("neuroada") else GREY for name in names]
+    figure, (left, right) = new_panels(1, 2, 12, 0.9 + 0.3 * len(names), sharey=True)
     left.barh(names, [made[name]["step_s"] for name in names], color=colors)
     for place, name in enumerate(names):
         steps = found[name]["step_s"]
@@ -521,10 +520,11 @@ def plot(found: dict[str, Any], made: dict[str, Any], title: str, path: Path) ->
     right.barh(names, [made[name][kind] for name in names], color=colors)
     right.set(xlabel="peak GiB" + ("" if whole else " above what was loaded"))
     for side, form in ((left, "%.3g"), (right, "%.2f")):
-        side.bar_label(side.containers[0], fmt=form, padding=12)
+        side.bar_label(side.containers[0], fmt=form, padding=12, fontsize=8)
+        side.grid(visible=False, axis="y")
         side.set_xlim(right=1.15 * side.get_xlim()[1])
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    path.write_bytes(png(figure))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -582,8 +582,7 @@ def main(argv: list[str] | None = None) -> int:
     name = args.name or ("training_gpu" if args.llama_8b else "training")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    title = f"{settings['model']}, {settings['dtype']}, batch {args.rows} x {args.width}"
-    plot(found, made, title, args.out / f"{name}.png")
+    plot(found, made, title_of(settings), args.out / f"{name}.png")
     print(json.dumps(result))
     return 0 if all(one["ok"] for one in checks.values()) else 1
 

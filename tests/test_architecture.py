@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "neuroada_serve"
 FLOORS: list[list[str]] = [
     ["errors", "config", "request", "metrics", "intervals"],
     [
+        "plots",
         "ops",
         "adapters.durable",
         "adapters.extents",

@@ -58,10 +58,26 @@ def test_chat_answers_in_a_pipe(clone):
 
 
 def test_training_commands_run(clone):
+    """With fewer steps than README's: it shows that the commands work, not what they teach."""
     block = block_with("triage.py --out rows")
-    shown = run("\n".join(line for line in block.splitlines() if "pip install" not in line), clone)
+    assert block.count("--max-steps 100") == 1
+    shown = run(block.replace("--max-steps 100", "--max-steps 3"), clone)
     assert "exact match" in shown
     assert (clone / "my-triage" / "loss.png").is_file()
+
+
+def test_classifier_commands_run(clone):
+    train, classify, score = block_with("--task-type SEQ_CLS").splitlines()
+    run(f"{train} --max-steps 2", clone)
+    assert "\t" in run(classify, clone)
+    assert "accuracy" in run(score, clone)
+
+
+def test_files_that_are_named_in_commands_exist_or_are_written_there():
+    commands = "\n".join(text for language, text in BLOCKS if language in ("bash", ""))
+    made = set(re.findall(r"--out (\S+)", commands)) | {"served", "rows"}
+    for name in re.findall(r"--(?:eval-)?data (\S+)", commands):
+        assert (ROOT / name).exists() or name.split("/")[0] in made or name.isupper(), name
 
 
 def test_python_example_runs(clone):
@@ -116,7 +132,7 @@ def test_serve_and_curl(clone, serve, requests, expected):
 
 def test_a_spreadsheet_becomes_a_served_adapter_with_two_commands(clone):
     """With fewer steps than README's: it shows that the commands work, not what they teach."""
-    train, serve = block_with("tickets.csv").splitlines()
+    train, serve = block_with("--columns prompt=ticket").splitlines()
     assert "exact match" in run(f"{train} --max-steps 3", clone)
     with served(serve, clone):
         answer = run(

@@ -47,6 +47,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from neuroada_serve.benchmark.plot import case_label, plot
+
 _TABLE_WIDTH = 140
 _PACKAGES = ("torch", "transformers", "numpy", "numba", "triton", "safetensors")
 _SETTINGS = (
@@ -239,73 +241,3 @@ def _serving_table(cases: Sequence[Mapping[str, Any]]) -> Table:
     for figure in cases[0]["median"]:
         table.add_row(figure.replace("_", " "), *(f"{c['median'][figure]:.4g}" for c in cases))
     return table
-
-
-def case_label(case: Mapping[str, Any]) -> str:
-    """A case of the result in words."""
-    return case["popularity"] if case["k"] is None else f"{case['popularity']}, k={case['k']}"
-
-
-def plot(result: Mapping[str, Any]) -> bytes | None:
-    """A PNG: bars of the medians, dots for the rounds; None where nothing was measured.
-
-    Raises:
-        ImportError: matplotlib, of the bench extra, is not installed.
-    """
-    import io
-
-    from matplotlib.figure import Figure  # no pyplot, so no global state
-
-    panels = _panels(result)
-    if not panels:
-        return None
-    heights = [1 + 0.3 * len(bars) for _, _, bars in panels]
-    figure = Figure(figsize=(9, sum(heights)), dpi=120, layout="constrained")
-    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for ax, (title, unit, bars) in zip(axes, panels, strict=True):
-        for place, (_, median, samples, color) in enumerate(bars):
-            ax.barh(place, median, color=color, height=0.7)
-            ax.plot(samples, [place] * len(samples), ".", color="black", markersize=3, alpha=0.6)
-            ax.text(0, place, f" {median:.4g}", va="center", fontsize=7, color="white")
-        ax.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=8)
-        ax.invert_yaxis()
-        ax.set_title(title, fontsize=9, loc="left")
-        ax.set_xlabel(unit, fontsize=8)
-        ax.spines[["top", "right"]].set_visible(False)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
-
-
-_COLORS = {"neuroada": "#1f4e8c", "vllm": "#c8501e", "peft": "#7a7a7a"}
-_SERVING_PANELS = ("output_throughput", "ttft_ms_p50", "tpot_ms_p50")
-
-Bar = tuple[str, float, Sequence[float], str]  # label, median, samples, color
-
-
-def _panels(result: Mapping[str, Any]) -> list[tuple[str, str, list[Bar]]]:
-    """(title, unit, bars) for every phase and concurrency, or every serving figure."""
-    panels: list[tuple[str, str, list[Bar]]] = []
-    cases = result["cases"]
-    if result["benchmark"] == "serving":
-        for figure in _SERVING_PANELS if cases else ():
-            bars: list[Bar] = [
-                (c["popularity"], c["median"][figure], [r[figure] for r in c["rounds"]], "#1f4e8c")
-                for c in cases
-            ]
-            panels.append((figure.replace("_", " "), "", bars))
-        return panels
-    for phase, concurrency in dict.fromkeys((c["phase"], c["concurrency"]) for c in cases):
-        group = [c for c in cases if (c["phase"], c["concurrency"]) == (phase, concurrency)]
-        figure = list(group[0]["median"])[-1]
-        bars = [
-            (
-                f"{c['engine']}: {case_label(c)}",
-                c["median"][figure],
-                c["samples"][figure],
-                _COLORS[c["engine"]],
-            )
-            for c in group
-        ]
-        panels.append((f"{phase}, {concurrency} at once", figure.replace("_", " "), bars))
-    return panels

@@ -1,15 +1,12 @@
 """The pictures of an evaluation."""
 
-import io
 from collections.abc import Mapping
 from textwrap import fill
-from typing import Any
 
 from neuroada_serve.evaluation.run import Confusion, Score
+from neuroada_serve.plots import COLOURS, legend_beside, new_figure, plain, png, short
 
-_COLOURS = ("#9db8d9", "#1f4e8c", "#c8501e", "#e3a98d", "#4d7f5c", "#b9a037", "#7a5a8f")
 _LINE_LETTERS = 18  # of a score's name
-_MOST_LETTERS = 24  # of a name in a picture
 
 
 def score_bars(scores: Mapping[str, Mapping[str, Score]], title: str) -> bytes:
@@ -20,7 +17,7 @@ def score_bars(scores: Mapping[str, Mapping[str, Score]], title: str) -> bytes:
         scores: subject -> score name -> score; losses are left out.
     """
     names = [name for name in next(iter(scores.values())) if name not in ("loss", "mse")]
-    figure, axes = _new_figure(max(8, 1 + len(names) * max(1.1, len(scores) * 0.45)))
+    figure, axes = new_figure(max(8, 3 + len(names) * max(1.1, len(scores) * 0.45)))
     width = 0.8 / len(scores)
     for number, (subject, its) in enumerate(scores.items()):
         at = [i + (number - (len(scores) - 1) / 2) * width for i in range(len(names))]
@@ -33,20 +30,19 @@ def score_bars(scores: Mapping[str, Mapping[str, Score]], title: str) -> bytes:
             width * 0.92,
             yerr=(below, above),
             capsize=3,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             ecolor="#444444",
-            label=_short(subject),
+            label=short(subject),
         )
         for x, value, reach in zip(at, values, above, strict=True):
             axes.text(x, min(value + reach, 1) + 0.01, f"{value:.2f}", ha="center", fontsize=8)
     words = [fill(name.replace("_", " "), _LINE_LETTERS) for name in names]
     axes.set_xticks(range(len(names)), words, fontsize=8)
-    axes.set(ylabel="score, with its 95 % interval", title=_plain(title))
+    axes.set(ylabel="score, with its 95 % interval", title=plain(title))
     axes.set_ylim(min([0.0, *(its[name].low for its in scores.values() for name in names)]), 1.08)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False)
-    return _png(figure)
+    axes.grid(visible=False, axis="x")
+    legend_beside(axes)
+    return png(figure)
 
 
 def confusion_plot(confusion: Confusion, title: str) -> bytes:
@@ -55,9 +51,10 @@ def confusion_plot(confusion: Confusion, title: str) -> bytes:
     none = any(row[-1] for row in confusion.counts)
     counts = [row if none else row[:-1] for row in confusion.counts]
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
-    columns = [*map(_short, confusion.labels), *(["none"] if none else [])]
+    columns = [*map(short, confusion.labels), *(["none"] if none else [])]
     side = 3 + 0.55 * len(columns)
-    figure, axes = _new_figure(max(5, side), max(4, side - 1))
+    figure, axes = new_figure(max(5, side), max(4, side - 1))
+    axes.grid(visible=False)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(counts):
         for j, count in enumerate(row):
@@ -65,31 +62,6 @@ def confusion_plot(confusion: Confusion, title: str) -> bytes:
             axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8)
     turned = 45 if sum(map(len, columns)) > 40 else 0
     axes.set_xticks(range(len(columns)), columns, rotation=turned)
-    axes.set_yticks(range(len(confusion.labels)), list(map(_short, confusion.labels)))
-    axes.set(xlabel="chosen", ylabel="right", title=_plain(title))
-    return _png(figure)
-
-
-def _new_figure(width: float = 8, height: float = 4.5) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # of the train extra; no pyplot, so no global state
-
-    figure = Figure(figsize=(min(width, 30), min(height, 30)), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
-
-
-def _short(name: str) -> str:
-    cut = name if len(name) <= _MOST_LETTERS else name[: _MOST_LETTERS - 1] + "…"
-    return _plain(cut)
-
-
-def _plain(text: str) -> str:
-    """Not read as a formula, nor as more than one line."""
-    return " ".join(text.split()).replace("$", r"\$")
+    axes.set_yticks(range(len(confusion.labels)), list(map(short, confusion.labels)))
+    axes.set(xlabel="chosen", ylabel="right", title=plain(title))
+    return png(figure)

@@ -1,9 +1,9 @@
 """The pictures of a training run."""
 
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from neuroada_serve.plots import BLUE, LIGHT_BLUE, LIGHT_RED, RED, new_figure, plain, png
 from neuroada_serve.train.score import Score
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ def loss_curve(
         kept: the step whose values are the adapter's.
         figure_name: what `Score.figure` is; "pearson" says that the loss is a squared error.
     """
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     words = figure_name.replace("_", " ")
     steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="training, each step")
-    axes.plot(steps, smoothed(losses), color="#1f4e8c", linewidth=2, label="training, smoothed")
+    axes.plot(steps, losses, color=LIGHT_BLUE, linewidth=1, label="training, each step")
+    axes.plot(steps, smoothed(losses), color=BLUE, linewidth=2, label="training, smoothed")
     points = ([] if before is None else [(0, before)]) + list(evaluations)
     if points:
-        axes.plot(*zip(*[(step, s.loss) for step, s in points], strict=True), color="#e3a98d")
+        axes.plot(*zip(*[(step, s.loss) for step, s in points], strict=True), color=LIGHT_RED)
     for step, score in points:
         when = "before" if step == 0 else "kept" if step == kept else None
         axes.plot(
@@ -42,58 +42,44 @@ def loss_curve(
             score.loss,
             "o",
             markersize=8 if when else 5,
-            color="#c8501e",
-            markerfacecolor="#c8501e" if when == "kept" else "white",
+            color=RED,
+            markerfacecolor=RED if when == "kept" else "white",
             clip_on=False,
             zorder=3,
             label=when and f"held out, {when}: {score.loss:.3f} ({words} {score.figure:.2f})",
         )
     what = "mean squared error" if figure_name == "pearson" else "loss (nats per answer token)"
-    axes.set(xlabel="step", ylabel=what, title=title)
+    axes.set(xlabel="step", ylabel=what, title=plain(title))
     axes.set_xlim(0, len(losses))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def learning_rate_plot(searched: "LearningRates") -> bytes:
     """A PNG of the loss by learning rate."""
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     known = [
         (lr, loss)
         for lr, loss in zip(searched.tried, searched.losses, strict=True)
         if loss is not None
     ]
-    axes.plot(*zip(*known, strict=True), "o-", color="#1f4e8c")
+    axes.plot(*zip(*known, strict=True), "o-", color=BLUE)
     for lr, loss in zip(searched.tried, searched.losses, strict=True):
         if loss is None:
-            axes.axvline(lr, color="#c8501e", linestyle=":", label=f"{lr:.2g} diverges")
+            axes.axvline(lr, color=RED, linestyle=":", label=f"{lr:.2g} diverges")
     best = dict(known)[searched.best]
     label = f"taken: {searched.best:.2g}"
-    axes.plot(searched.best, best, "o", markersize=10, color="#c8501e", label=label)
+    axes.plot(searched.best, best, "o", markersize=10, color=RED, label=label)
     axes.set(
         xscale="log",
         xlabel="peak learning rate",
         ylabel=f"{searched.scored} loss after {searched.steps} steps (nats per answer token)",
     )
+    axes.set_xticks(searched.tried, [f"{lr:.2g}" for lr in searched.tried])
+    axes.minorticks_off()  # their labels lie on top of each other within a factor of ten
     axes.legend(frameon=False)
-    return _png(figure)
-
-
-def _new_figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # of the train extra; no pyplot, so no global state
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Any) -> bytes:
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    return png(figure)
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:

@@ -1,0 +1,45 @@
+"""Draw the plots of `results` again, from the figures that lie there.
+
+python bench/redraw.py [FOLDER]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import adapters
+import merge
+import quality
+import scaling
+import sharing
+import training
+
+from neuroada_serve.benchmark.plot import plot as plot_benchmark
+
+
+def main(folder: Path) -> None:
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        png, name = path.with_suffix(".png"), path.stem
+        if name.startswith("throughput"):
+            png.write_bytes(plot_benchmark(found) or b"")
+        elif name.startswith("quality"):
+            quality.plot(found, png)
+        elif name.startswith("sharing"):
+            sharing.plot(found, png)
+        elif name in ("adapters", "merge"):
+            {"adapters": adapters, "merge": merge}[name].plot(found, png)
+        elif name == "scaling":
+            for series, entries in found["series"].items():
+                drawn = scaling.plot(series, entries, found["nnz_fit"])
+                (folder / f"scaling_{series}.png").write_bytes(drawn)
+        elif name.startswith("training"):
+            title = training.title_of(found["settings"])
+            training.plot(found["methods"], found["summary"], title, png)
+        else:
+            continue
+        print(name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "results")
