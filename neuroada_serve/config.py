@@ -11,6 +11,8 @@ from neuroada_serve.errors import UsageError
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEMO = "demo"  # MODEL of the base that needs no hub
+DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from neuroada_serve.config import DEMO
 from neuroada_serve.errors import DirtyWeightsError, UsageError
-from neuroada_serve.model.source import DEMO, resolve_model
+from neuroada_serve.model.source import resolve_model
 from neuroada_serve.request import RequestOutput, SamplingParams
 
 _EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

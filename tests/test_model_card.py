@@ -1,11 +1,20 @@
 """Model cards: what they say, and that no config can say more with them than it should."""
 
+import json
 import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
+from tiny import random_adapter, save_tiny_model
+from typer.testing import CliRunner
 
 from neuroada_serve.adapters.card import CARD_FILE, model_card, write_card
-from neuroada_serve.adapters.format import AdapterConfig
+from neuroada_serve.adapters.format import AdapterConfig, save_adapter
+from neuroada_serve.adapters.reader import load_adapter
+from neuroada_serve.cli.main import app
+from neuroada_serve.config import DEMO_HUB_ID
 
 EVIL = (
     "</td><script>x()</script>`|`](https://e.vil)\n\n# Title\n"
@@ -35,7 +44,8 @@ def test_card_says_what_it_is_how_it_was_made_and_how_to_serve_it():
     recipe = {"data": "train.jsonl", "lr": 0.005, "versions": {"torch": "2"}}
     card = model_card(config(recipe=recipe, scores=scores), "sql")
     assert card.startswith("---\nlibrary_name: neuroada-serve\n")
-    assert "base_model: org/tiny\n" in card
+    assert "base_model: org/tiny\nbase_model_relation: adapter\n" in card
+    assert "pipeline_tag: text-generation\n" in card
     assert "# sql" in card
     assert "`" + "ab" * 32 + "`" in card
     assert "k: 8" in card
@@ -56,7 +66,7 @@ def test_card_of_an_adapter_without_metadata_has_no_empty_parts():
 
 def without_code(card):
     """Markdown with its code blocks and code spans taken out, which mean nothing."""
-    card = re.sub(r"^```bash\n.*?^```$", "", card, flags=re.MULTILINE | re.DOTALL)
+    card = re.sub(r"^```\w+\n.*?^```$", "", card, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", card)
 
 
@@ -66,6 +76,7 @@ def test_card_shows_hostile_text_as_text():
         selection=EVIL,
         recipe={EVIL: EVIL, "list": [EVIL]},
         scores={"evaluated": {EVIL: {"rows": 3, "adapter": {EVIL: SCORE}}}},
+        samples=[{"question": EVIL, "expected": EVIL, "got": EVIL}],
     )
     card = model_card(hostile, EVIL)
     text = without_code(card)
@@ -74,10 +85,64 @@ def test_card_shows_hostile_text_as_text():
     assert "https:" not in text
     assert "\u202e" not in card
     assert "\n# Title" not in card
-    assert card.count("\n```") == 2
+    assert card.count("\n```") == model_card(config()).count("\n```") == 6
     assert card.count("\n<!-- neuroada: end -->") == 1
-    (row,) = [line for line in card.splitlines() if line.startswith("| &#60;")]
-    assert row.count("|") == 6
+    example, score = [line for line in card.splitlines() if line.startswith("| &#60;")]
+    assert (example.count("|"), score.count("|")) == (4, 6)
+
+
+def blocks(card: str) -> list[str]:
+    return re.findall(r"^```\w+\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("question", ["One\nline, isn't it?", EVIL])
+@pytest.mark.parametrize("prompt_format", ["chat", "plain"])
+def test_examples_are_commands_that_run(tmp_path, monkeypatch, capsys, question, prompt_format):
+    source = save_tiny_model(tmp_path / "model")
+    save_adapter(random_adapter(source, seed=1), tmp_path / "fr")
+    samples = [{"question": question, "expected": "a", "got": "b"}]
+    of = config("./model", recipe={"prompt_format": prompt_format}, samples=samples)
+    terminal, http, python = blocks(model_card(of, "fr"))
+    monkeypatch.chdir(tmp_path)
+    exec(python, {})
+    assert capsys.readouterr().out
+    answered = CliRunner().invoke(app, shlex.split(terminal)[1:], input="hello")
+    assert answered.exit_code == 0, answered.output
+    serve, curl = http.splitlines()
+    assert serve == "neuroada serve ./model --adapter fr=./fr"
+    body = json.loads(shlex.split(curl)[-1])
+    assert body["model"] == "fr"
+    text = body["prompt"] if prompt_format == "plain" else body["messages"][0]["content"]
+    assert text == "".join(c for c in question if c != "\u202e")
+
+
+def test_classifiers_card_asks_it_for_a_label():
+    of = AdapterConfig(
+        "org/tiny", "ab" * 32, 8, ("q_proj",), task_type="SEQ_CLS", labels=("a", "b")
+    )
+    card = model_card(of, "mood")
+    terminal, http, python = blocks(card)
+    assert shlex.split(terminal)[:2] == ["neuroada", "classify"]
+    assert json.loads(shlex.split(http)[-1]) == {"model": "mood", "input": "A text."}
+    assert 'prompt = "A text."\n[answer] = llm.classify(prompt, "mood")' in python
+    assert "pipeline_tag: text-classification\n" in card
+
+
+@pytest.mark.parametrize("name", ["sql", "json", "triage", "pirate"])
+def test_cards_of_the_shipped_adapters_are_current(tmp_path, name):
+    folder = Path(__file__).resolve().parent.parent / "examples" / "adapters" / name
+    shutil.copytree(folder, tmp_path / name)
+    assert write_card(tmp_path / name, load_adapter(folder).config)
+    card = (tmp_path / name / CARD_FILE).read_text()
+    assert card == (folder / CARD_FILE).read_text()
+    assert f"base_model: {DEMO_HUB_ID}\n" in card
+    assert "license: apache-2.0\n" in card
+    assert "## Examples" in card
+
+
+def test_samples_of_another_make_are_passed_over():
+    for samples in ("x", [1], [{"question": 1}], {"question": "a"}):
+        assert "## Examples" not in model_card(config(samples=samples))
 
 
 @pytest.mark.parametrize(("base", "shown"), [("a; rm -rf b", "'a; rm -rf b'"), ("--help", "BASE")])

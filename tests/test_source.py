@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from neuroada_serve.config import DEMO_HUB_ID
 from neuroada_serve.errors import ModelError
 from neuroada_serve.model import gguf_convert, loader, source
 from neuroada_serve.model.loader import base_fingerprint, load_base, load_spec
@@ -142,7 +143,7 @@ def test_demo_without_pip_says_how_to_install_it(monkeypatch):
 
 
 def test_demo_falls_back_on_the_hubs_copy_and_says_so(model, tmp_path):
-    snapshot = put_in_hub_cache(source.DEMO_HUB_ID, model, tmp_path / "hub")
+    snapshot = put_in_hub_cache(DEMO_HUB_ID, model, tmp_path / "hub")
     told = []
     assert resolve_model("demo", told.append) == ModelSource("demo", snapshot, exact=False)
     assert "using the copy" in told[-1]
@@ -150,7 +151,7 @@ def test_demo_falls_back_on_the_hubs_copy_and_says_so(model, tmp_path):
 
 
 def test_demo_does_not_fall_back_on_half_a_copy(model, tmp_path):
-    put_in_hub_cache(source.DEMO_HUB_ID, model, tmp_path / "hub", ("*.safetensors",))
+    put_in_hub_cache(DEMO_HUB_ID, model, tmp_path / "hub", ("*.safetensors",))
     with pytest.raises(ModelError, match="could not be fetched"):
         resolve_model("demo")
 

