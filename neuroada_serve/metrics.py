@@ -13,6 +13,7 @@ class EngineMetrics:
     num_prompt_tokens: int = 0  # computed in prefill
     num_cached_tokens: int = 0  # of prompts, taken from the prefix cache
     num_output_tokens: int = 0
+    num_preemptions: int = 0  # times that a sequence lost its slot to another
     num_finished: dict[FinishReason, int] = field(
         default_factory=lambda: dict.fromkeys(FinishReason, 0)
     )

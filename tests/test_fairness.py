@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import cycle
+from dataclasses import dataclass, field
+from itertools import count, cycle
 
 import pytest
 from hypothesis import given, settings
@@ -15,12 +15,16 @@ from neuroada_serve.engine.fairness import OUTPUT_COST, PROMPT_COST, FairQueue
 Party = tuple[str, str | None]  # a tenant and an adapter
 
 
+_numbers = count()
+
+
 @dataclass(eq=False)
 class Request:
     tenant: str = ""
     adapter: str | None = None
     num_prompt: int = 1
     num_output: int = 1
+    request_id: str = field(default_factory=lambda: f"r{next(_numbers)}")
 
 
 def first(queue: FairQueue[Request]) -> Request:
@@ -393,3 +397,55 @@ def test_tenant_that_comes_back_gets_its_share_and_no_more():
     server.run(2000)
     now = server.served["stays", "a"] - before
     assert now == pytest.approx(server.served["away", "a"], rel=0.05)
+
+
+# --- slots -----------------------------------------------------------------------------------
+
+
+def test_head_is_of_the_request_with_fewest_slots():
+    queue = FairQueue[Request]()
+    many = [Request("", "a", request_id="many") for _ in range(4)]
+    single = Request("", "a")
+    for request in (*many, single):
+        queue.add(request)
+    assert queue.heads() == [many[0]]
+    queue.take(many[0])
+    assert queue.heads() == [single]
+    queue.take(single)
+    assert queue.heads() == [many[1]]
+
+
+def test_request_that_is_put_back_is_first_again():
+    queue = FairQueue[Request]()
+    one, two = add(queue, ("", "a"), ("", "a"))
+    queue.take(one)
+    queue.put_back(one)
+    assert queue.heads() == [one]
+    assert list(queue) == [one, two]
+    assert len(queue) == 2
+
+
+def test_few_requests_of_many_choices_shut_nobody_out():
+    queue = FairQueue[Request]()
+    for number in range(2):
+        for _ in range(8):
+            queue.add(Request("", "a", request_id=f"many{number}"))
+    assert queue.admits("", "a", 16)
+    add(queue, *[("", "a")] * 6)
+    assert not queue.admits("", "a", 16)
+
+
+def test_whoever_has_most_makes_place_in_a_queue_of_twice_its_limit():
+    queue = FairQueue[Request]()
+    hog = add(queue, *[("hog", "a")] * 6)
+    add(queue, ("some", "a"), ("some", "b"))
+    assert not queue.admits("new", "a", 4)
+    assert queue.displaced_by("new", "a", 4) is hog[-1]
+    assert queue.displaced_by("hog", "a", 4) is None
+    assert queue.displaced_by("new", "a", 5) is None, "it has room yet"
+
+
+def test_nobody_goes_where_all_have_one():
+    queue = FairQueue[Request]()
+    add(queue, *((f"t{i}", "a") for i in range(8)))
+    assert queue.displaced_by("new", "a", 4) is None

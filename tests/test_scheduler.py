@@ -20,7 +20,7 @@ from neuroada_serve.engine.scheduler import (
     Schedule,
     Scheduler,
 )
-from neuroada_serve.engine.sequence import Sequence
+from neuroada_serve.engine.sequence import LEAST_PROGRESS, Sequence
 from neuroada_serve.request import SamplingParams
 
 
@@ -279,7 +279,7 @@ class FakeEngine:
         assert all(s.version is None or self.adapters.holders[s.version] for s in active)
         slots = [s.slot for s in schedule.decodes]
         assert slots == sorted(s.slot for s in active if s.is_decoding)
-        left = {s: len(s.prompt_token_ids) - s.num_computed for s in active if not s.is_decoding}
+        left = {s: s.num_prefill - s.num_computed for s in active if not s.is_decoding}
         chunks = {chunk.sequence: chunk.num_tokens for chunk in schedule.prefills}
         assert len(chunks) == len(schedule.prefills)
         assert all(0 < num_tokens <= left[s] for s, num_tokens in chunks.items())
@@ -297,7 +297,7 @@ class FakeEngine:
 
     def _reuse(self, sequence: Sequence) -> int:
         assert sequence.slot is not None
-        assert sequence not in self._reused
+        assert (sequence in self._reused) == (sequence.num_preempted > 0)
         self._reused.add(sequence)
         num_tokens = min(self._num_reused, len(sequence.prompt_token_ids) - 1)
         for position in range(num_tokens):
@@ -844,3 +844,140 @@ def test_abort_of_a_parked_sequence_leaves_nothing_held():
         engine.scheduler.remove(engine.scheduler.find(name)[0])
     engine.drain()
     assert engine.run(1)[0].is_empty
+
+
+# --- slots taken back ------------------------------------------------------------------------
+
+
+def fill(engine: FakeEngine, num: int, tenant: str = "", version: Version | None = None, **one):
+    """Sequences of a long answer, whose prompts are computed and begun."""
+    for i in range(num):
+        name = one.get("request_id", f"{tenant}{version and version.name}{i}")
+        engine.add(new_sequence(name, 3, 1500, version, tenant, index=i))
+    engine.run(LEAST_PROGRESS + 2)
+
+
+@pytest.mark.parametrize(
+    ("hog", "other"),
+    [
+        ({"tenant": "hog"}, {"tenant": "other"}),
+        ({"version": Version("a")}, {"version": Version("b")}),
+        ({"version": Version("a")}, {}),
+        ({"request_id": "one"}, {"request_id": "another"}),
+    ],
+)
+def test_waiting_request_gets_a_slot_of_whoever_has_all(hog, other):
+    engine = FakeEngine(16, budget=64)
+    fill(engine, 16, **hog)
+    single = new_sequence(**{"request_id": "single", "num_prompt": 3, "max_tokens": 1} | other)
+    engine.add(single)
+    engine.run(1)
+    assert engine.finished == [single]
+    engine.drain()
+    assert len(engine.finished) == 17
+
+
+def test_slots_go_to_equal_shares_and_stay():
+    engine = FakeEngine(8, budget=64)
+    fill(engine, 12, "a")
+    fill(engine, 12, "b")
+    for _ in range(200):
+        engine.step()
+        tenants = Counter(s.tenant for s in engine.scheduler.running.values())
+        assert tenants == {"a": 4, "b": 4}
+    assert sum(s.num_preempted for s in engine.added) == 4
+
+
+def test_slots_are_shared_by_weight():
+    engine = FakeEngine(8, budget=64, queue=FairQueue({"gold": 3.0}))
+    fill(engine, 8, "other")
+    fill(engine, 8, "gold")
+    tenants = Counter(s.tenant for s in engine.scheduler.running.values())
+    assert tenants == {"gold": 6, "other": 2}
+
+
+def test_youngest_of_whoever_has_most_goes():
+    engine = FakeEngine(6, budget=64)
+    fill(engine, 4, "most")
+    fill(engine, 2, "some")
+    engine.add(new_sequence("new", tenant="new"))
+    engine.step()
+    (gone,) = [s for s in engine.added if s.num_preempted]
+    assert gone.request_id == "mostNone3"
+    assert gone in engine.scheduler.waiting
+
+
+def test_nobody_goes_for_an_equal():
+    engine = FakeEngine(2, budget=64)
+    fill(engine, 1, "a")
+    fill(engine, 1, "b")
+    engine.add(new_sequence("c", tenant="c"), new_sequence("a2", tenant="a"))
+    engine.run(50)
+    assert not any(s.num_preempted for s in engine.added)
+
+
+def test_whoever_has_had_more_takes_no_slot_back():
+    engine = FakeEngine(4, budget=64)
+    fill(engine, 4, "a")
+    late = new_sequence("b", tenant="b")
+    engine.add(late)
+    engine.scheduler.waiting.charge(late, 10_000)
+    engine.run(20)
+    assert late.slot is None
+
+
+def test_progress_doubles_with_each_preemption():
+    sequence = new_sequence("a", 3, 1000)
+    for number in range(5):
+        sequence.output_token_ids += [7] * ((LEAST_PROGRESS << number) - 1)
+        assert not sequence.may_be_preempted
+        sequence.output_token_ids.append(7)
+        assert sequence.may_be_preempted
+        sequence.preempt()
+    sequence.max_tokens = len(sequence.output_token_ids) + 300
+    sequence.output_token_ids += [7] * (300 - LEAST_PROGRESS)
+    assert not sequence.may_be_preempted, "it is about to end"
+
+
+def test_preempted_sequence_computes_its_answer_like_a_prompt():
+    sequence = new_sequence("a", 3, 100)
+    sequence.output_token_ids += [10, 11, 12]
+    sequence.num_computed = 5
+    sequence.preempt()
+    assert (sequence.num_prefill, sequence.num_computed) == (6, 0)
+    assert sequence.next_tokens(4) == [0, 1, 2, 10]
+    sequence.num_computed = 4
+    assert sequence.next_tokens(2) == [11, 12]
+    sequence.num_computed = 6
+    sequence.output_token_ids.append(13)
+    assert sequence.is_decoding
+    assert sequence.next_tokens(1) == [13]
+
+
+def test_recomputing_is_not_charged():
+    engine = FakeEngine(2, budget=64)
+    fill(engine, 2, "a")
+    single = new_sequence("b", 3, 1, tenant="b")
+    engine.add(single)
+    engine.step()
+    (gone,) = [s for s in engine.added if s.num_preempted]
+    before = engine.scheduler.waiting.rank(gone)[0]
+    engine.run(2)
+    assert gone.slot is not None
+    num_answered = 4  # by both, in two steps
+    assert engine.scheduler.waiting.rank(gone)[0] <= before + num_answered * OUTPUT_COST
+
+
+def test_slot_is_given_only_to_whom_has_its_adapter():
+    hog, coming = Version("hog"), Version("coming")
+    adapters = FakeAdapters(room=2, load_steps=5)
+    engine = FakeEngine(2, budget=64, adapters=adapters)
+    engine.add(*(new_sequence(f"h{i}", 3, 500, hog) for i in range(2)))
+    engine.run(30)
+    late = new_sequence("late", 3, 1, coming)
+    engine.add(late)
+    engine.run(3)
+    assert len(engine.scheduler.running) == 2
+    assert not any(s.num_preempted for s in engine.added)
+    engine.run(6)
+    assert late in engine.finished

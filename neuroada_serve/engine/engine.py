@@ -80,6 +80,7 @@ class Engine:
             FairQueue(config.tenant_weights, config.adapter_weights),
             self.adapters,
             self._reuse_prefix,
+            self._on_preempt,
         )
         self._names = TokenNames(base.tokenizer)
         self._prefixes: PrefixCache | None = None  # once the size of a token's KV is known
@@ -111,9 +112,18 @@ class Engine:
         return len(self._scheduler.waiting)
 
     def may_queue(self, tenant: str, adapter: str | None, max_waiting: int) -> bool:
-        """Whether one more request may wait where `max_waiting` are enough, by shares."""
-        num_free = self.config.max_num_seqs - self.num_running
-        return self._scheduler.waiting.admits(tenant, adapter, max_waiting + num_free)
+        """Whether one more request may wait where `max_waiting` are enough, by shares. Where even
+        twice as many wait, the last of whoever has most may end for it."""
+        queue = self._scheduler.waiting
+        limit = max_waiting + self.config.max_num_seqs - self.num_running
+        if queue.admits(tenant, adapter, limit):
+            return True
+        displaced = queue.displaced_by(tenant, adapter, limit)
+        if displaced is None:
+            return False
+        error = f"{len(queue)} requests wait, and others have fewer; try again later"
+        self._ended.append(self._end_with_error(displaced, error, may_retry=True))
+        return True
 
     def add_request(
         self,
@@ -274,7 +284,9 @@ class Engine:
         """What the sequences of a step get from it."""
         outputs = []
         self.metrics.num_steps += 1
-        self.metrics.num_prompt_tokens += sum(c.num_tokens for c in schedule.prefills)
+        self.metrics.num_prompt_tokens += sum(
+            c.num_tokens for c in schedule.prefills if not c.sequence.num_preempted
+        )
         for row, (sequence, token) in enumerate(zip(step.sequences, chosen, strict=True)):
             if sequence.params.classify and step.hidden is not None:
                 outputs.append(self._classify(sequence, step.hidden[row]))
@@ -319,21 +331,28 @@ class Engine:
             left = sequence.max_tokens - len(sequence.output_token_ids)
             yield Load(sequence.version, left, is_running=sequence.has_adapter)
         for sequence in self._scheduler.waiting:
-            yield Load(sequence.version, sequence.max_tokens, is_running=False)
+            left = sequence.max_tokens - len(sequence.output_token_ids)
+            yield Load(sequence.version, left, is_running=False)
 
     # --- prefixes ----------------------------------------------------------------------------
 
     def _reuse_prefix(self, sequence: Sequence) -> int:
-        """How many tokens of a prompt are in the prefix cache; they are copied before the step."""
-        if self._prefixes is None or sequence.params.prompt_logprobs is not None:
+        """How many tokens of those to compute are in the prefix cache; they are copied before the
+        step."""
+        is_new = not sequence.num_preempted
+        if self._prefixes is None or (is_new and sequence.params.prompt_logprobs is not None):
             return 0
         sequence.prefix_root = self._root(sequence)
-        sequence.prefix_blocks = self._prefixes.find(
-            sequence.prefix_root, sequence.prompt_token_ids
-        )
-        sequence.num_cached = len(sequence.prefix_blocks) * BLOCK_TOKENS
-        self.metrics.num_cached_tokens += sequence.num_cached
-        return sequence.num_cached
+        sequence.prefix_blocks = self._prefixes.find(sequence.prefix_root, sequence.token_ids)
+        num_cached = len(sequence.prefix_blocks) * BLOCK_TOKENS
+        if is_new:
+            sequence.num_cached = num_cached
+            self.metrics.num_cached_tokens += num_cached
+        return num_cached
+
+    def _on_preempt(self, sequence: Sequence) -> None:
+        self.metrics.num_preemptions += 1
+        self._keep_prefix(sequence)  # it is wanted again
 
     def _restore_prefixes(self, schedule: Schedule) -> None:
         """Copy what was found for the sequences that are about to be computed."""
@@ -350,8 +369,7 @@ class Engine:
     def _release_prefix(self, sequence: Sequence) -> None:
         if sequence.prefix_blocks and self._prefixes is not None:
             blocks, sequence.prefix_blocks = sequence.prefix_blocks, []
-            ids = sequence.prompt_token_ids
-            self._prefixes.release(sequence.prefix_root, ids, len(blocks))
+            self._prefixes.release(sequence.prefix_root, sequence.token_ids, len(blocks))
 
     def _keep_prefix(self, sequence: Sequence) -> None:
         """Keep what a sequence has computed, for others that begin alike."""
@@ -360,8 +378,7 @@ class Engine:
         if self._prefixes is None or self._blocks is None or sequence.slot is None:
             return
         root = sequence.prefix_root or self._root(sequence)
-        ids = [*sequence.prompt_token_ids, *sequence.output_token_ids][: sequence.num_computed]
-        new = self._prefixes.keep(root, ids)
+        new = self._prefixes.keep(root, sequence.token_ids[: sequence.num_computed])
         try:
             self._blocks.keep(sequence.slot, new)
         except Exception as error:

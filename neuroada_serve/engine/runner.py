@@ -130,10 +130,10 @@ class ModelRunner:
             residents += [self._resident(sequence.version)] * num_tokens
             if i >= len(schedule.decodes):
                 spans.append(PrefillSpan(start, len(ids), sequence.slot, past))
-            if past + num_tokens >= len(sequence.prompt_token_ids):
+            if past + num_tokens >= sequence.num_prefill:
                 sampled.append(sequence)
                 last_tokens.append(len(ids) - 1)
-            if sequence.params.prompt_logprobs is not None and not sequence.is_decoding:
+            if sequence.params.prompt_logprobs is not None and not sequence.output_token_ids:
                 last = len(sequence.prompt_token_ids) - 1  # nothing of the prompt comes after it
                 scored.append((sequence, past, range(start, start + min(num_tokens, last - past))))
 

@@ -6,10 +6,13 @@ When more adapters are wanted than the device has room for, they take turns: seq
 that has had most are parked, each in its slot, and the one that has had least comes in; but first
 whoever has no token yet. Adapters are so small that a turn of a few steps repays the upload many
 times over.
+
+Slots are taken back as well: whoever waits with fewer slots than its share gets one of whoever has
+most, whose youngest sequence waits again and is computed anew later (`Sequence.preempt`).
 """
 
 import heapq
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -119,8 +122,9 @@ class Scheduler:
     Args:
         queue: whose shares are which; default: all alike.
         adapters: where they are; default: on the device.
-        reuse: called once when a sequence gets its slot: how many of its first tokens need no
-            computing, fewer than its prompt has.
+        reuse: called when a sequence gets a slot: how many of its first tokens need no computing,
+            fewer than it has to compute.
+        on_preempt: told of a sequence that is about to lose its slot.
     """
 
     def __init__(
@@ -130,6 +134,7 @@ class Scheduler:
         queue: FairQueue[Sequence] | None = None,
         adapters: Adapters | None = None,
         reuse: Callable[[Sequence], int] = lambda sequence: 0,
+        on_preempt: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -138,6 +143,7 @@ class Scheduler:
         self.num_parked = 0  # times that an adapter had to leave for another
         self._adapters: Adapters = _OnDevice() if adapters is None else adapters
         self._reuse = reuse
+        self._on_preempt = on_preempt
         self._free_slots = list(range(max_num_seqs))  # a heap: low slots are used first
         self._step = 0
         self._turns: dict[Hashable, int] = {}  # version in use -> step in which its turn began
@@ -158,7 +164,10 @@ class Scheduler:
         self._first_in_need = None
         states = self._wake_parked()
         states |= self._admit()
-        starved = [s for s, state in states.items() if state is Readiness.NO_ROOM]
+        # While adapters take turns, these see to their shares.
+        states |= self._take_slots_back(of_tenants=Readiness.NO_ROOM in states.values())
+        no_room = Readiness.NO_ROOM
+        starved = [s for s, state in states.items() if state is no_room and s.slot is not None]
         self._take_turns(starved)
 
         active = [s for s in self.running.values() if s.has_adapter]
@@ -172,7 +181,7 @@ class Scheduler:
         for sequence in active:
             if sequence.is_decoding:
                 continue
-            num_tokens = min(budget, len(sequence.prompt_token_ids) - sequence.num_computed)
+            num_tokens = min(budget, sequence.num_prefill - sequence.num_computed)
             if num_tokens <= 0:
                 break
             prefills.append(Chunk(sequence, num_tokens))
@@ -206,13 +215,75 @@ class Scheduler:
         """Give free slots away; what stands in the way of those that could not use one."""
         states: dict[Sequence, Readiness] = {}
         while self._free_slots and (chosen := self._next(states)) is not None:
-            self.waiting.take(chosen)
-            chosen.slot = heapq.heappop(self._free_slots)
-            self.running[chosen.slot] = chosen
-            chosen.num_computed = self._reuse(chosen)
-            num_new = len(chosen.prompt_token_ids) - chosen.num_computed
-            self.waiting.charge(chosen, PROMPT_COST * num_new)
+            self._start(chosen)
         return {s: state for s, state in states.items() if s.slot is not None or state is _FAILED}
+
+    def _start(self, sequence: Sequence) -> None:
+        """Give a waiting sequence the lowest free slot."""
+        self.waiting.take(sequence)
+        sequence.slot = heapq.heappop(self._free_slots)
+        self.running[sequence.slot] = sequence
+        sequence.num_computed = self._reuse(sequence)
+        if not sequence.num_preempted:  # it pays once
+            num_new = sequence.num_prefill - sequence.num_computed
+            self.waiting.charge(sequence, PROMPT_COST * num_new)
+
+    def _take_slots_back(self, of_tenants: bool) -> dict[Sequence, Readiness]:
+        """Where no slot is free, give those who have fewer than their share one of whoever has
+        most; what stands in the way of those that cannot use it yet.
+
+        Args:
+            of_tenants: only of one tenant for another.
+        """
+        states: dict[Sequence, Readiness] = {}
+        preempted: set[Sequence] = set()
+        while not self._free_slots and len(states) < _LOOK_AHEAD:
+            due = self._due_slot(preempted.union(states), of_tenants)
+            if due is None:
+                break
+            head, victim = due
+            if not self._try_hold(head):
+                state = states[head] = self._ask(head)
+                if state is Readiness.READY:
+                    self._hold(head)
+                elif state is not Readiness.NO_ROOM:
+                    continue
+            self._preempt(victim)
+            preempted.add(victim)
+            self._start(head)
+        return {s: state for s, state in states.items() if s.slot is not None or state is _FAILED}
+
+    def _due_slot(
+        self, besides: Collection[Sequence], of_tenants: bool
+    ) -> tuple[Sequence, Sequence] | None:
+        """The first that waits and to whom another's slot is due; and whose: of whoever has most,
+        the last that got one."""
+        able = [s for s in reversed(self.running.values()) if s.may_be_preempted]
+        if not able:
+            return None
+        queue = self.waiting
+        able.sort(key=queue.slots_of, reverse=True)
+        most = [max(shares) for shares in zip(*(queue.slots_of(s, -1) for s in able), strict=True)]
+        for head in queue.heads():
+            # Most have no claim at all, whoever is compared.
+            has_least = any(own <= m for own, m in zip(queue.slots_of(head, 1), most, strict=True))
+            if not has_least or head in besides:
+                continue
+            for victim in able:
+                if of_tenants and victim.tenant == head.tenant:
+                    continue
+                if queue.may_displace(head, victim):
+                    return head, victim
+        return None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self._on_preempt(sequence)
+        del self.running[sequence.slot]
+        self._let_go(sequence)
+        heapq.heappush(self._free_slots, sequence.slot)
+        sequence.preempt()
+        self.waiting.put_back(sequence)
 
     def _next(self, states: dict[Sequence, Readiness]) -> Sequence | None:
         """The first in the queue that can use a slot, its adapter held. Or that takes one to wait

@@ -10,6 +10,9 @@ from neuroada_serve.request import SamplingParams, TokenLogprob
 if TYPE_CHECKING:
     from neuroada_serve.adapters.store import AdapterVersion, Lease
 
+# Tokens that a sequence answers before it may lose its slot.
+LEAST_PROGRESS = 8
+
 
 class TokenCounts:
     """The different tokens of a sequence, and how often each was answered, 0 for prompt tokens."""
@@ -55,6 +58,8 @@ class Sequence:
     tenant: str = ""
     cache_salt: str = ""
     num_computed: int = 0
+    num_prefill: int = field(init=False)  # tokens to compute before the next one is chosen
+    num_preempted: int = 0  # times that it lost its slot to another
     slot: int | None = None  # KV cache slot while running
     has_adapter: bool = False  # running, its adapter held on the device; of the base: running
     parked_at: int = 0  # the step in which it last lost its adapter to another
@@ -65,14 +70,38 @@ class Sequence:
     _counts: TokenCounts | None = None  # of the first _num_counted answered tokens
     _num_counted: int = 0
 
+    def __post_init__(self) -> None:
+        self.num_prefill = len(self.prompt_token_ids)
+
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def token_ids(self) -> list[int]:
+        """All so far."""
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
     def is_decoding(self) -> bool:
         """The prompt is computed; one new token a step."""
-        return self.num_computed >= len(self.prompt_token_ids)
+        return self.num_computed >= self.num_prefill
+
+    @property
+    def may_be_preempted(self) -> bool:
+        """Whether it has come on since it got its slot: further each time, so that what has to be
+        computed again stays a small part; and is not about to end."""
+        num_new = self.num_tokens - self.num_prefill
+        num_left = self.max_tokens - len(self.output_token_ids)
+        return num_new >= LEAST_PROGRESS << self.num_preempted and num_left > LEAST_PROGRESS
+
+    def preempt(self) -> None:
+        """Lose the slot and what is computed in it. What was answered is kept, and computed again
+        like a prompt; draws, counts, text and lease go on as if nothing had been."""
+        self.slot = None
+        self.num_computed = 0
+        self.num_prefill = self.num_tokens
+        self.num_preempted += 1
 
     @property
     def adapter(self) -> str | None:
@@ -92,7 +121,7 @@ class Sequence:
 
     def next_tokens(self, num: int) -> list[int]:
         """The next `num` tokens to compute."""
-        if self.is_decoding:
-            assert num == 1
-            return self.output_token_ids[-1:]
-        return self.prompt_token_ids[self.num_computed : self.num_computed + num]
+        assert num == 1 or self.num_computed + num <= self.num_prefill
+        start, length = self.num_computed, len(self.prompt_token_ids)
+        answered = self.output_token_ids[max(0, start - length) : max(0, start + num - length)]
+        return self.prompt_token_ids[start : start + num] + answered
