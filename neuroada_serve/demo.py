@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from rich.console import Console
@@ -13,8 +14,33 @@ from neuroada_serve.errors import DirtyWeightsError, UsageError
 from neuroada_serve.model.source import resolve_model
 from neuroada_serve.request import RequestOutput, SamplingParams
 
-_EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+_PROMPTS = "prompts.json"
 _PARAMS = SamplingParams(temperature=0, max_tokens=48)
+
+
+def find_examples() -> Path:
+    """Where the shipped adapters and their prompts are: beside the package in a clone, else where
+    the wheel has put them.
+
+    Raises:
+        UsageError: neither.
+    """
+    beside = Path(__file__).resolve().parent.parent / "examples"
+    if (beside / _PROMPTS).is_file():
+        return beside
+    try:
+        files = distribution("neuroada-serve").files or []
+    except PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.parts[-2:] == ("neuroada-serve", _PROMPTS):
+            found = Path(str(file.locate())).resolve()
+            if found.is_file():
+                return found.parent
+    raise UsageError(
+        "the shipped adapters are neither beside the package nor installed with it; install the "
+        "wheel again, or run the demo from a clone"
+    )
 
 
 def run_demo(console: Console, notify: Callable[[str], None]) -> None:
@@ -26,16 +52,14 @@ def run_demo(console: Console, notify: Callable[[str], None]) -> None:
     """
     from neuroada_serve.engine.llm import LLM
 
-    prompts_file = _EXAMPLES / "prompts.json"
-    if not prompts_file.is_file():
-        raise UsageError("the demo runs from a clone: examples/ is not beside the package here")
-    prompts: dict[str, str] = json.loads(prompts_file.read_text())
+    examples = find_examples()
+    prompts: dict[str, str] = json.loads((examples / _PROMPTS).read_text())
     source = resolve_model(DEMO, notify)
     if not source.exact:
         notify("Its weights differ a little from those the shipped adapters were trained on.")
     llm = LLM(
         DEMO,
-        {name: _EXAMPLES / "adapters" / name for name in prompts},
+        {name: examples / "adapters" / name for name in prompts},
         allow_other_base=not source.exact,
     )
     before = llm.base_digest()

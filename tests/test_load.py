@@ -1,6 +1,7 @@
 """Weights on their way in: the right ones, in the right dtype, or a refusal that names them."""
 
 import gc
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from neuroada_serve import uncollected
 from neuroada_serve.errors import ModelError
-from neuroada_serve.model.loader import load_base, place_
+from neuroada_serve.model.loader import load_base, load_checked, place_
 from neuroada_serve.model.source import ModelSource
 
 IDS = torch.arange(20).unsqueeze(0)
@@ -93,6 +94,52 @@ def test_missing_tensor_is_refused_by_name(family, tmp_path):
 def test_many_missing_tensors_are_counted(source):
     rewrite(source.path, lambda w: {n: t for n, t in w.items() if "layers.1." not in n})
     with pytest.raises(ModelError, match=r"lack (model\S+ ){4}model\S+ and 4 more$"):
+        load_base(source)
+
+
+def test_buffer_that_transformers_passes_over_is_refused(tmp_path, monkeypatch):
+    """Classes list what checkpoints often lack: it would keep the value it was made with."""
+    source = save_tiny_model(tmp_path, "llama")
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_missing", [r"norm\.weight"])
+    assert load_base(source)
+    rewrite(tmp_path, lambda w: {n: t for n, t in w.items() if n != "model.norm.weight"})
+    with pytest.raises(ModelError, match=r"its files lack model\.norm\.weight$"):
+        load_base(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_weights_without_their_scales_are_refused(dtype, source):
+    rewrite(source.path, lambda w: w | {WEIGHT: w[WEIGHT].to(dtype)})
+    with pytest.raises(ModelError, match=f"config says nothing of the scales of {WEIGHT}$"):
+        load_base(source)
+
+
+def in_shards(source):
+    model = AutoModelForCausalLM.from_pretrained(source.path)
+    (source.path / "model.safetensors").unlink()
+    model.save_pretrained(source.path, max_shard_size="20KB")
+    return source.path / "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("load", [load_base, load_checked])
+def test_absent_shard_is_named(load, source):
+    in_shards(source)
+    (source.path / "model-00002-of-00005.safetensors").unlink()
+    with pytest.raises(ModelError, match="lacks model-00002-of-00005.safetensors, which its index"):
+        load(source)
+
+
+def test_tensor_that_its_shard_lacks_is_named(source):
+    shard = source.path / json.loads(in_shards(source).read_text())["weight_map"][WEIGHT]
+    weights = {name: t for name, t in load_file(shard).items() if name != WEIGHT}
+    save_file(weights, shard, {"format": "pt"})
+    with pytest.raises(ModelError, match=f"its files lack {WEIGHT}$"):
+        load_base(source)
+
+
+def test_index_that_names_no_file_is_refused(source):
+    in_shards(source).write_text('{"metadata": {}, "weight_map": {}}')
+    with pytest.raises(ModelError, match="names no file; download it again"):
         load_base(source)
 
 

@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from neuroada_serve.model.template import TurnEnd, choose_template, examine
 _FINGERPRINT_FILE = "neuroada_fingerprint.json"
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 _MOST_NAMED = 5  # tensors that a refusal names
+_FLOATS = {"F64", "F32", "F16", "BF16"}  # those that mean what they say without a scale
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,9 @@ def load_checked(source: ModelSource) -> Any:
         ModelError
     """
     with _refusing(source):
+        stored = _stored_dtypes(source.path)
         model, report = load_model(source.path)
-    if faults := _faults(model, report):
+    if faults := _faults(model, report, stored):
         raise ModelError(f"model {source.name!r} cannot be loaded: {'; '.join(faults)}")
     return model.eval().requires_grad_(False)
 
@@ -152,6 +155,8 @@ def _refusing(source: ModelSource) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
+    except ModelError as error:
+        raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ModelError(f"model {source.name!r} cannot be loaded: {reason}") from error
@@ -191,9 +196,49 @@ def place_(model: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
     model.to(device)  # buffers; they keep their dtype
 
 
-def _faults(model: Any, report: Mapping[str, Any]) -> list[str]:
+def _stored_dtypes(folder: Path) -> dict[str, str]:
+    """The tensors in the weight files, by name, with safetensors' word for their dtype.
+
+    Raises:
+        ModelError: files that the index names are not there, or it names none.
+    """
+    files = _weight_files(folder)
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ModelError(
+            f"{folder} lacks {_some(missing)}, which its index of weights names; download it again"
+        )
+    stored: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            stored.update({name: tensors.get_slice(name).get_dtype() for name in names})
+    return stored
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _faults(model: Any, report: Mapping[str, Any], stored: Mapping[str, str]) -> list[str]:
     """Why the stored tensors are not this model's. transformers itself draws what is missing at
-    random, and drops what it has no place for."""
+    random, passes over what some classes list as often missing, drops what it has no place for, and
+    takes whole numbers for weights."""
+    lacking = set(report["missing_keys"])
+    tensors = model.state_dict()
+    variants = partial(_variants, prefix=model.base_model_prefix)
+    for pattern in model._keys_to_ignore_on_load_missing or ():
+        passed_over = [name for name in tensors if re.search(pattern, name)]
+        lacking.update(n for n in passed_over if not any(v in stored for v in variants(n)))
+    without_scales = [
+        name
+        for name, dtype in stored.items()
+        if dtype not in _FLOATS
+        and any(v in tensors and tensors[v].is_floating_point() for v in variants(name))
+        and not hasattr(model.config, "quantization_config")
+    ]
     mismatched = [
         f"{name} {tuple(stored)} in place of {tuple(expected)}"
         for name, stored, expected in report["mismatched_keys"]
@@ -208,12 +253,12 @@ def _faults(model: Any, report: Mapping[str, Any]) -> list[str]:
         if any(f"{prefix}{name}".rpartition(".")[0] in layers for prefix in prefixes)
     ]
     return [
-        f"{what} {', '.join(sorted(names)[:_MOST_NAMED])}"
-        + (f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else "")
+        f"{what} {_some(names)}"
         for what, names in (
-            ("its files lack", report["missing_keys"]),
+            ("its files lack", lacking),
             ("its files have other shapes than its config:", mismatched),
             ("its config has no place for", without_place),
+            ("its config says nothing of the scales of", without_scales),
         )
         if names
     ]
@@ -349,6 +394,8 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = folder / "model.safetensors.index.json"
     if shards.is_file():
         names = set(json.loads(shards.read_text())["weight_map"].values())
+        if not names:
+            raise ModelError(f"{shards} names no file; download it again")
         return [folder / name for name in sorted(names)]
     raise ModelError(
         f"{folder} has no model.safetensors; convert pickle checkpoints to safetensors first"
@@ -370,9 +417,13 @@ def _hash_weights(files: list[Path], modules: list[str], prefix: str) -> str:
     return digest.hexdigest()
 
 
-def _stored_name(name: str, stored: Mapping[str, Path], prefix: str) -> str:
+def _variants(name: str, prefix: str) -> tuple[str, ...]:
     """Checkpoints may leave out, or add, the prefix of the headless model."""
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
+
+
+def _stored_name(name: str, stored: Mapping[str, Path], prefix: str) -> str:
+    for candidate in _variants(name, prefix):
         if candidate in stored:
             return candidate
     raise ModelError(
