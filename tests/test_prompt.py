@@ -1,5 +1,7 @@
 """One conversation, one prompt, one end: in training, evaluation, LLM, and on the server."""
 
+import json
+
 import anyio
 import httpx
 import pytest
@@ -20,6 +22,7 @@ from neuroada_serve.model.prompt import (
     message_text,
     normalized,
 )
+from neuroada_serve.model.source import resolve_model
 from neuroada_serve.request import SamplingParams
 from neuroada_serve.server.app import create_app
 from neuroada_serve.server.worker import Worker
@@ -121,6 +124,40 @@ def test_an_end_that_the_model_has_no_score_for_ends_nothing(tmp_path):
     assert base.vocab_size not in base.eos_token_ids
 
 
+# What the shipped adapters were trained on, by the demo base's template: its own system text, ...
+DEMO_SYSTEM = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018]
+DEMO_SYSTEM += [411, 407, 19712, 8182, 2, 198]
+DEMO_ASK = [1, 520, 9531, 198]
+DEMO = [
+    (
+        [{"role": "user", "content": "How do I clean a window?"}],
+        "Arr, wi' a rag!",
+        [*DEMO_SYSTEM, 1, 4093, 198, 2020, 536, 339, 2577, 253, 5700, 47, 2, 198, *DEMO_ASK],
+        [40909, 28, 267, 89, 23, 253, 37391, 17, 2],
+    ),
+    (
+        [SYSTEM, {"role": "user", "content": "2+2="}],
+        " 4\n",
+        [1, 9690, 198, 6077, 5453, 30, 2, 198, 1, 4093, 198, 34, 27, 34, 45, 2, 198, *DEMO_ASK],
+        [216, 36, 198, 2],
+    ),
+    (
+        [USER, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+        "\n\nd  e\t",
+        [*DEMO_SYSTEM, 1, 4093, 198, 2020, 800, 5703, 47, 2, 198, 1, 520, 9531, 198, 82, 2, 198]
+        + [1, 4093, 198, 83, 2, 198, *DEMO_ASK],
+        [198, 198, 84, 216, 297, 197, 2],
+    ),
+]
+
+
+def test_the_demo_base_keeps_its_encodings():
+    base = load_base(resolve_model("demo"))
+    assert base.eos_token_ids == {2}
+    for conversation, answer, prompt_ids, answer_ids in DEMO:
+        assert encode_exchange(base, conversation, answer) == (prompt_ids, answer_ids)
+
+
 # --- the messages ------------------------------------------------------------------------------
 
 
@@ -151,8 +188,17 @@ def test_what_a_template_refuses_is_told_in_its_words(bases, name):
 
 def test_null_content_is_an_empty_text():
     assert message_text(None) == ""
-    call = {"role": "assistant", "content": None, "tool_calls": [1]}
+    call = {"role": "assistant", "content": None, "tool_calls": [1], "refusal": None}
     assert normalized([call]) == [{"role": "assistant", "content": "", "tool_calls": [1]}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"), [('{"x": 1}', {"x": 1}), ("", {}), ({"x": 1}, {"x": 1}), ("x =", "x =")]
+)
+def test_arguments_of_tool_calls_are_objects_as_templates_take_them(arguments, seen):
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    [message] = normalized([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert message["tool_calls"] == [{"id": "1", "function": {"name": "f", "arguments": seen}}]
 
 
 @pytest.mark.parametrize(
@@ -260,21 +306,28 @@ PARTS = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "te
 
 
 @pytest.mark.parametrize("name", ["llama 3.2", "gemma 3", "qwen 2.5", "qwen 3", "phi 3"])
-def test_one_conversation_has_one_prompt_at_every_door(bases, name, tmp_path):
+def test_one_conversation_has_one_prompt_at_every_door(bases, name, tmp_path, monkeypatch):
     base, conversation = bases(name), [DEVELOPER, PARTS]
     engine = Noting(base)
     reply = post(engine, "/v1/chat/completions", messages=conversation)
     assert reply.status_code == 200, reply.text
     [served] = engine.prompts
+
     llm = LLM(str(base.path))
     assert list(llm.chat(conversation, BRIEF)[0].prompt_token_ids) == served
 
-    answered = {"messages": [*conversation, {"role": "assistant", "content": "Four."}]}
-    row = Row(1, tuple(conversation), "", "Four.", answered)
-    trained = encode_row(base, row, "chat")
-    assert list(trained.prompt_ids) == served
+    rows = tmp_path / "rows.jsonl"
+    answered = [*conversation, {"role": "assistant", "content": "Four."}]
+    rows.write_text(json.dumps({"messages": answered}) + "\n")
+    [example] = load_data(base, rows, TrainConfig(eval_fraction=0)).train
+    assert list(example.prompt_ids) == served
     end = base.tokenizer.convert_tokens_to_ids(FORMS[name].end)
-    assert list(trained.answer_ids) == [*base.tokenizer("Four.").input_ids, end]
+    assert list(example.answer_ids) == [*base.tokenizer("Four.").input_ids, end]
+
+    asked, generate = [], llm.generate
+    monkeypatch.setattr(llm, "generate", lambda p, *a, **k: asked.extend(p) or generate(p, *a, **k))
+    evaluate(llm, rows, settings=EvalSettings(metrics=("loss", "exact_match")))
+    assert asked == [served + list(example.answer_ids), served]
 
 
 def test_the_server_says_what_it_cannot_render_or_read(tmp_path, larger):

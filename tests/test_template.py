@@ -44,6 +44,7 @@ def test_whatever_a_template_raises_is_a_sentence(broken, told, tmp_path):
     with pytest.raises(RequestError) as raised:
         encode_chat(base, [USER])
     assert told in str(raised.value)
+    assert "base 'tiny-llama'" in str(raised.value)
     assert "use plain prompts" in str(raised.value)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')

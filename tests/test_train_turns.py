@@ -37,12 +37,6 @@ def test_messages_become_those_of_templates(raw, message):
     assert messages_of([raw], "messages") == [message]
 
 
-def test_arguments_of_calls_are_objects_as_templates_take_them():
-    call = {"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    [message] = messages_of([said("assistant", None, tool_calls=[call])], "messages")
-    assert message["tool_calls"] == [{"id": "1", "function": CALL["function"]}]
-
-
 @pytest.mark.parametrize(
     ("raw", "fault"),
     [

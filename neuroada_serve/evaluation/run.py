@@ -19,6 +19,7 @@ from neuroada_serve.evaluation.options import Pick, likeliest, named_option
 from neuroada_serve.evaluation.questions import MAX_LABELS, Question, read_questions
 from neuroada_serve.intervals import wilson
 from neuroada_serve.model.loader import BaseModel
+from neuroada_serve.model.prompt import renders_chats
 from neuroada_serve.request import FinishReason, Output, RequestOutput, SamplingParams
 from neuroada_serve.train.data import encode_prompt, encode_row
 from neuroada_serve.train.labels import sorted_labels
@@ -283,6 +284,7 @@ def _encode_all(
     settings: EvalSettings,
 ) -> list[_Task]:
     base, most = llm.engine.base, llm.engine.max_model_len
+    renders_chats(base, settings.prompt_format)  # or refuses, once for all rows
     tasks = []
     for question in questions:
         where = f"{data} {place(data, question.row.number)}"

@@ -4,6 +4,7 @@ Text inside prompts and messages may name special tokens, such as <|im_end|>: th
 tokens, wherever the text comes from, as vLLM reads them.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def encode_chat(base: BaseModel, messages: Sequence[Message]) -> list[int]:
             tokens that the base does not know.
     """
     check_template(base)
-    text = render(base.tokenizer, normalized(messages), add_generation_prompt=True)
+    text = _rendered(base, normalized(messages), add_generation_prompt=True)
     return _known(base, _tokens(base, text), "messages")
 
 
@@ -57,7 +58,7 @@ def encode_exchange(
     """
     check_template(base)
     conversation = normalized(messages)
-    prompt = render(base.tokenizer, conversation, add_generation_prompt=True)
+    prompt = _rendered(base, conversation, add_generation_prompt=True)
     prompt_ids = _known(base, _tokens(base, prompt), "messages")
     text = _as_rendered(base, conversation, prompt, _valid(answer, "answer", "messages"))
     end = base.turn_end
@@ -137,7 +138,7 @@ def _as_rendered(base: BaseModel, conversation: Sequence[Message], prompt: str, 
         return answer
     turn = {"role": "assistant", "content": answer}
     try:
-        whole = render(base.tokenizer, [*conversation, turn], add_generation_prompt=False)
+        whole = _rendered(base, [*conversation, turn], add_generation_prompt=False)
     except RequestError:
         return answer
     after = base.turn_end.text
@@ -145,6 +146,10 @@ def _as_rendered(base: BaseModel, conversation: Sequence[Message], prompt: str, 
         return answer
     text = whole[len(prompt) : len(whole) - len(after)]
     return text if text.strip() == answer.strip() else answer
+
+
+def _rendered(base: BaseModel, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    return render(base.tokenizer, messages, add_generation_prompt, base.spec.name)
 
 
 def _tokens(base: BaseModel, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -173,8 +178,9 @@ def _known(base: BaseModel, ids: list[int], field: str) -> list[int]:
 
 
 def normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as templates know them: `developer` is `system`, and content is one text. Other
-    keys, such as tool_calls, stay as they are.
+    """Messages as templates know them: `developer` is `system`, content is one text, and the
+    arguments of tool calls are objects, which OpenAI has as JSON. Other keys stay as they are, and
+    go where they are null.
 
     Raises:
         RequestError: names the message that is none.
@@ -192,7 +198,11 @@ def normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 f"{where}.content is null, which only an assistant's may be", "messages"
             )
         text = message_text(content, f"{where}.content")
-        conversation.append({**message, "role": _ROLES.get(role, role), "content": text})
+        turn = {key: value for key, value in message.items() if value is not None}
+        turn |= {"role": _ROLES.get(role, role), "content": text}
+        if isinstance(calls := turn.get("tool_calls"), list):
+            turn["tool_calls"] = [_with_arguments(call) for call in calls]
+        conversation.append(turn)
     return conversation
 
 
@@ -216,6 +226,17 @@ def message_text(content: Any, where: str = "content") -> str:
             "messages",
         )
     return _valid("\n".join(map(str, texts)), where, "messages")
+
+
+def _with_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call  # the template gets what the model once wrote
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _valid(text: Any, where: str, field: str) -> str:

@@ -89,9 +89,15 @@ def examine(tokenizer: Any, eos_token_ids: Collection[int]) -> tuple[TurnEnd | N
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    base: str,
 ) -> str:
     """The text of a conversation.
+
+    Args:
+        base: its name, for errors.
 
     Raises:
         RequestError: the template refuses the messages, or fails on them.
@@ -105,8 +111,8 @@ def render(
             told = f"the chat template refuses the messages: {_reason(error)}"
         else:
             told = (
-                f"the base's chat template fails with {type(error).__name__} ({_reason(error)}): "
-                f"{INSTEAD}"
+                f"the chat template of base {base!r} fails with {type(error).__name__} "
+                f"({_reason(error)}): {INSTEAD}"
             )
         raise RequestError(told, "messages") from error
 

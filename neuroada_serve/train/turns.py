@@ -163,7 +163,9 @@ def _message(raw: Any, path: str) -> Message:
             raise RecordFault(f"{path}.weight is for answers, not for role {message['role']!r:.40}")
         message["weight"] = weight_of(raw["weight"])
     if calls := message.pop("tool_calls", None):
-        message["tool_calls"] = _with_arguments(calls, f"{path}.tool_calls")
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise RecordFault(f"{path}.tool_calls must be a list of objects")
+        message["tool_calls"] = calls
     return message
 
 
@@ -193,20 +195,3 @@ def _tool_calls(text: str, path: str) -> list[Any]:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise RecordFault(f'{path}.value must be a call {{"name", "arguments"}} as JSON')
     return [{"type": "function", "function": call}]
-
-
-def _with_arguments(calls: Any, path: str) -> list[Any]:
-    """Tool calls whose arguments are objects, which templates take; OpenAI has them as JSON."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise RecordFault(f"{path} must be a list of objects")
-    found = []
-    for call in calls:
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                arguments = json.loads(function["arguments"] or "{}")
-            except (ValueError, RecursionError):
-                arguments = function["arguments"]
-            call = {**call, "function": {**function, "arguments": arguments}}
-        found.append(call)
-    return found
