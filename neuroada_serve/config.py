@@ -43,7 +43,9 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = None if found is None else _UNITS.get(found[2].upper())
     if found is None or unit is None:
-        raise UsageError(f"{text!r} is no size; write a number of bytes, or such as 512MiB or 4GB")
+        raise UsageError(
+            f"{text!r} is not a size; give a number of bytes, or one such as 512MiB or 4GB"
+        )
     return int(float(found[1]) * unit)
 
 
@@ -68,15 +70,17 @@ class EngineConfig:
         "the name of one of the base's, or a Jinja file. An adapter is served with the one that it "
         "was trained with.",
     )
-    max_num_seqs: int = _option(16, "Most sequences that run at once.")
+    max_num_seqs: int = _option(16, "Maximum number of sequences that run at once.")
     max_model_len: int | None = _option(
         None,
-        "Most tokens of prompt and answer together; default: what the model allows. It also "
-        "chooses how a base with longrope or dynamic rotary scaling turns positions: longrope's "
-        "long factors where it is above original_max_position_embeddings, else the short ones.",
+        "Maximum number of tokens, prompt and answer together; default: what the model allows. It "
+        "also chooses how a base with longrope or dynamic rotary scaling turns positions: "
+        "longrope's long factors where it is above original_max_position_embeddings, else the "
+        "short ones.",
     )
     max_num_batched_tokens: int = _option(
-        512, "Most tokens computed in one step; longer prompts are prefilled in chunks."
+        512,
+        "Maximum number of tokens computed in one step; longer prompts are prefilled in chunks.",
     )
     enforce_eager: bool = _option(
         False,
@@ -85,22 +89,22 @@ class EngineConfig:
     )
     merge: str = _option(
         "never",
-        "never; NAME of an adapter to keep merged into the weights; or auto: merge whichever "
-        "adapter that saves most time, by the tokens still to come.",
+        "never; the NAME of an adapter to keep merged into the weights; or auto: merge whichever "
+        "adapter saves the most time.",
     )
     adapter_memory: int | None = _option(
         None,
-        "Device memory for adapters, such as 512MiB; those used least recently go first. Default: "
-        "a tenth of a GPU's memory; 2GiB on the CPU, of which only what is used is taken.",
+        "Device memory for adapters, such as 512MiB; the least recently used are evicted first. "
+        "Default: a tenth of a GPU's memory; 2GiB on the CPU, of which only what is used is taken.",
     )
     adapter_host_memory: int | None = _option(
         None,
-        "Host memory for copies of adapters, from which the device gets them without reading "
+        "Host memory for copies of adapters, so that the device gets them without reading "
         "files. Default: 4GiB beside a GPU, 256MiB beside the CPU.",
     )
     prefix_cache_memory: int | None = _option(
         None,
-        "Memory for keys and values of prompts that may come again; 0 keeps none. Default: a "
+        "Memory for keys and values of prompts that may be reused; 0 keeps none. Default: a "
         "twentieth of a GPU's memory; 512MiB on the CPU.",
     )
     tenant_weights: Mapping[str, float] = _option(
@@ -145,8 +149,8 @@ class ServerConfig:
     )
     tenant_header: str | None = _option(
         None,
-        "HTTP header that names the tenant of a request, for fair shares and separate caches. Only "
-        "behind a proxy that sets it: clients could name anybody.",
+        "HTTP header that names the tenant of a request, for fair shares and separate caches. Use "
+        "it only behind a proxy that sets it: clients could name any tenant.",
     )
     allow_runtime_adapters: bool = _option(
         False,
@@ -155,8 +159,8 @@ class ServerConfig:
     )
     max_waiting: int = _option(
         256,
-        "Requests that may wait for a place; more get HTTP 503, but for those of tenants or "
-        "adapters with less than their share of the queue.",
+        "Requests that may wait; further ones get HTTP 503, except from tenants or adapters that "
+        "hold less than their share of the queue.",
     )
     max_connections: int | None = _option(
         None,
@@ -303,7 +307,7 @@ class TrainConfig:
         "answers in its config and model card; 0: none.",
     )
     save_steps: int = _option(
-        50, "Optimizer steps between checkpoints, from which the same command goes on; 0: none."
+        50, "Optimizer steps between checkpoints, from which the same command resumes; 0: none."
     )
     seed: int = _option(0, "Seed of the split and of the order of rows.")
     warmup_ratio: float = _option(0.1, "Share of the steps in which the learning rate rises.")
@@ -312,7 +316,9 @@ class TrainConfig:
         "How the learning rate goes on: linear or cosine, to 0, or constant. Without --epochs and "
         "--max-steps it falls only once the held-out loss does not.",
     )
-    weight_decay: float = _option(0.0, "AdamW's, of the values: it draws them back to the base.")
+    weight_decay: float = _option(
+        0.0, "AdamW's weight decay, which pulls the values back to the base."
+    )
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm; 0: never.")
     dtype: str = _option(
         "auto", "Weight dtype while training: auto (as stored), float32 or bfloat16."
@@ -326,9 +332,9 @@ class TrainConfig:
     recompute_share: float = _option(
         1.0, "Share of the decoder layers that compute again; the last ones keep all."
     )
-    compile: bool = _option(False, "Let torch.compile take each decoder layer.")
+    compile: bool = _option(False, "Compile each decoder layer with torch.compile.")
     packing: bool = _option(
-        False, "Put a batch's rows one behind the other instead of padding them to one length."
+        False, "Concatenate a batch's rows instead of padding them to one length."
     )
     bypass: bool = _option(
         False, "Train beside the weights, not in them: slower, and the base is never written."

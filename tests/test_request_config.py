@@ -321,7 +321,7 @@ def test_size_is_read_in_its_unit(text, num_bytes):
     + ["inf", "4GB4", "4\nGB x", "9" * 400],
 )
 def test_what_is_no_size_is_refused_with_examples(text):
-    with pytest.raises(UsageError, match=r"is no size; write .* 512MiB or 4GB"):
+    with pytest.raises(UsageError, match=r"is not a size; give .* 512MiB or 4GB"):
         parse_bytes(text)
 
 

@@ -25,7 +25,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
     adapter: Adapter = None,
-    max_tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the sampling; default: a random one.")

@@ -49,7 +49,9 @@ def chat(
         Path | None, typer.Option(help=help_of(ServerConfig, "adapter_dir"))
     ] = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Most new tokens of an answer.")] = 512,
+    max_tokens: Annotated[
+        int, typer.Option(help="Maximum number of new tokens in an answer.")
+    ] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the sampling; default: a random one.")

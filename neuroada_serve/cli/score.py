@@ -61,23 +61,23 @@ def _eval(
     trigger: Annotated[
         str | None,
         typer.Option(
-            help="What the answer stands behind; default 'the correct answer is ' where rows have "
-            "an answer key."
+            help="Text after which the answer stands; default 'the correct answer is ' where rows "
+            "have an answer key."
         ),
     ] = None,
     pick: Annotated[
-        str, typer.Option(help="Which option counts of those a text names: first or last.")
+        str, typer.Option(help="Which option counts where a text names several: first or last.")
     ] = "first",
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Most tokens of an answer. Default: 4 more than the right one; at least 32 for "
-            "choice_generation and f1, 512 for number."
+            help="Maximum number of tokens in an answer. Default: 4 more than the right one; at "
+            "least 32 for choice_generation and f1, 512 for number."
         ),
     ] = None,
     columns: Columns = "",
     limit: Annotated[
-        int | None, typer.Option(help="Most rows to use, from the top; default: all.")
+        int | None, typer.Option(help="Use only this many rows, from the top; default: all.")
     ] = None,
     out_file: Annotated[
         Path | None,
