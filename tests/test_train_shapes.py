@@ -151,6 +151,21 @@ def test_rows_with_a_blank_cell_are_left_out_and_named(blank, tmp_path):
     assert found.notes == ("1 row left out with an empty completion (line 3)",)
 
 
+def test_a_blank_cell_is_named_by_the_column_of_the_data(tmp_path):
+    path = write(tmp_path, {"ticket": "p", "team": "c"}, {"ticket": "p", "team": ""})
+    found = read_rows(path, {"prompt": "ticket", "completion": "team"})
+    assert found.notes == ("1 row left out with an empty team (line 2)",)
+
+
+def test_two_system_messages_are_refused(tmp_path):
+    for role in ("system", "developer"):
+        turns = [said(role, "be"), said("user", "q"), said("assistant", "a")]
+        path = write(tmp_path, {"messages": turns, "system": "do"})
+        assert "line 1: has a column system, and a system message" in refused(path)
+    path = write(tmp_path, {"messages": turns[1:], "system": "do"})
+    assert read_rows(path).rows[0].text == "do\nq\n"
+
+
 def test_a_column_that_is_mostly_blank_is_refused(tmp_path):
     rows = [{"prompt": "p", "completion": "c"}] + [{"prompt": "p", "completion": None}] * 2
     assert "of 3 rows 1 can be used; 2 rows left out with an empty completion (lines 2 and 3)" in (

@@ -39,6 +39,7 @@ from neuroada_serve.train.rows import (
     kind_of,
     listed,
     places,
+    shown,
 )
 from neuroada_serve.train.turns import (
     LeftOut,
@@ -267,6 +268,7 @@ class _Reader:
 
     def __init__(self, known: Mapping[str, str], by_name: bool, not_meant: frozenset[str]) -> None:
         self._known, self._by_name, self._not_meant = known, by_name, not_meant
+        self._theirs = {ours: shown(theirs) for theirs, ours in known.items()}
         self.labelled: set[int] = set()
         self._used: set[str] = set()
         self._unlearnt = 0
@@ -324,12 +326,13 @@ class _Reader:
     ) -> Row:
         if keys[0] in ("messages", "conversations"):
             [key] = keys
-            return self._of_turns(number, _turns(raw, key, "user"), given)
+            return self._of_turns(number, self._turns(raw, key, "user"), given)
         if keys == ("prompt", "completion") and any(isinstance(raw[k], list | dict) for k in keys):
-            turns = _turns(raw, "prompt", "user") + _turns(raw, "completion", "assistant")
+            turns = self._turns(raw, "prompt", "user")
+            turns += self._turns(raw, "completion", "assistant")
             return self._of_turns(number, turns, given)
         *texts, answer = keys
-        prompt = "\n".join(_text(raw, key) for key in texts)
+        prompt = "\n".join(self._text(raw, key) for key in texts)
         if "input" in given:
             prompt += "\n" + text_of(given["input"], "input")
         if answer == "label":
@@ -337,17 +340,32 @@ class _Reader:
         before = _before(given)
         self._unlearnt += sum(message["role"] == "assistant" for message in before)
         plain = _plain(before) + prompt + ("" if texts == ["prompt"] else "\n")
-        return Row(number, (*before, _said("user", prompt)), plain, _text(raw, answer))
+        return Row(number, (*before, _said("user", prompt)), plain, self._text(raw, answer))
 
     def _of_turns(self, number: int, turns: list[Message], given: dict[str, Any]) -> Row:
-        first = [message["content"] for message in turns[:1] if message["role"] == "system"]
         before = _before(given)
-        if first and before and "system" in given:
+        has_own = any(message["role"] in ("system", "developer") for message in turns[:1])
+        if "system" in given and has_own:
             raise RecordFault("has a column system, and a system message")
         found = exchange([*before, *turns])
         self._unlearnt += found.unlearnt
         self._unused_of_answers |= found.unused
         return Row(number, found.messages, _plain(found.messages), found.answer)
+
+    def _text(self, raw: Mapping[str, Any], key: str) -> str:
+        name = self._theirs[key]
+        if is_blank(raw[key]):
+            raise LeftOut(f"an empty {name}")
+        return text_of(raw[key], name)
+
+    def _turns(self, raw: Mapping[str, Any], key: str, role: str) -> list[Message]:
+        """A conversation, or a part of one that is a text."""
+        value = raw[key]
+        if is_blank(value) or value == []:
+            raise LeftOut(f"an empty {self._theirs[key]}")
+        if key in ("prompt", "completion") and not isinstance(value, list | dict):
+            return [_said(role, self._text(raw, key))]
+        return messages_of(value, self._theirs[key])
 
 
 @cache
@@ -355,16 +373,6 @@ def _shapes_of(names: frozenset[str]) -> list[tuple[str, ...]]:
     """Those that a row of these columns has; none that is part of another."""
     found = [keys for keys in _KEYS if names >= set(keys)]
     return [keys for keys in found if not any(set(keys) < set(other) for other in found)]
-
-
-def _turns(raw: Mapping[str, Any], key: str, role: str) -> list[Message]:
-    """A conversation, or a part of one that is a text."""
-    value = raw[key]
-    if is_blank(value) or value == []:
-        raise LeftOut(f"an empty {key}")
-    if key in ("prompt", "completion") and not isinstance(value, list | dict):
-        return [_said(role, text_of(value, key))]
-    return messages_of(value, key)
 
 
 def _before(given: Mapping[str, Any]) -> list[Message]:
@@ -389,9 +397,3 @@ def _plain(messages: Sequence[Message]) -> str:
 
 def _said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _text(raw: Mapping[str, Any], key: str) -> str:
-    if is_blank(raw[key]):
-        raise LeftOut(f"an empty {key}")
-    return text_of(raw[key], key)
