@@ -54,9 +54,10 @@ def main() -> None:
         tries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         result["paths"][path] = {"exit_code": done.returncode, "tries": tries}
         good = sum(t["alone"] and t["right"] == args.requests for t in tries)
-        print(f"{path}: exit code {done.returncode}, {good} of {args.tries} tries as promised")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
+        promised = f"{good} of {args.tries} tries as promised"
+        print(f"{path}: exit code {done.returncode}, {promised}", flush=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -9,16 +9,21 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from neuroada_serve.adapters.format import is_regression
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.adapter_plane import AdapterPlane
+from neuroada_serve.engine.checks import check_ids, check_prompt, check_task
 from neuroada_serve.engine.detokenizer import Detokenizer
 from neuroada_serve.engine.fairness import OUTPUT_COST, FairQueue
 from neuroada_serve.engine.kv_cache import KVBlocks, KVCache
-from neuroada_serve.engine.memory import describe_need, is_out_of_memory, most_demanding
+from neuroada_serve.engine.memory import (
+    describe_need,
+    is_out_of_memory,
+    most_demanding,
+    prefix_cache_bytes,
+)
 from neuroada_serve.engine.merge_policy import Load
 from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS, PrefixCache, prefix_root
 from neuroada_serve.engine.runner import ModelRunner, PromptLogits, StepLogits
@@ -38,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.02  # for an adapter, when nothing else can run
 _CHECK_STEPS = 16  # between looks whether starved sequences could ever run
-_GPU_SHARE = 0.05  # of its memory, for the prefix cache
-_PREFIX_BYTES_CPU = 512 << 20
 
 
 class Engine:
@@ -83,6 +86,7 @@ class Engine:
             self._on_preempt,
         )
         self._names = TokenNames(base.tokenizer)
+        self._vocab_size = int(base.model.config.get_text_config().vocab_size)
         self._prefixes: PrefixCache | None = None  # once the size of a token's KV is known
         self._blocks: KVBlocks | None = None
         self._step = 0
@@ -157,13 +161,14 @@ class Engine:
             AdapterNotFoundError: no adapter of this name.
             AdapterError: the mix is not written as one.
         """
+        check_ids(params, self._vocab_size)
         for request_id, prompt in zip(request_ids, prompts, strict=True):
-            self._validate(prompt, params)
+            check_prompt(prompt, self.max_model_len, self._vocab_size)
             if self._scheduler.find(request_id):
                 raise RequestError(f"request id {request_id!r} is in use", "request_id")
         lease = None if adapter is None else self.adapters.store.acquire(adapter)
         try:
-            _check_task(params, adapter, () if lease is None else lease.version.labels)
+            check_task(params, adapter, () if lease is None else lease.version.labels)
             for request_id, prompt in zip(request_ids, prompts, strict=True):
                 token_ids = list(prompt)  # one for all choices
                 for index in range(params.n):
@@ -202,28 +207,6 @@ class Engine:
         """End all choices of a request; the next step hands out their final outputs."""
         for sequence in self._scheduler.find(request_id):
             self._ended.append(self._end(sequence, FinishReason.ABORT))
-
-    def _validate(self, prompt_token_ids: Seq[int], params: SamplingParams) -> None:
-        length, vocab = len(prompt_token_ids), self._vocab_size
-        if length == 0:
-            raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-        if length >= self.max_model_len:
-            raise RequestError(
-                f"This model's maximum context length is {self.max_model_len} tokens. However, "
-                f"your prompt contains {length} input tokens. Please reduce its length.",
-                "prompt",
-            )
-        if set(map(type, prompt_token_ids)) != {int} or not (
-            0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab
-        ):
-            raise RequestError(f"prompt token ids must be integers within [0, {vocab})", "prompt")
-        for param in ("logit_bias", "stop_token_ids"):
-            if not all(0 <= i < vocab for i in getattr(params, param)):
-                raise RequestError(f"{param} has token ids outside [0, {vocab})", param)
-
-    @property
-    def _vocab_size(self) -> int:
-        return int(self.base.model.config.get_text_config().vocab_size)
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -393,12 +376,7 @@ class Engine:
         return prefix_root(self.base.spec.fingerprint, digest, salt)
 
     def _make_prefix_cache(self) -> None:
-        size_bytes = self.config.prefix_cache_memory
-        if size_bytes is None:
-            size_bytes = _PREFIX_BYTES_CPU
-            if self.base.device.type == "cuda":
-                properties = torch.cuda.get_device_properties(self.base.device)
-                size_bytes = int(properties.total_memory * _GPU_SHARE)
+        size_bytes = prefix_cache_bytes(self.config, self.base.device)
         block_bytes = self._cache.bytes_per_token * BLOCK_TOKENS
         num_blocks = size_bytes // block_bytes if block_bytes else 0
         if num_blocks:
@@ -421,7 +399,7 @@ class Engine:
         sequence.output_token_ids.append(token_id)
         num_tokens = len(sequence.output_token_ids)
         offset = sequence.detokenizer.num_chars
-        logprobs = () if token.logprob is None else (self._token_logprob(token, offset),)
+        logprobs = () if token.logprob is None else (self._names.describe(token, offset),)
 
         may_stop = num_tokens >= params.min_tokens
         reason: FinishReason | None = None
@@ -509,24 +487,9 @@ class Engine:
             num_output_tokens=len(sequence.output_token_ids),
         )
 
-    def _token_logprob(self, token: Sampled, offset: int = 0) -> TokenLogprob:
-        assert token.logprob is not None
-        top = tuple((i, self._names(i), logprob) for i, logprob in token.top)
-        return TokenLogprob(token.token_id, self._names(token.token_id), token.logprob, top, offset)
-
     def _score_prompt(self, prompt: PromptLogits) -> list[TokenLogprob]:
         sequence, start = prompt.sequence, prompt.first + 1
         token_ids = sequence.prompt_token_ids[start : start + len(prompt.logits)]
         num_top = sequence.params.prompt_logprobs or 0
         scores = score(prompt.logits, token_ids, num_top) if token_ids else []
-        return [self._token_logprob(token) for token in scores]
-
-
-def _check_task(params: SamplingParams, adapter: str | None, labels: Seq[str]) -> None:
-    name = "the base" if adapter is None else f"adapter {adapter!r}"
-    if params.classify and not labels:
-        raise RequestError(f"{name} is no classifier; it answers in text", "model")
-    if labels and not params.classify:
-        raise RequestError(
-            f"{name} is a classifier; ask it through /v1/classify, or `neuroada classify`", "model"
-        )
+        return [self._names.describe(token) for token in scores]

@@ -1,13 +1,25 @@
-"""Steps for which there is no memory: who ends, so that all others go on."""
+"""Memory of the engine: how much the prefix cache has, and who ends where a step finds none."""
 
 import torch
 
+from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.kv_cache import CacheMemoryError, KVCache
 from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.engine.sequence import Sequence
 
 # What torch says, besides its own torch.OutOfMemoryError, where the system gives it no memory.
 _NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "bad_alloc", "can't allocate memory")
+_GPU_SHARE = 0.05  # of its memory, for the prefix cache
+_PREFIX_BYTES_CPU = 512 << 20
+
+
+def prefix_cache_bytes(config: EngineConfig, device: torch.device) -> int:
+    """As configured, or the device's default."""
+    if config.prefix_cache_memory is not None:
+        return config.prefix_cache_memory
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * _GPU_SHARE)
+    return _PREFIX_BYTES_CPU
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,7 +7,8 @@ such tokens alike. OpenAI's name for it is used: bytes:\\xf0\\x9f.
 import json
 from typing import Any
 
-from neuroada_serve.request import name_of_bytes
+from neuroada_serve.engine.sampler import Sampled
+from neuroada_serve.request import TokenLogprob, name_of_bytes
 
 
 class TokenNames:
@@ -34,6 +35,12 @@ class TokenNames:
         if name is None:
             name = self._names[token_id] = self._name(token_id)
         return name
+
+    def describe(self, token: Sampled, text_offset: int = 0) -> TokenLogprob:
+        """A token that was scored."""
+        assert token.logprob is not None
+        top = tuple((i, self(i), logprob) for i, logprob in token.top)
+        return TokenLogprob(token.token_id, self(token.token_id), token.logprob, top, text_offset)
 
     def _name(self, token_id: int) -> str:
         token = self._tokenizer.convert_ids_to_tokens(token_id) if self._is_known else None
