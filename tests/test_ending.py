@@ -153,3 +153,14 @@ def test_open_runs_take_the_other_options(base, rows, tmp_path, options, monkeyp
     report = train_adapter(base, rows, tmp_path / "out", config)
     assert math.isfinite(report.after.loss)
     assert report.steps >= 1
+
+
+@pytest.mark.parametrize("labels", [(), ("score",)], ids=["classes", "numbers"])
+def test_classifiers_and_regressions_end_by_their_loss(base, tmp_path, labels):
+    rows = [{"text": f"row {n}", "label": n % 3} for n in range(24)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    config = replace(OPEN, task_type="SEQ_CLS", labels=labels, lr=0.3, head_lr=0.3, patience=1)
+    told = []
+    report = train_adapter(base, data, tmp_path / "out", config, told.append)
+    assert report.steps < 100
+    assert any(sentence.startswith("Ended ") for sentence in told), told

@@ -434,7 +434,7 @@ def no_training(monkeypatch):
 @pytest.mark.usefixtures("no_training")
 def test_broken_data_leaves_no_folder(base, data, tmp_path):
     data.write_text('{"prompt": "a"}\n')
-    with pytest.raises(DataError, match="line 1"):
+    with pytest.raises(DataError, match="has the columns prompt;"):
         train_adapter(base, data, tmp_path / "out", QUICK)
     assert not (tmp_path / "out").exists()
 
