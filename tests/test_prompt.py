@@ -6,13 +6,16 @@ import anyio
 import httpx
 import pytest
 from chat_forms import FORMS, load_form, save_form
-from tiny import save_tiny_model, tiny_tokenizer
+from tiny import random_adapter, save_tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
+from neuroada_serve import save_adapter
 from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.llm import LLM
 from neuroada_serve.errors import DataError, RequestError
 from neuroada_serve.evaluation.run import EvalSettings, evaluate
+from neuroada_serve.model.export import export_merged
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.prompt import (
     encode_chat,
@@ -122,6 +125,15 @@ def test_an_end_that_the_model_has_no_score_for_ends_nothing(tmp_path):
     base = load_base(source)
     assert base.tokenizer.eos_token_id == base.vocab_size
     assert base.vocab_size not in base.eos_token_ids
+
+
+def test_a_merged_checkpoint_ends_where_it_was_trained_to(tmp_path):
+    source = save_form(tmp_path / "base", FORMS["gemma 2"])
+    save_adapter(random_adapter(source, seed=1), tmp_path / "adapter")
+    export_merged(source, tmp_path / "adapter", tmp_path / "out")
+    ends = GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<eos>", "<end_of_turn>"]
 
 
 # What the shipped adapters were trained on, by the demo base's template: its own system text, ...

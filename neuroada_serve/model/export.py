@@ -45,6 +45,7 @@ def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "a
     merger = WeightMerger(plain_layers(base.model))
     merger.merge(ValuesReader(merger.order, base.spec, base.dtype).of(loaded))
     model = base.model if loaded.head is None else _with_head(base, loaded)
+    _end_as_served(base)
     record = {
         "base": base.spec.name,
         "base_fingerprint": base.spec.fingerprint,
@@ -64,6 +65,16 @@ def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "a
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def _end_as_served(base: BaseModel) -> None:
+    """Have the checkpoint's answers end where ours do: generation configs often lack the token by
+    which the chat template, and so a trained answer, ends."""
+    config = base.model.generation_config
+    known = config.eos_token_id
+    ends = {known} if isinstance(known, int) else set(known or ())
+    if not base.eos_token_ids <= ends:
+        config.eos_token_id = sorted(ends | base.eos_token_ids)
 
 
 def _with_head(base: BaseModel, adapter: Adapter) -> Any:
