@@ -160,3 +160,16 @@ def test_a_heldout_file_that_repeats_training_prompts_is_refused(tmp_path):
     heldout = _file(tmp_path / "other", *rows)
     with pytest.raises(DataError, match=r"1 prompts .* first in line 2"):
         load_data(_base(), data, TrainConfig(eval_data=heldout))
+
+
+def test_tool_calls_that_the_prompt_format_leaves_out_are_told(tmp_path):
+    call = {**_assistant(""), "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    turns = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "b"}]
+    path = _file(tmp_path, {"messages": [*turns, _assistant("c")]})
+    told = "tool calls in the prompts of 1 row not read: the prompt format knows none"
+    plain = TrainConfig(eval_fraction=0, prompt_format="plain")
+    assert told in str(load_data(_base(), path, plain).report)
+    chat = TrainConfig(eval_fraction=0)
+    assert told in str(load_data(_base(), path, chat).report)
+    knows = CharTokenizer(chat_template="{{ message.tool_calls }}")
+    assert told not in str(load_data(_base(knows), path, chat).report)

@@ -85,3 +85,8 @@ def test_numbers_are_texts(value, text):
 def test_weights_are_0_or_1_however_they_are_written():
     assert [weight_of(value) for value in (0, 0.0, "0", "0.0", False)] == [False] * 5
     assert [weight_of(value) for value in (1, 1.0, "1", "1.0", True)] == [True] * 5
+
+
+def test_a_conversation_with_a_null_question_is_left_out():
+    with pytest.raises(LeftOut, match="a message without content"):
+        messages_of([said("user", None), said("assistant", "a")], "messages")

@@ -30,7 +30,7 @@ from neuroada_serve.model.prompt import (
 )
 from neuroada_serve.model.quiet import quiet_transformers
 from neuroada_serve.train.labels import sorted_labels
-from neuroada_serve.train.rows import Data, Faults, place
+from neuroada_serve.train.rows import Data, Faults, counted, place
 from neuroada_serve.train.shapes import Row, read_rows
 
 _MUCH_ALIKE = 0.5  # share of one answer from which it is told
@@ -225,7 +225,8 @@ def _of_tool_calls(base: BaseModel, rows: Sequence[Row], config: TrainConfig) ->
     known = config.prompt_format == "chat" and "tool_calls" in str(base.tokenizer.chat_template)
     if not count or known:
         return []
-    return [f"tool calls in the prompts of {count} rows not read: the prompt format knows none"]
+    what = f"tool calls in the prompts of {counted(count, 'row')}"
+    return [f"{what} not read: the prompt format knows none"]
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -89,6 +89,7 @@ def messages_of(value: Any, path: str) -> list[Message]:
 
     Raises:
         RecordFault: names the message that is none.
+        LeftOut: a question in it has no content.
     """
     value = from_json(value)
     if isinstance(value, dict) and all(isinstance(part, list) for part in value.values()):
@@ -154,6 +155,8 @@ def _message(raw: Any, path: str) -> Message:
         raise RecordFault(f'{path} must be an object {{"role", "content"}}')
     if role == "from" and said not in _SHAREGPT_ROLES:
         raise RecordFault(f"{path}.from is {said!r:.40}, which is none of human, gpt and system")
+    if content not in raw and _ROLES.get(said, said) != "assistant":  # who may call a tool instead
+        raise LeftOut("a message without content")
     text = _content(raw.pop(content, None), f"{path}.{content}")
     if said == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _tool_calls(text, path)}
