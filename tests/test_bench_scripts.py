@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from tiny import save_tiny_model
 
+from bench import abuse
+
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "host.py"
 
 
@@ -50,3 +52,31 @@ def test_training_steps_of_methods_are_measured(tmp_path):
         ours["parameters"] == official["parameters"] == result["methods"]["mask k=8"]["parameters"]
     )
     assert (tmp_path / "training.png").stat().st_size > 1000
+
+
+def test_abuse_is_measured(tmp_path, monkeypatch):
+    """Less of it, against a tiny model."""
+    source = save_tiny_model(tmp_path / "model")
+    for name, value in {"NUM_LARGE": 2, "NUM_HALF_OPEN": 3, "NUM_SILENT": 3}.items():
+        monkeypatch.setattr(abuse, name, value)
+    few = dict(list(abuse.bombs().items())[:2])
+    monkeypatch.setattr(abuse, "bombs", lambda: few)
+    with abuse.server(str(source.path), SCRIPT.parent.parent) as running:
+        found = abuse.measure_bombs(running, rounds=1)
+        assert found.keys() == {"nothing", *few}
+        assert all(one["held_ms"][0] > 0 for one in found.values())
+        large = abuse.measure_large_prompts(running, rounds=1)
+        assert all(0 < time < abuse.ANSWER_TIMEOUT_S for times in large.values() for time in times)
+        half_open = abuse.measure_half_open(running, wait_s=0.3)
+        assert half_open["gone"] == 0
+        assert half_open["beside_them_s"]
+        descriptors = abuse.measure_descriptors(running)
+        assert descriptors["log_lines"] == 0
+    abuse.print_table(
+        {
+            "bombs": found,
+            "large_prompts": large,
+            "half_open": half_open,
+            "descriptors": descriptors,
+        }
+    )

@@ -53,6 +53,20 @@ async def test_text_that_cannot_fit_is_refused_before_it_is_all_tokenized() -> N
     assert tokenizer.num_chars < 2 * 4 * 8192  # of two million
 
 
+async def test_conversation_that_cannot_fit_is_refused_likewise() -> None:
+    class Templated(SlowTokenizer):
+        def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+            text = "".join(message["content"] for message in messages)
+            return self(text).input_ids if options.get("tokenize", True) else text
+
+    tokenizer = Templated()
+    prompts = prompts_with(tokenizer)
+    messages = [{"role": "user", "content": "x" * 20_000}] * 100
+    with pytest.raises(RequestError, match="maximum context length"):
+        await prompts.encode_chat(messages, "")
+    assert tokenizer.num_chars < 2 * 4 * 8192
+
+
 @pytest.mark.parametrize("length", [PIECE_CHARS - 1, PIECE_CHARS + 1, 32_700])
 async def test_text_that_fits_is_tokenized_whole(length: int) -> None:
     text = "héllo wörld "[:12] * (length // 12)

@@ -24,7 +24,7 @@ from neuroada_serve.server.answer import (
     CompletionAnswer,
     Echo,
 )
-from neuroada_serve.server.body import BoundedRoute
+from neuroada_serve.server.body import CLIENT_CLOSED_REQUEST, BoundedRoute
 from neuroada_serve.server.failure import Failure
 from neuroada_serve.server.guard import BodyLimit, BrowserGuard, is_loopback
 from neuroada_serve.server.models import Models, add_models
@@ -39,8 +39,6 @@ from neuroada_serve.server.request_log import RequestLog
 from neuroada_serve.server.rescans import Rescans
 from neuroada_serve.server.streaming import EventStream, begun, collect, unless_disconnected
 from neuroada_serve.server.worker import Worker
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 
 
 def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = None) -> FastAPI:

@@ -1,6 +1,7 @@
 """One connection: uvicorn's HTTP/1.1, with time limits for whoever sends slowly or not at all."""
 
 import asyncio
+import time
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
@@ -13,9 +14,10 @@ from neuroada_serve.server.failure import Failure
 
 _CLOSE_TIMEOUT_S = 2.0  # for the last bytes to a client that may not read them
 _LATE_S = 1.0  # a timer that fires so late has been held up, and so have the bytes
-# Parsed before others have their turn: h11 takes some 20 us for a chunk, which may have one byte.
+# Parsed at once: h11 takes some 20 us for a chunk, which may have one byte.
 _SLICE_BYTES = 4096
 _PLAIN_SLICE_BYTES = 65536
+_PARSING_S = 0.0005  # of large bodies, between two looks at everything else
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,55 @@ class _Waiting(Enum):
     LEFTOVER = 3  # the rest of a body whose request has been answered
 
 
+class Slices:
+    """Parses what came in large pieces: a little of all connections' at a time, in turn."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[Connection] = deque()
+        self._is_due = False
+
+    def add(self, connection: "Connection") -> None:
+        self._waiting.append(connection)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._waiting and not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self._parse)
+
+    def _parse(self) -> None:
+        self._is_due = False
+        until = time.perf_counter() + _PARSING_S
+        try:
+            while self._waiting and time.perf_counter() < until:
+                connection = self._waiting.popleft()
+                if connection.parse_slice():
+                    self._waiting.append(connection)
+        finally:
+            self._schedule()
+
+
 class Connection(H11Protocol):
     """
     Args:
         limits: how long the client may take.
+        slices: shared by all.
         waiting: connections that have sent no whole request, longest first; it keeps its own place
             there.
     """
 
     def __init__(
-        self, *args: Any, limits: ConnectionLimits, waiting: dict[Any, None], **options: Any
+        self,
+        *args: Any,
+        limits: ConnectionLimits,
+        slices: Slices,
+        waiting: dict[Any, None],
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self._limits = limits
+        self._slices = slices
         self._all_waiting = waiting
         self._waits_for = _Waiting.NOTHING
         self._num_bytes = 0  # since it waits
@@ -93,12 +131,16 @@ class Connection(H11Protocol):
         self._num_bytes += len(data)
         if self._waits_for is _Waiting.BODY:
             self._deadline += len(data) / self._limits.body_bytes_per_s
+        if not self._unparsed and len(data) <= _SLICE_BYTES:
+            self._parse(data)
+            return
         is_plain = self._waits_for is _Waiting.BODY and not self._is_chunked
         step, view = _PLAIN_SLICE_BYTES if is_plain else _SLICE_BYTES, memoryview(data)
-        is_parsing = bool(self._unparsed)
+        is_queued = bool(self._unparsed)
         self._unparsed.extend(view[i : i + step] for i in range(0, len(data), step))
-        if not is_parsing:
-            self._parse()
+        if not is_queued:
+            self.transport.pause_reading()
+            self._slices.add(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -111,21 +153,20 @@ class Connection(H11Protocol):
 
     # --- parsing --------------------------------------------------------------------------------
 
-    def _parse(self) -> None:
-        """One slice; the next when the loop has looked after others."""
-        if not self._unparsed or self.transport.is_closing():
-            self._unparsed.clear()
-            return
-        self.conn.receive_data(bytes(self._unparsed[0]))
+    def _parse(self, data: bytes) -> None:
+        self.conn.receive_data(data)
         self.handle_events()
-        if not self._unparsed:  # it was closed meanwhile
-            return
-        self._unparsed.popleft()
-        if self._unparsed:
-            self.transport.pause_reading()
-            self.loop.call_soon(self._parse)
-        elif not self.flow.read_paused:
+
+    def parse_slice(self) -> bool:
+        """Whether there are more."""
+        if self._unparsed and not self.transport.is_closing():
+            self._parse(bytes(self._unparsed.popleft()))
+        if self._unparsed and not self.transport.is_closing():
+            return True
+        self._unparsed.clear()
+        if not self.flow.read_paused:
             self.transport.resume_reading()
+        return False
 
     def handle_events(self) -> None:
         super().handle_events()

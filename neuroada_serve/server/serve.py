@@ -17,7 +17,7 @@ import uvicorn
 from neuroada_serve.config import ServerConfig
 from neuroada_serve.errors import NeuroAdaError
 from neuroada_serve.server.app import create_app
-from neuroada_serve.server.connection import Connection, ConnectionLimits
+from neuroada_serve.server.connection import Connection, ConnectionLimits, Slices
 from neuroada_serve.server.guard import is_loopback
 from neuroada_serve.server.listener import Listener, bind, most_connections
 from neuroada_serve.server.rescans import Rescans, told
@@ -150,6 +150,7 @@ class _Server(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
             limits=self._limits,
+            slices=Slices(),
             waiting=waiting,
         )
         connections = self.server_state.connections
