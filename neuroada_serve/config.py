@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from neuroada_serve.errors import UsageError
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+PROMPT_BLOCK = 32  # tokens that the prefix cache keeps together
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEMO = "demo"  # MODEL of the base that needs no hub
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -87,6 +88,11 @@ class EngineConfig:
         "Run transformers' own forward. On CUDA, neither record decode steps as CUDA graphs nor "
         "compile elementwise parts; on the CPU, do not run whole steps as one kernel.",
     )
+    deterministic: bool = _option(
+        False,
+        "A request's answer has the same bits alone, beside others and from the prefix cache, in "
+        "bfloat16 too: every token is computed in products of fixed shapes. On the CPU; slower.",
+    )
     merge: str = _option(
         "never",
         "never; the NAME of an adapter to keep merged into the weights; or auto: merge whichever "
@@ -123,6 +129,16 @@ class EngineConfig:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         _at_least(self, max_num_seqs=1, max_model_len=1, max_num_batched_tokens=1)
         _at_least(self, adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
+        if self.deterministic and self.merge == "auto":
+            raise UsageError(
+                "deterministic and merge=auto exclude each other: answers would depend on the load"
+            )
+        if self.deterministic and self.max_num_batched_tokens < self.max_num_seqs + PROMPT_BLOCK:
+            raise UsageError(
+                f"deterministic needs max_num_batched_tokens of at least max_num_seqs + "
+                f"{PROMPT_BLOCK} ({self.max_num_seqs + PROMPT_BLOCK}): prompts are computed in "
+                f"blocks of {PROMPT_BLOCK}"
+            )
         for name, weight in {**self.tenant_weights, **self.adapter_weights}.items():
             if not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 raise UsageError(f"the weight of {name!r} must be above 0, got {weight}")

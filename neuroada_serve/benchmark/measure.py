@@ -114,6 +114,7 @@ class OurEngine:
             max_num_seqs=max(config.concurrency),
             max_model_len=min(config.max_model_len, base.max_model_len),
             max_num_batched_tokens=max(config.max_num_batched_tokens, *config.concurrency),
+            deterministic=config.deterministic,
             prefix_cache_memory=0,  # rounds repeat their prompts
         )
         self.engine = Engine(base, settings)

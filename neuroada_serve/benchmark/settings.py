@@ -42,6 +42,7 @@ class OfflineConfig:
     device: str = _option("auto", "Torch device; auto takes cuda where there is one.")
     threads: int | None = _option(None, "CPU threads of every engine; default: what torch takes.")
     max_num_batched_tokens: int = _option(512, "Most tokens that our engine computes in one step.")
+    deterministic: bool = _option(False, "Run our engine with --deterministic.")
     check: bool = _option(
         True, "Compare every case with the reference op first; a mismatch ends the run."
     )

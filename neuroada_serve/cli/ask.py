@@ -10,6 +10,7 @@ import typer
 from neuroada_serve.cli.common import (
     Adapter,
     ChatTemplate,
+    Deterministic,
     Dtype,
     Model,
     Plain,
@@ -32,13 +33,21 @@ def generate(
     ] = None,
     dtype: Dtype = "auto",
     chat_template: ChatTemplate = None,
+    deterministic: Deterministic = False,
     plain: Plain = False,
 ) -> None:
     """Answer one prompt, streamed to the terminal."""
     from neuroada_serve.request import Output, SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    llm, name = llm_with(model, adapter, dtype, max_num_seqs=1, chat_template=chat_template)
+    llm, name = llm_with(
+        model,
+        adapter,
+        dtype,
+        max_num_seqs=1,
+        chat_template=chat_template,
+        deterministic=deterministic,
+    )
 
     def show(output: Output) -> None:
         sys.stdout.write(output.text)

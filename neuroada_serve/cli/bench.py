@@ -47,6 +47,9 @@ BenchDtype = Annotated[str, _offline_option("dtype")]
 Device = Annotated[str, _offline_option("device")]
 Threads = Annotated[int | None, _offline_option("threads")]
 BatchedTokens = Annotated[int, _offline_option("max_num_batched_tokens")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help=help_of(OfflineConfig, "deterministic"))
+]
 Check = Annotated[bool, _offline_option("check")]
 Peers = Annotated[list[str] | None, typer.Option("--peer", help=help_of(OfflineConfig, "peers"))]
 PeerPython = Annotated[Path | None, _offline_option("peer_python")]
@@ -79,6 +82,7 @@ def bench_throughput(
     device: Device = "auto",
     threads: Threads = None,
     max_num_batched_tokens: BatchedTokens = 512,
+    deterministic: Deterministic = False,
     check: Check = True,
     peer: Peers = None,
     peer_python: PeerPython = None,
@@ -103,6 +107,7 @@ def bench_throughput(
         device=device,
         threads=threads,
         max_num_batched_tokens=max_num_batched_tokens,
+        deterministic=deterministic,
         check=check,
         peers=tuple(peer or ()),
         peer_python=peer_python,
@@ -133,6 +138,7 @@ def bench_latency(
     device: Device = "auto",
     threads: Threads = None,
     max_num_batched_tokens: BatchedTokens = 512,
+    deterministic: Deterministic = False,
     check: Check = True,
     peer: Peers = None,
     peer_python: PeerPython = None,
@@ -158,6 +164,7 @@ def bench_latency(
         device=device,
         threads=threads,
         max_num_batched_tokens=max_num_batched_tokens,
+        deterministic=deterministic,
         check=check,
         peers=tuple(peer or ()),
         peer_python=peer_python,

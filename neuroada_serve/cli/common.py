@@ -56,6 +56,9 @@ Dtype = Annotated[str, typer.Option(help=help_of(EngineConfig, "dtype"))]
 ChatTemplate = Annotated[
     str | None, typer.Option(metavar="NAME|FILE", help=help_of(EngineConfig, "chat_template"))
 ]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help=help_of(EngineConfig, "deterministic"))
+]
 Plain = Annotated[
     bool, typer.Option("--plain", help="Use prompts as they are, without the chat template.")
 ]

@@ -19,7 +19,7 @@ TOPICS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "Memory": ("adapter_memory", "adapter_host_memory", "prefix_cache_memory"),
         "Engine": (
             *("max_num_seqs", "max_model_len", "max_num_batched_tokens"),
-            *("dtype", "device", "chat_template", "enforce_eager"),
+            *("dtype", "device", "chat_template", "enforce_eager", "deterministic"),
         ),
     },
     "train": {

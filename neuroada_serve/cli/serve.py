@@ -10,6 +10,7 @@ import typer
 from neuroada_serve.cli.common import (
     Adapters,
     ChatTemplate,
+    Deterministic,
     Dtype,
     Model,
     adapters_of,
@@ -92,6 +93,7 @@ def serve(
     chat_template: ChatTemplate = None,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help=help_of(EngineConfig, "device"))] = "auto",
+    deterministic: Deterministic = False,
     enforce_eager: Annotated[
         bool, typer.Option("--enforce-eager", help=help_of(EngineConfig, "enforce_eager"))
     ] = False,
@@ -141,6 +143,7 @@ def serve(
         "chat_template": chat_template,
         "dtype": dtype,
         "device": device,
+        "deterministic": deterministic,
         "enforce_eager": enforce_eager,
     }
     # The port is taken first: whether it is free should not show after a minute of loading only.

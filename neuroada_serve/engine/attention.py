@@ -42,6 +42,7 @@ class PackedStep:
     decode_slots: Sequence[int]  # rising
     decode_length: int  # longest context among the decodes, the new token included
     prefills: Sequence[PrefillSpan]
+    decode_lengths: Sequence[int] | None = None  # attend one by one, over so many tokens each
     is_static: bool = False  # recorded in a CUDA graph: lengths are known on the device only
     _masks: dict[Any, Tensor] = field(default_factory=dict)  # made once per step, not per layer
 
@@ -131,6 +132,15 @@ def attend(
         parts.append(
             decode_attention(decoding, keys, values, *where, scaling, sliding_window, softcap)
         )
+    elif n and step.decode_lengths is not None:
+        own = zip(step.decode_slots, step.decode_lengths, strict=True)
+        for i, (slot, length) in enumerate(own):
+            first = 0 if sliding_window is None else max(0, length - sliding_window)
+            pair = cache.view(layer, slot, slot + 1, length)
+            keys, values = (part[:, :, first:] for part in pair)
+            grouped = query[0, :, i].view(1, kv_heads, heads // kv_heads, dim)
+            out = _attention(grouped, keys, values, None, scaling, softcap)
+            parts.append(out.reshape(1, heads, -1))
     elif n:
         if step.is_static:
             raise ModelError(
@@ -169,7 +179,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
@@ -179,7 +189,10 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = (query @ key.transpose(-1, -2)) * scale
     scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.float().masked_fill(~mask, float("-inf")).softmax(-1)
+    scores = scores.float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1)
     return weights.to(value.dtype) @ value
 
 

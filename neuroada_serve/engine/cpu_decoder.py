@@ -142,7 +142,8 @@ def known_decoder(model: Any) -> Decoder | None:
     head = model.lm_head
     norm = _norm(inner.norm)
     layers = [_layer(layer, model.config) for layer in inner.layers]
-    if norm is None or not isinstance(head, PackedLinear) or not _fits(head.matrix):
+    matrix = head.matrix if isinstance(head, PackedLinear) else None
+    if norm is None or not isinstance(matrix, PackedMatrix) or not _fits(matrix):
         return None
     known = [layer for layer in layers if layer is not None]
     shapes = {tuple((p.weight.d_out, p.weight.d_in) for p in layer.products) for layer in known}
@@ -156,7 +157,7 @@ def known_decoder(model: Any) -> Decoder | None:
         cos, sin = inner.rotary_emb(embedding, position_ids=positions)
         return cos, sin
 
-    return Decoder(embedding, rotary, known, norm, Product(head.matrix, _bias(head.bias)))
+    return Decoder(embedding, rotary, known, norm, Product(matrix, _bias(head.bias)))
 
 
 def _layer(layer: Any, config: Any) -> Layer | None:

@@ -31,7 +31,7 @@ from neuroada_serve.engine.sampler import Sampled, new_draws, sample, score
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.engine.token_names import TokenNames
-from neuroada_serve.errors import RequestError
+from neuroada_serve.errors import RequestError, UsageError
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import BaseModel
@@ -65,7 +65,12 @@ class Engine:
         self.rotation = fix_rotation(base.model, self.max_model_len)
         self.metrics = EngineMetrics()
         self.on_wake: Callable[[], None] = lambda: None
-        attached = attach_bypass(base.model)
+        if config.deterministic and base.device.type != "cpu":
+            raise UsageError(
+                f"deterministic holds on the CPU alone, not on {base.device.type}, whose libraries "
+                "choose their kernels by the size of the batch; leave it out, or take --device cpu"
+            )
+        attached = attach_bypass(base.model, fixed_shapes=config.deterministic)
         self.adapters = AdapterPlane(base, attached, config, self.metrics, lambda: self.on_wake())
         on_cuda = base.device.type == "cuda"
         self._cache = KVCache(config.max_num_seqs, self.max_model_len, coarse=on_cuda)
@@ -76,6 +81,7 @@ class Engine:
             self._cache,
             self.adapters.resident,
             enforce_eager=config.enforce_eager,
+            deterministic=config.deterministic,
         )
         self._scheduler = Scheduler(
             config.max_num_seqs,
@@ -84,6 +90,7 @@ class Engine:
             self.adapters,
             self._reuse_prefix,
             self._on_preempt,
+            deterministic=config.deterministic,
         )
         self._names = TokenNames(base.tokenizer)
         self._vocab_size = int(base.model.config.get_text_config().vocab_size)
@@ -361,7 +368,10 @@ class Engine:
         if self._prefixes is None or self._blocks is None or sequence.slot is None:
             return
         root = sequence.prefix_root or self._root(sequence)
-        new = self._prefixes.keep(root, sequence.token_ids[: sequence.num_computed])
+        ids = sequence.token_ids[: sequence.num_computed]
+        if self.config.deterministic:  # as a prompt, an answer is computed in other shapes
+            ids = ids[: len(sequence.prompt_token_ids)]
+        new = self._prefixes.keep(root, ids)
         try:
             self._blocks.keep(sequence.slot, new)
         except Exception as error:

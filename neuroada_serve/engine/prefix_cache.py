@@ -11,7 +11,9 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-BLOCK_TOKENS = 32
+from neuroada_serve.config import PROMPT_BLOCK
+
+BLOCK_TOKENS = PROMPT_BLOCK
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter
 from neuroada_serve.adapters.store import AdapterVersion
@@ -15,6 +15,7 @@ from neuroada_serve.engine.cpu_decoder import cpu_decoder
 from neuroada_serve.engine.cuda_graphs import Capture, DecodeGraphs, DecodeRows, cuda_capture
 from neuroada_serve.engine.fused import compile_elementwise, use_cpu_kernels
 from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS
 from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.engine.triton_attention import HAS_TRITON
@@ -56,6 +57,8 @@ class ModelRunner:
         resident_of: where the bank has a version that is on the device.
         enforce_eager: run transformers' own forward: on CUDA, neither record graphs nor compile
             elementwise parts; on the CPU, no kernel for whole steps.
+        deterministic: compute every token in products and attentions whose shapes depend on its
+            own sequence alone; `context` has fixed shapes then. On the CPU.
         capture: how decode steps are recorded; default: as CUDA graphs on CUDA, else not at all.
     """
 
@@ -68,12 +71,16 @@ class ModelRunner:
         resident_of: Callable[[AdapterVersion], ResidentAdapter],
         *,
         enforce_eager: bool = False,
+        deterministic: bool = False,
         capture: Capture | None = None,
     ) -> None:
         _refuse_unsupported(base)
         self._base = base
         self._bank = bank
         self._context = context
+        self._deterministic = deterministic
+        if deterministic:
+            _refuse_other_products(base)
         self._resident_of = resident_of
         self.cache = cache
         self.scrub_cache = False  # set when a sequence failed: its entries may be non-finite
@@ -90,7 +97,7 @@ class ModelRunner:
         )
         self._cpu_decoder = (
             cpu_decoder(base.model, bank, cache)
-            if base.device.type == "cpu" and not enforce_eager
+            if base.device.type == "cpu" and not enforce_eager and not deterministic
             else None
         )
 
@@ -129,7 +136,7 @@ class ModelRunner:
             positions += range(past, past + num_tokens)
             residents += [self._resident(sequence.version)] * num_tokens
             if i >= len(schedule.decodes):
-                spans.append(PrefillSpan(start, len(ids), sequence.slot, past))
+                spans += self._spans(start, num_tokens, sequence.slot, past)
             if past + num_tokens >= sequence.num_prefill:
                 sampled.append(sequence)
                 last_tokens.append(len(ids) - 1)
@@ -146,6 +153,9 @@ class ModelRunner:
             decode_slots=slots[:num_decodes],
             decode_length=max(positions[:num_decodes], default=-1) + 1,
             prefills=spans,
+            decode_lengths=[p + 1 for p in positions[:num_decodes]]
+            if self._deterministic
+            else None,
         )
         in_weights = self._resident(merged)
 
@@ -164,8 +174,8 @@ class ModelRunner:
             if classifies:
                 seen.append(decoder.seen_by_head(len(kept))[None])
         else:
-            batch = self._bank.batch(residents, in_weights)
-            with self._context.forward_batch(batch), ExitStack() as stack:
+            batch = self._bank.batch(residents, in_weights, runs=not self._deterministic)
+            with self._context.forward_batch(batch, num_decodes), ExitStack() as stack:
                 if classifies:
                     head = self._base.model.get_output_embeddings()
                     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -192,6 +202,17 @@ class ModelRunner:
         self.cache.release()
         if self._cpu_decoder is not None:
             self._cpu_decoder.release()
+
+    def _spans(self, start: int, num_tokens: int, slot: int, past: int) -> list[PrefillSpan]:
+        """A chunk of a prompt, as it attends: whole, or by blocks where shapes must not depend on
+        how the prompt was cut."""
+        if not self._deterministic:
+            return [PrefillSpan(start, start + num_tokens, slot, past)]
+        assert past % BLOCK_TOKENS == 0
+        return [
+            PrefillSpan(start + i, start + min(i + BLOCK_TOKENS, num_tokens), slot, past + i)
+            for i in range(0, num_tokens, BLOCK_TOKENS)
+        ]
 
     def _replay(
         self, graphs: DecodeGraphs, decodes: Seq[Sequence], merged: AdapterVersion | None
@@ -250,6 +271,17 @@ def _adds_biases(residents: Seq[ResidentAdapter | None], merged: ResidentAdapter
         one is not merged and any(r is not None and r.plane.has_biases for r in (one, merged))
         for one in set(residents)
     )
+
+
+def _refuse_other_products(base: BaseModel) -> None:
+    """Products whose shapes are not ours to fix would depend on the other tokens."""
+    others = [name for name, module in base.model.named_modules() if type(module) is nn.Linear]
+    others += [name for name, p in base.model.named_parameters() if p.ndim > 2]
+    if others:
+        raise ModelError(
+            f"{type(base.model).__name__} cannot be deterministic: {others[0]} is computed "
+            "with all tokens of a step at once"
+        )
 
 
 def _refuse_unsupported(base: BaseModel) -> None:

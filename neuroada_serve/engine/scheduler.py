@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from neuroada_serve.adapters.readiness import Readiness
+from neuroada_serve.config import PROMPT_BLOCK
 from neuroada_serve.engine.fairness import AFFINITY, PROMPT_COST, FairQueue
 from neuroada_serve.engine.sequence import Sequence
 
@@ -125,6 +126,8 @@ class Scheduler:
         reuse: called when a sequence gets a slot: how many of its first tokens need no computing,
             fewer than it has to compute.
         on_preempt: told of a sequence that is about to lose its slot.
+        deterministic: prompts are cut at multiples of PROMPT_BLOCK, and nobody loses a slot: what
+            was answered would be computed anew as a prompt, in other shapes.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class Scheduler:
         adapters: Adapters | None = None,
         reuse: Callable[[Sequence], int] = lambda sequence: 0,
         on_preempt: Callable[[Sequence], None] = lambda sequence: None,
+        deterministic: bool = False,
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -144,6 +148,7 @@ class Scheduler:
         self._adapters: Adapters = _OnDevice() if adapters is None else adapters
         self._reuse = reuse
         self._on_preempt = on_preempt
+        self._deterministic = deterministic
         self._free_slots = list(range(max_num_seqs))  # a heap: low slots are used first
         self._step = 0
         self._turns: dict[Hashable, int] = {}  # version in use -> step in which its turn began
@@ -165,7 +170,8 @@ class Scheduler:
         states = self._wake_parked()
         states |= self._admit()
         # While adapters take turns, these see to their shares.
-        states |= self._take_slots_back(of_tenants=Readiness.NO_ROOM in states.values())
+        if not self._deterministic:
+            states |= self._take_slots_back(of_tenants=Readiness.NO_ROOM in states.values())
         no_room = Readiness.NO_ROOM
         starved = [s for s, state in states.items() if state is no_room and s.slot is not None]
         self._take_turns(starved)
@@ -181,7 +187,10 @@ class Scheduler:
         for sequence in active:
             if sequence.is_decoding:
                 continue
-            num_tokens = min(budget, sequence.num_prefill - sequence.num_computed)
+            left = sequence.num_prefill - sequence.num_computed
+            num_tokens = min(budget, left)
+            if num_tokens < left and self._deterministic:
+                num_tokens -= (sequence.num_computed + num_tokens) % PROMPT_BLOCK
             if num_tokens <= 0:
                 break
             prefills.append(Chunk(sequence, num_tokens))

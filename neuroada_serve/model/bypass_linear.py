@@ -18,6 +18,7 @@ from neuroada_serve.ops.matrix import (
     FrozenMatrix,
     PackedMatrix,
     frozen_matrix,
+    multiply_in_pieces,
     packed_matrix,
     packs_faster,
 )
@@ -27,21 +28,45 @@ from neuroada_serve.ops.weights import add_entries_, write_entries_
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class BypassContext:
-    """Carries the running forward's batch to the layers of one model."""
+# Rows of a product where all have one shape (`attach_bypass`). So many decodes cost what one does,
+# since the weights must be read; of prompts, more at once are faster and padding is dearer
+# (bench/LOG.md).
+DECODE_ROWS, PROMPT_ROWS = 32, 64
 
-    def __init__(self) -> None:
+
+class BypassContext:
+    """Carries the running forward's batch to the layers of one model.
+
+    fixed_shapes: multiply in pieces of DECODE_ROWS and PROMPT_ROWS.
+    """
+
+    def __init__(self, fixed_shapes: bool = False) -> None:
         self.batch: BankBatch | None = None
+        self.fixed_shapes = fixed_shapes
+        self._num_decodes = 0
 
     @contextmanager
-    def forward_batch(self, batch: BankBatch) -> Iterator[None]:
-        """Apply `batch` in every layer until the block ends. Refuses nesting."""
+    def forward_batch(self, batch: BankBatch, num_decodes: int = 0) -> Iterator[None]:
+        """Apply `batch` in every layer until the block ends. Refuses nesting.
+
+        Args:
+            num_decodes: of its tokens, which come first; the others are of prompts.
+        """
         assert self.batch is None, "a forward is already running on this model"
-        self.batch = batch
+        self.batch, self._num_decodes = batch, num_decodes
         try:
             yield
         finally:
             self.batch = None
+
+    def multiply(self, matrix: FrozenMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product for x [tokens, d_in] of the running forward."""
+        if not self.fixed_shapes:
+            return matrix.multiply(x, bias)
+        decodes, prompts = x[: self._num_decodes], x[self._num_decodes :]
+        sizes = ((decodes, DECODE_ROWS), (prompts, PROMPT_ROWS))
+        parts = [multiply_in_pieces(matrix, part, bias, n) for part, n in sizes if len(part)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class BypassSite:
@@ -101,7 +126,7 @@ class BypassSite:
         if batch.runs:
             y = self._multiply_runs(tokens, batch)
         else:
-            y = self.matrix.multiply(tokens, self.bias)
+            y = self._context.multiply(self.matrix, tokens, self.bias)
         for part, token_slots in batch.calls(self.name):
             whole = part.table.d_out == self._d_out
             rows = y if whole else y[:, part.rows]
@@ -205,20 +230,31 @@ class BypassLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear layer without a bypass, on a packed copy of its weight: the output head.
+    """A frozen linear layer without a bypass, on a packed copy of its weight where that is faster:
+    the output head.
 
     The weight itself stays, since the input embedding may be the same tensor.
+
+    Args:
+        fixed_shapes: multiply in pieces of DECODE_ROWS.
     """
 
     bias: Tensor | None
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, fixed_shapes: bool = False) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.matrix = packed_matrix(base.weight)
+        self.matrix: FrozenMatrix = (
+            packed_matrix(base.weight) if packs_faster(base.weight) else DenseMatrix(base.weight)
+        )
+        self._fixed_shapes = fixed_shapes
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.matrix.multiply(x, self.bias)
+        if not self._fixed_shapes:
+            return self.matrix.multiply(x, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        y = multiply_in_pieces(self.matrix, rows, self.bias, DECODE_ROWS)
+        return y.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -235,13 +271,17 @@ class AttachedBypass:
     context: BypassContext
 
 
-def attach_bypass(model: Any) -> AttachedBypass:
+def attach_bypass(model: Any, fixed_shapes: bool = False) -> AttachedBypass:
     """Replace every adaptable module of the model, and its output head where that is faster.
 
     Layers that read the same input are multiplied together. On the CPU, bf16 weights are packed;
     the model then has no plain copy of them.
+
+    Args:
+        fixed_shapes: have every product in one of two shapes, so that a token's result does not
+            depend on how many others there are.
     """
-    context = BypassContext()
+    context = BypassContext(fixed_shapes)
     modules = adaptable_modules(model)
     layers: dict[str, BypassLinear] = {}
     sites: dict[str, dict[str, int]] = {}
@@ -253,8 +293,8 @@ def attach_bypass(model: Any) -> AttachedBypass:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[name])
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear and packs_faster(head.weight):
-        model.set_output_embeddings(PackedLinear(head))
+    if type(head) is nn.Linear and (fixed_shapes or packs_faster(head.weight)):
+        model.set_output_embeddings(PackedLinear(head, fixed_shapes))
     return AttachedBypass(layers, sites, context)
 
 

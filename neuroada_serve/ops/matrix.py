@@ -47,6 +47,24 @@ class FrozenMatrix(Protocol):
         ...
 
 
+def multiply_in_pieces(matrix: FrozenMatrix, x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """The product in pieces of so many rows, the last one padded: equal rows give equal bits.
+
+    A library's product takes another way, and so sums in another order, for every number of rows.
+    In pieces of one shape a row's result depends on nothing beside it.
+
+    Args:
+        x: [num_tokens, d_in].
+    """
+    pieces = []
+    for first in range(0, len(x), rows):
+        piece = x[first : first + rows]
+        missing = rows - len(piece)
+        padded = F.pad(piece, (0, 0, 0, missing)) if missing else piece
+        pieces.append(matrix.multiply(padded, bias)[: len(piece)])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
 class DenseMatrix:
     """A weight as torch keeps it.
 
