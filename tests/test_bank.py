@@ -174,7 +174,8 @@ def test_batch_gives_each_plane_the_slots_of_its_own_tokens():
 def test_batch_takes_the_merged_adapter_out_for_all_others():
     bank = new_bank()
     a, c = bank.upload(new_adapter(0)), bank.upload(new_adapter(2, k=5))
-    (_, of_c), (_, of_a) = bank.batch([None, c, a], merged=a).calls("a.q")
+    # The merged one's plane comes first in every batch.
+    (_, of_a), (_, of_c) = bank.batch([None, c, a], merged=a).calls("a.q")
     assert (of_c.slots, of_c.merged_slot) == ((-1, c.slot, -1), None)
     assert (of_a.slots, of_a.merged_slot) == ((-1, -1, a.slot), a.slot)
 

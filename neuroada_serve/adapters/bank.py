@@ -396,9 +396,8 @@ class AdapterBank:
         in_runs = list(residents)
         for run in long:
             in_runs[run.start : run.stop] = [merged] * (run.stop - run.start)  # nothing to add
-        planes = {r.plane: None for r in in_runs if r is not None}  # a dict keeps the order
-        if merged is not None:
-            planes[merged.plane] = None
+        # The merged adapter's first: a token's sums are in one order, whatever else there is.
+        planes = {r.plane: None for r in (merged, *in_runs) if r is not None}
         plan = []
         for plane in planes:
             slots = tuple(r.slot if r and r.plane is plane else NO_SLOT for r in in_runs)

@@ -254,7 +254,7 @@ class PackedLinear(nn.Module):
             return self.matrix.multiply(x, self.bias)
         rows = x.reshape(-1, x.shape[-1])
         y = multiply_in_pieces(self.matrix, rows, self.bias, DECODE_ROWS)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @dataclass(frozen=True)

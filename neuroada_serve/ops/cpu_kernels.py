@@ -30,12 +30,14 @@ from neuroada_serve.ops.cpu_vectors import (
     lane_sum,
     longs_at,
     narrow,
+    plus,
     prefetch_rows,
     put,
     read_tile,
     shorts_at,
     size_of,
     spread,
+    times,
     vector_at,
     widen,
     write_tile,
@@ -139,7 +141,8 @@ def add_side_by_side(args: Any, rows: Any, own: Any, x_t: int, tiles: Any, row: 
                 e = 0
             column = np.int64(index[(row + r) * index_stride + j])
             x = vector_at(x_t + 4 * LANES * column)
-            total = fma(vector_at(values + 4 * LANES * e), x, total)
+            # Rounded twice, as in `add_one`: a lane gets the same bits in either.
+            total = plus(times(vector_at(values + 4 * LANES * e), x), total)
             e += 1
         put(total, sums + 4 * LANES * r)
 

@@ -56,6 +56,8 @@ def multiply_in_pieces(matrix: FrozenMatrix, x: Tensor, bias: Tensor | None, row
     Args:
         x: [num_tokens, d_in].
     """
+    if not len(x):
+        return matrix.multiply(x, bias)
     pieces = []
     for first in range(0, len(x), rows):
         piece = x[first : first + rows]
