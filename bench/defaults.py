@@ -87,7 +87,7 @@ def run(task: Task, kind: str, args: argparse.Namespace, folder: Path) -> dict[s
         "kept_step": recipe["kept_step"],
         "passes": recipe["epochs"],
         "train_seconds": round(seconds, 1),
-        "ended": [line for line in told.splitlines() if "loss falls no more" in line],
+        "ended": [line for line in told.splitlines() if line.startswith("Ended")],
         "samples": metadata["samples"],
     }
 
