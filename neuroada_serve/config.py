@@ -294,8 +294,8 @@ class TrainConfig:
     )
     labels: tuple[str, ...] = _option(
         (),
-        "A classifier's labels, in order: bad,good. Default: those of the rows, sorted. One alone "
-        "names a number that is learnt: score.",
+        "A classifier's labels, in order: bad,good. Default: the data set's own, else those of the "
+        "rows, sorted, numbers by value. One alone names a number that is learnt: score.",
     )
     head_lr: float = _option(1e-2, "Peak learning rate of a classifier's head.")
     columns: Mapping[str, str] = _option(
