@@ -32,10 +32,7 @@ NEEDS = {
     "quantize": (f"{TRAIN} team --quantize int8", "Adapter written"),
     "parquet": (f"{EVAL} --data tickets.parquet", "exact"),
     "hub": (f"{EVAL} --data hub:{{here}}/set", "exact"),
-    "bench": (
-        "neuroada bench serving --model demo --num-prompts 2 --num-adapters 1 --rounds 1",
-        "ok",
-    ),
+    "bench": (f"{SERVING} --num-prompts 2 --num-adapters 1", "completed"),
 }
 
 
