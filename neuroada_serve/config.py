@@ -314,8 +314,9 @@ class TrainConfig:
     )
     patience: int | None = _option(
         None,
-        "Stop after so many scores without a better held-out loss. Default: never with --epochs "
-        "or --max-steps; else 3, and some steps with a falling learning rate follow.",
+        "Stop after so many scores in which the held-out loss has not fallen by a thousandth of "
+        "the base's. Default: never with --epochs or --max-steps; else 3, and some steps with a "
+        "falling learning rate follow.",
     )
     samples: int = _option(
         3,

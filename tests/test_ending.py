@@ -7,7 +7,14 @@ from interrupted import train_interrupted
 from test_train import ROWS, make_base, write_rows
 
 from neuroada_serve.config import TrainConfig
-from neuroada_serve.train.ending import MOST_PASSES, MOST_STEPS, Course, plan_of, reason
+from neuroada_serve.train.ending import (
+    MOST_PASSES,
+    MOST_STEPS,
+    Course,
+    plan_of,
+    reason,
+    scores_without_fall,
+)
 from neuroada_serve.train.trainer import LOG_FILE, replace, train_adapter
 
 OPEN = TrainConfig(k=2, batch_size=4, eval_fraction=0.25, lr=0.05, warmup_ratio=0.02)
@@ -62,6 +69,16 @@ def test_the_bound_is_said_at_the_start():
     assert words.endswith("scored every 14 steps, at most 20 passes (280 steps)")
 
 
+def test_a_loss_that_falls_by_next_to_nothing_falls_no_more():
+    converged = [1.26, 0.0226, 0.0038, 0.0020, 0.0014, 0.0011]  # of five classes, the base at 10
+    assert scores_without_fall(10.0, converged) == 3
+    assert scores_without_fall(10.0, converged[:3]) == 0
+    assert scores_without_fall(2.0, [1.5, 1.49, 1.48, 1.47]) == 0
+    assert scores_without_fall(2.0, [1.5, 1.4995, 1.4985, 1.4975]) == 0  # many small ones add up
+    assert scores_without_fall(0.02, [0.01, 0.009, 0.012]) == 1  # of a regression on small numbers
+    assert scores_without_fall(2.0, []) == 0
+
+
 # --- why it ended ------------------------------------------------------------------------------
 
 
@@ -80,7 +97,7 @@ def test_a_loss_that_still_falls_is_said_with_the_flag_that_would_go_on():
 def test_a_loss_that_fell_no_more_is_said_with_the_best_pass():
     scored = [(0, 3.0), (10, 2.0), (20, 1.0), (30, 1.1), (40, 1.2)]
     told = str(reason(plan_of(TrainConfig(), 80, 8), 40, scored))
-    assert "falls no more; keeping the values of step 20 (2 passes)" in told
+    assert "hardly falls any more; keeping the values of step 20 (2 passes)" in told
     told = str(reason(plan_of(TrainConfig(epochs=4), 80, 8), 40, scored))
     assert "falls no more; keeping the values of step 20 (2 passes)" in told
 

@@ -1,9 +1,9 @@
 """How long a run goes on, and why it ended.
 
 With --epochs or --max-steps a run is as long as that. Without, it goes on while the held-out loss
-falls: the learning rate stays at its peak until the loss has not fallen for `patience` scores; then
-the best values so far are taken up again, the rate falls to 0 over some last steps, and the run is
-over. Both kinds have a bound that is known from the start.
+falls: the learning rate stays at its peak until the loss has hardly fallen for `patience` scores;
+then the best values so far are taken up again, the rate falls to 0 over some last steps, and the
+run is over. Both kinds have a bound that is known from the start.
 """
 
 import math
@@ -16,6 +16,7 @@ MOST_PASSES = 20
 MOST_STEPS = 400  # or one pass, where that is longer
 UNJUDGED_PASSES = 6  # without held-out rows
 PATIENCE = 3
+LEAST_FALL = 0.001  # of the base's loss: less is not worth another pass, however long it goes on
 _SCORED_EVERY = 250  # a longer pass is scored within, but no more often than
 _SCORES_A_PASS = 4
 _WARMUP_OF = 200  # steps, at most, of which the warm-up is a share where the end is open
@@ -27,9 +28,9 @@ class Plan:
     """What is known of a run's length before its first step.
 
     steps: at most; of a run that is not open all of them. eval_steps: between scores. patience:
-    scores without a better loss, after which an open run declines and any other ends. is_open:
-    whether it goes on while the held-out loss falls. per_pass: steps, maybe a fraction. heldout:
-    rows.
+    scores that `scores_without_fall` counts, after which an open run declines and any other ends.
+    is_open: whether it goes on while the held-out loss falls. per_pass: steps, maybe a fraction.
+    heldout: rows.
     """
 
     steps: int
@@ -74,6 +75,20 @@ def plan_of(config: TrainConfig, train_rows: int, heldout_rows: int, processes: 
 
 def _most_steps(per_pass: float) -> int:
     return max(1, min(round(MOST_PASSES * per_pass), max(MOST_STEPS, round(per_pass))))
+
+
+def scores_without_fall(base_loss: float, losses: Sequence[float]) -> int:
+    """How many scores, at the end, have not brought the held-out loss down any more.
+
+    A loss that has converged still falls, by ever less, for as long as one looks: a fall counts
+    from `LEAST_FALL` of the base's loss on, below the last loss that counted.
+    """
+    lowest, since = math.inf, 0
+    for loss in losses:
+        since += 1
+        if loss < lowest - LEAST_FALL * abs(base_loss) or lowest == math.inf:
+            lowest, since = loss, 0
+    return since
 
 
 class Course:
@@ -135,7 +150,9 @@ def reason(plan: Plan, done: int, scored: Sequence[tuple[int, float]]) -> str | 
     at = f"keeping the values of step {best} ({plan.passes(best)}), which scored best"
     if plan.is_open:
         if done < plan.steps:
-            return f"Ended after {plan.passes(done)}: the held-out loss falls no more; {at}."
+            return (
+                f"Ended after {plan.passes(done)}: the held-out loss hardly falls any more; {at}."
+            )
         if not still:
             return f"Ended at the bound of {plan.passes(done)}; {at}."
         return (

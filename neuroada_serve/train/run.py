@@ -26,7 +26,7 @@ from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.train.checkpoint import Checkpoint, Checkpoints
 from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import TrainingData
-from neuroada_serve.train.ending import Plan, reason
+from neuroada_serve.train.ending import Plan, reason, scores_without_fall
 from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, values_of
 from neuroada_serve.train.lr_finder import LearningRates
 from neuroada_serve.train.processes import current
@@ -126,8 +126,10 @@ class Run:
 
     @property
     def _patience_is_over(self) -> bool:
-        since = sum(one.step > self.best_step for one in self.evaluations)
-        return self._plan.patience is not None and since >= self._plan.patience
+        if self._plan.patience is None or self.before is None:
+            return False
+        losses = [one.score.loss for one in self.evaluations]
+        return scores_without_fall(self.before.loss, losses) >= self._plan.patience
 
     def _decline(self) -> None:
         """Go back to the best values, and let the learning rate fall over some last steps."""
@@ -138,7 +140,7 @@ class Run:
         self._loop.follow_course()
         self._take_best()
         self._notify(
-            f"The held-out loss has not fallen for {self._plan.patience} scores: back to the "
+            f"The held-out loss has hardly fallen for {self._plan.patience} scores: back to the "
             f"values of step {self.best_step}, for {course.end - self._loop.done} steps with a "
             "falling learning rate."
         )
