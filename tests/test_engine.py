@@ -196,6 +196,16 @@ def test_metrics_count_what_was_done(llama):
     assert (metrics.num_steps, metrics.num_merges, metrics.num_unmerges) == (3, 1, 1)
 
 
+def test_the_log_says_what_is_merged(llama, caplog):
+    caplog.set_level("INFO", logger="neuroada_serve")
+    engine = new_engine(*llama)
+    for change in (lambda: engine.adapters.merge("a"), engine.adapters.unmerge) * 2:
+        change()
+    engine.adapters.unmerge()  # of nothing: no line
+    said = [record.getMessage().split(", ")[0] for record in caplog.records]
+    assert said == ["adapter 'a' merged", "adapter 'a' taken out of the weights"] * 2
+
+
 def test_abort_frees_slot_and_lease(llama):
     source, adapters = llama
     engine = new_engine(source, adapters)

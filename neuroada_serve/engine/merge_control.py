@@ -162,10 +162,12 @@ class MergeControl:
 
     def put_back(self) -> None:
         """Give the base weights back, bit for bit; the mode stays."""
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self.version
         self._merger.unmerge()
         self._observe_switch(started, None)
         self._let_go()
+        if before is not None:
+            logger.info("adapter %r taken out of the weights", before.name)
         self._metrics.num_unmerges += 1
 
     def _put_in(self, lease: Lease, values: AdapterValues) -> None:
@@ -186,6 +188,7 @@ class MergeControl:
         self._observe_switch(started, lease.version)
         self._let_go()
         self._merged = lease
+        logger.info("adapter %r merged, digest %s", lease.version.name, lease.version.digest[:12])
         self._metrics.num_merges += 1
 
     def _let_go(self) -> None:
