@@ -69,7 +69,10 @@ def test_both_shapes_reach_every_command(tmp_path, monkeypatch):
     save_adapter(random_adapter(source, seed=1), tmp_path / "fr")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     served = []
-    monkeypatch.setattr("neuroada_serve.server.serve.serve", lambda *args: served.append(args) or 0)
+    monkeypatch.setattr(
+        "neuroada_serve.server.serve.serve",
+        lambda *args, **options: served.append(args) or 0,
+    )
     for given, name in ((f"{tmp_path}/fr", "fr"), (f"de={tmp_path}/fr", "de")):
         flags = [str(source.path), "--adapter", given]
         run = CliRunner().invoke

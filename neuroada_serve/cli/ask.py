@@ -134,6 +134,7 @@ def inspect(
         "num_values": values.numel(),
         "dtypes": sorted(dtypes),
         "num_biases": sum(map(len, biased)),
+        "num_biased_modules": len(biased),
         "weights_file_bytes": (adapter / WEIGHTS_FILE).stat().st_size,
         "mean_abs_value": float(values.abs().mean()),
         "largest_abs_value": float(values.abs().max()),
@@ -144,7 +145,7 @@ def inspect(
         print(json.dumps(found, ensure_ascii=False))
         return
     for key, value in found.items():
-        if value in ([], 0) and key in ("labels", "num_biases"):
+        if value in ([], 0) and key in ("labels", "num_biases", "num_biased_modules"):
             continue
         if isinstance(value, dict):
             value = json.dumps(value, indent=2, ensure_ascii=False)
