@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from neuroada_serve.adapters.format import HEAD
 from neuroada_serve.adapters.select import Selection
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
+from neuroada_serve.model.quiet import quiet_bitsandbytes
 from neuroada_serve.train.bypass import BypassedLinear
 from neuroada_serve.train.checkpoint import Checkpoint
 from neuroada_serve.train.classify import ClassHead
@@ -32,6 +32,9 @@ from neuroada_serve.train.inplace import InplaceLinear
 from neuroada_serve.train.processes import Processes, current, unlaunched
 from neuroada_serve.train.recompute import set_recompute
 from neuroada_serve.train.score import answer_logits, answer_loss, collate, collate_packed
+
+with quiet_bitsandbytes():
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 Layers = Mapping[str, InplaceLinear | BypassedLinear]
 Notify = Callable[[str], None]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from neuroada_serve.errors import UsageError
 from neuroada_serve.model.loader import is_transposed, replace_module
+from neuroada_serve.model.quiet import quiet_bitsandbytes
 
 Quantize = Literal["none", "int8", "nf4"]
 
@@ -58,7 +59,8 @@ def quantize_(model: Any, modules: Mapping[str, nn.Module], how: Quantize) -> di
 
 
 def _quantized(module: nn.Linear, how: Quantize) -> nn.Module:
-    from bitsandbytes import nn as layers
+    with quiet_bitsandbytes():
+        from bitsandbytes import nn as layers
 
     shape, bias = (module.in_features, module.out_features), module.bias is not None
     dtype, device = module.weight.dtype, module.weight.device
