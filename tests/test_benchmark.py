@@ -1,5 +1,6 @@
 """`neuroada bench`: the workload, the arithmetic, the check, and whole runs on a tiny model."""
 
+import io
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from neuroada_serve.benchmark.check import Checker
 from neuroada_serve.benchmark.measure import OurEngine, Timeline, percentile
 from neuroada_serve.benchmark.offline import plan, run_rounds, summary
 from neuroada_serve.benchmark.peers import Peer, PeerProcess, peer_command, peer_environment
-from neuroada_serve.benchmark.report import plain
+from neuroada_serve.benchmark.report import plain, progress_bar
 from neuroada_serve.benchmark.serving import Sent, figures
 from neuroada_serve.benchmark.settings import OfflineConfig, ServingConfig, parse_goodput
 from neuroada_serve.benchmark.workload import (
@@ -590,3 +591,13 @@ def test_every_flag_has_help():
 def test_document_is_plain_json():
     assert plain({"a": (math.inf, math.nan, Path("x"))}) == {"a": ["inf", None, "x"]}
     assert ServingConfig(model="demo").request_rate == math.inf
+
+
+def test_progress_is_drawn_in_a_terminal_alone():
+    terminal = offline.Console(file=io.StringIO(), force_terminal=True)
+    log = offline.Console(file=io.StringIO(), force_terminal=False)
+    for console in (terminal, log):
+        with progress_bar(console) as progress:
+            progress.update(progress.add_task("reading", total=2), completed=2, refresh=True)
+    assert "reading" in terminal.file.getvalue()
+    assert log.file.getvalue() == ""

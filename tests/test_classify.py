@@ -411,6 +411,7 @@ def test_eval_gives_glues_figures(source, tmp_path):
     flags = "eval", source.path, "--data", data, "--adapter", tmp_path / "mood"
     scored = run(*flags, "--save", "--json", "--out", tmp_path / "scores.json")
     assert scored.exit_code == 0, scored.stderr
+    assert "scoring" not in scored.stderr  # a bar is for a terminal
     found = json.loads(scored.stdout)
     assert found["metrics"] == ["loss", "accuracy", "macro_f1", "matthews"]
     assert found["accuracy"] == pytest.approx(right / 30)

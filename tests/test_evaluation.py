@@ -403,3 +403,10 @@ def test_how_the_rows_were_read_is_told(source, write):
     assert "rows.jsonl: 1 row left out with an empty output (line" in result.stderr
     assert "not used" not in result.stderr
     assert json.loads(result.stdout)["rows"] == 1
+
+
+def test_no_bar_in_a_log(source, write):
+    result = run("eval", source.path, "--data", write(BOOLQ), "--limit", 1)
+    assert result.exit_code == 0, result.output
+    assert "scoring" not in result.stderr
+    assert "\n\n" not in result.stderr

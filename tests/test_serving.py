@@ -51,6 +51,7 @@ def server(adapter_dir):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
+            assert line.strip(), "a blank line in the log"
             if found := re.search(r"Serving demo on (http://\S+)/v1", line):
                 break
         else:

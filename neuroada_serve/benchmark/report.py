@@ -61,9 +61,16 @@ _SETTINGS = (
 
 
 def progress_bar(console: Console) -> Progress:
-    """Draws only when told of progress: a drawing thread would take time from what is measured."""
+    """Draws in a terminal alone, and only when told of progress: a drawing thread would take time
+    from what is measured."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False)
+    return Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        auto_refresh=False,
+        disable=not console.is_terminal,
+    )
 
 
 # --- facts -----------------------------------------------------------------------------------

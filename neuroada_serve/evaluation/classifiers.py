@@ -47,7 +47,7 @@ def evaluate_classifiers(
         adapters: all classifiers, or all regressions.
         limit: most rows, from the top.
         columns: our keys for the data's columns, see `read_rows`.
-        console: shows a progress bar.
+        console: shows a progress bar, where it is a terminal.
         notify: told how the rows were read, where there is something to say.
 
     Raises:
@@ -86,7 +86,8 @@ def evaluate_classifiers(
     predictions: dict[str, list[Prediction]] = {name: [] for name in adapters}
     digests: dict[str, str | None] = {}
     starts = range(0, len(rows), _ROWS_AT_ONCE)
-    for start in track(starts, "scoring", console=console, disable=console is None):
+    disable = console is None or not console.is_terminal
+    for start in track(starts, "scoring", console=console, disable=disable):
         part = range(start, min(start + _ROWS_AT_ONCE, len(rows)))
         asked = [(i, name) for i in part for name in adapters]
         outputs = llm.classify(

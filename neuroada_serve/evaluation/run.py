@@ -169,7 +169,7 @@ def evaluate(
 
     Args:
         data: rows in the shapes that training reads; see also `evaluation.questions`.
-        console: shows a progress bar.
+        console: shows a progress bar, where it is a terminal.
         notify: told how the rows were read, where there is something to say.
 
     Raises:
@@ -192,9 +192,8 @@ def evaluate(
     predictions = [[Prediction(q) for q in questions] for _ in adapters]
     digests: list[str | None] = [None] * len(adapters)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=console is None
-    ) as progress:
+    disable = console is None or not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=disable) as progress:
         total = len(adapters) * sum(len(task.continuations) + task.generates for task in tasks)
         bar = progress.add_task("scoring", total=total)
 
