@@ -446,6 +446,17 @@ def test_adapter_whose_files_have_gone_fails_alone(served, tmp_path):
     assert finals["well"].finish_reason is FinishReason.LENGTH
 
 
+def test_another_look_counts_what_was_loaded_by_name(served, tmp_path):
+    shutil.copytree(served.folder / "k8", tmp_path / "k8")
+    engine = served.engine()
+    engine.adapters.open_directory(tmp_path)
+    engine.adapters.unload("k8", timeout_s=0)
+    engine.adapters.load("k8", tmp_path / "k8")
+    for _ in range(2):
+        seen = engine.adapters.rescan()
+        assert (seen.added, seen.replaced, seen.unchanged) == ((), (), 1)
+
+
 @pytest.mark.parametrize("mode", ["auto", "k8"])
 def test_merged_adapter_that_fills_the_room_makes_way_or_is_named(served, mode):
     """A request must not wait for room that nobody will ever leave."""

@@ -344,6 +344,7 @@ class AdapterPlane:
             }
             scan = self._directory.scan(known, on_progress)
             failed, added, replaced = dict(scan.faults), list[str](), list[str]()
+            unchanged = len(scan.unchanged)
             for name, header in scan.headers.items():
                 before = self._scanned.get(name) if name in known else None
                 try:
@@ -355,6 +356,7 @@ class AdapterPlane:
                     else:
                         served = self.store.add(version, self._read, replace=True)
                         replaced += [name] * (served is version)
+                    unchanged += served is not version  # touched, or loaded by name: the same bytes
                     self._scanned[name] = served, header.stamp
                 except NeuroAdaError as error:
                     failed[name] = str(error)
@@ -366,7 +368,7 @@ class AdapterPlane:
                 version, _ = self._scanned.pop(name)
                 if self.store.find(name) is version:
                     self.store.remove(name, wait=False)
-            return Rescan(tuple(added), tuple(replaced), tuple(gone), len(scan.unchanged), failed)
+            return Rescan(tuple(added), tuple(replaced), tuple(gone), unchanged, failed)
 
     def preload(
         self, on_progress: Callable[[int, int], None] = lambda done, total: None
