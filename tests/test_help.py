@@ -24,7 +24,7 @@ def commands() -> dict[str, object]:
 
 
 def shown(*words: str) -> str:
-    result = CliRunner().invoke(app, [*words, "--help"], terminal_width=80)
+    result = CliRunner().invoke(app, [*words, "--help"], terminal_width=78)  # of 80
     assert result.exit_code == 0
     return result.stdout
 
@@ -34,10 +34,12 @@ def test_version_is_the_packages():
     assert (result.exit_code, result.stdout) == (0, f"neuroada {__version__}\n")
 
 
-def test_list_of_commands_cuts_no_sentence():
-    listed = shown().partition("Commands:")[2]
+@pytest.mark.parametrize("group", ["", "bench", "convert"])
+def test_list_of_commands_cuts_no_sentence(group):
+    listed = shown(*group.split()).partition("Commands:")[2]
     assert "..." not in listed
-    assert all(name.split()[0] in listed for name in commands())
+    assert all(name.split()[-1] in listed for name in commands() if name.split()[:-1] == [group])
+    assert group or all(name.split()[0] in listed for name in commands())
 
 
 @pytest.mark.parametrize("name", sorted(TOPICS))

@@ -91,7 +91,7 @@ def bench_throughput(
     report: ReportOut = None,
     json_output: Json = False,
 ) -> None:
-    """Tokens per second of decode, prefill and whole calls, with and without adapters."""
+    """Tokens per second, with and without adapters. Of decode, prefill and whole calls."""
     config = OfflineConfig(
         concurrency=_integers("--concurrency", concurrency),
         popularity=words(popularity),
@@ -147,7 +147,7 @@ def bench_latency(
     report: ReportOut = None,
     json_output: Json = False,
 ) -> None:
-    """Time to first token and per output token, a few requests at a time."""
+    """Time to first token and per output token at few requests."""
     config = OfflineConfig(
         concurrency=_integers("--concurrency", concurrency),
         popularity=words(popularity),
@@ -200,7 +200,7 @@ def bench_serving(
     report: ReportOut = None,
     json_output: Json = False,
 ) -> None:
-    """Load a running server, or one started for the purpose, with requests as they arrive."""
+    """Load a server with requests as they arrive. It runs already, or is started for this."""
     config = ServingConfig(
         base_url=base_url,
         model=model,

@@ -114,7 +114,7 @@ def diff(
     ] = "auto",
     json_output: Json = False,
 ) -> None:
-    """The difference of a fine-tuned model and its base, its largest entries."""
+    """A fine-tuned model's largest differences from its base."""
     from neuroada_serve.model.convert import convert_diff
 
     result = convert_diff(_source(base, out_dir), _source(tuned, out_dir), out_dir, k, dtype)

@@ -121,7 +121,7 @@ def train(
     chat_template: ChatTemplate = None,
     plain: Plain = False,
 ) -> None:
-    """Train an adapter or a classifier on rows; the loss is on answers."""
+    """Train an adapter or a classifier on rows. The loss is on the answers."""
     k_others, k_pattern = _k_by_module(k)
     config = TrainConfig(
         k=k_others,
