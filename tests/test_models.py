@@ -21,7 +21,7 @@ async def test_unknown_model_is_told_the_names_there_are() -> None:
         error = error_of(await client.complete(model="sqll"), 404)
         assert error["code"] == "model_not_found"
         assert error["message"] == (
-            f"The model 'sqll' does not exist. Here are: {BASE}, pirate, sql."
+            f"The model 'sqll' does not exist. Available: {BASE}, pirate, sql."
         )
 
 

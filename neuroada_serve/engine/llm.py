@@ -95,7 +95,7 @@ class LLM:
         if base.device.type == "cpu":
             kernels.join(timeout=1)
             if kernels.is_alive():
-                notify("Compiling the CPU kernels; the next start finds them compiled.")
+                notify("Waiting for the CPU kernels; only the first start compiles them.")
             kernels.join()
         self.engine = Engine(base, engine_config)
         if self.engine.rotation is not None:

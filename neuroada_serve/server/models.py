@@ -57,7 +57,7 @@ class Models:
     def _unknown(self, model: str, why: str) -> Failure:
         names = [*self._base_names, *sorted(self._worker.adapters.names)]
         if len(names) <= _MOST_LISTED:
-            known = f"Here are: {', '.join(names)}."
+            known = f"Available: {', '.join(names)}."
         else:
             near = ", ".join(_nearest(model, names))
             known = f"{f'Nearest: {near}. ' if near else ''}/v1/models lists all {len(names)}."
