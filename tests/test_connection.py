@@ -1,5 +1,6 @@
 """Clients that send slowly, or nothing: with limits of some tenths of a second."""
 
+import asyncio
 import socket
 import time
 from collections.abc import Callable
@@ -8,8 +9,9 @@ import httpx
 import pytest
 from fake_engine import FakeEngine
 from serving import serve_while, wait_for
+from uvicorn.protocols.http.flow_control import FlowControl
 
-from neuroada_serve.server.connection import ConnectionLimits
+from neuroada_serve.server.connection import Connection, ConnectionLimits
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -159,6 +161,34 @@ def test_pipelined_requests_are_all_answered() -> None:
             assert rest_of(connection).count(b"HTTP/1.1 200") == 1000
 
     visit_with(visit)
+
+
+def test_whoever_reads_slowly_but_steadily_gets_all() -> None:
+    class Pipe(asyncio.Transport):
+        """What still has to be written."""
+
+        left = 1000
+
+        def get_write_buffer_size(self) -> int:
+            return self.left
+
+    async def run() -> tuple[bool, bool]:
+        connection = Connection.__new__(Connection)
+        evicted: list[bool] = []
+        connection.loop = asyncio.get_running_loop()
+        connection.transport = Pipe()
+        connection.flow = FlowControl(connection.transport)
+        connection._limits, connection._write_timer = SHORT, None
+        connection.evict = lambda: evicted.append(True)  # type: ignore[method-assign]
+        connection.pause_writing()
+        for _ in range(5):
+            await asyncio.sleep(SHORT.write_s / 2)
+            connection.transport.left -= 100
+        while_it_reads = bool(evicted)
+        await asyncio.sleep(3 * SHORT.write_s)
+        return while_it_reads, bool(evicted)
+
+    assert asyncio.run(run()) == (False, True)
 
 
 def test_what_is_no_http_gets_the_envelope() -> None:

@@ -49,6 +49,14 @@ async def test_allowed_hosts_are_allowed() -> None:
         assert (await client.get("/health", headers={"host": "x.example"})).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "allowed", ["ui.example:8443", "https://ui.example", "http://ui.example:80/"]
+)
+async def test_allowed_host_may_be_given_with_scheme_and_port(allowed: str) -> None:
+    async with serving(allowed_hosts=(allowed,)) as client:
+        assert (await client.get("/health", headers={"host": "ui.example"})).status_code == 200
+
+
 PAGES = [
     {"origin": "https://evil.example"},
     {"origin": "http://203.0.113.7"},

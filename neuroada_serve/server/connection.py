@@ -28,7 +28,7 @@ class ConnectionLimits:
     keep_alive_s: from an answer to the next request's first byte.
     body_s: for a body, and one more for every `body_bytes_per_s` bytes received.
     linger_s: for a body that nobody wants any more, as it has been answered.
-    write_s: for a client to read what fills its connection.
+    write_s: for a client that reads nothing of what fills its connection.
     """
 
     header_s: float = 10.0
@@ -144,7 +144,18 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self._limits.write_s, self.evict)
+        self._wait_for_reader()
+
+    def _wait_for_reader(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(self._limits.write_s, self._look_at_reader, left)
+
+    def _look_at_reader(self, left_before: int) -> None:
+        """Whoever has read none of what waited goes. A whole answer may be megabytes at once."""
+        if self.transport.get_write_buffer_size() < left_before:
+            self._wait_for_reader()
+        else:
+            self.evict()
 
     def resume_writing(self) -> None:
         super().resume_writing()

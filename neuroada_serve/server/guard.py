@@ -66,7 +66,7 @@ class BrowserGuard:
 
     def __init__(self, app: ASGIApp, allowed_hosts: Iterable[str] = ()) -> None:
         self.app = app
-        self._allowed = {host.lower().rstrip(".") for host in allowed_hosts}
+        self._allowed = {_name_of_allowed(host) for host in allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         failure = None
@@ -120,6 +120,12 @@ def _name_of(authority: str) -> str:
     if authority.startswith("["):
         return authority[1:].partition("]")[0].lower()
     return authority.partition(":")[0].lower().rstrip(".")
+
+
+def _name_of_allowed(host: str) -> str:
+    """The name of what may be given as an authority or an origin as well."""
+    host = host.rpartition("://")[2].rstrip("/")
+    return host.lower() if _is_address(host) else _name_of(host)
 
 
 def _is_address(name: str) -> bool:
