@@ -1,7 +1,7 @@
 """A prompt for which there is no memory, again and again: what it does to the others.
 
 One process for each path (the one-kernel step in bfloat16, the modules in float32) gives itself a
-limit on its address space (RLIMIT_AS) a little above what it has, then runs --tries rounds: a
+limit on its address space (RLIMIT_AS) in which short requests fit, then runs --tries rounds: a
 prompt as long as the model takes beside three short streams, until it ends; then --requests short
 requests, whose tokens are compared with those of the same requests before there was a limit. The
 room above differs from try to try, so that growth fails in other places. A process that crashes is
@@ -24,13 +24,14 @@ from unittest.mock import patch
 from neuroada_serve.benchmark.report import environment
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
+from neuroada_serve.engine.kv_cache import _FIRST_TOKENS
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import resolve_model
 from neuroada_serve.ops import matrix
 from neuroada_serve.request import FinishReason, Output, SamplingParams
 
 PATHS = {"kernel": "bfloat16", "modules": "float32"}
-LEAST_ROOM, MOST_ROOM = 16 << 20, 256 << 20
+LEAST_ROOM, MOST_ROOM = 1.5, 4.0  # times what the short requests' keys and values take
 _SHORT = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 _STREAM = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
@@ -70,10 +71,14 @@ def _run_path(model: str, path: str, tries: int, num_requests: int) -> None:
     assert (engine._runner._cpu_decoder is not None) == (path == "kernel")
     expected = _short_requests(engine, num_requests)
     streams = _streams(engine, long=False)
+    engine.add_request("one", [100, 5, 300, 11], _SHORT)
+    engine.step()  # the cache is there while something runs
+    needed = engine._cache.bytes_per_token * engine.config.max_num_seqs * _FIRST_TOKENS
+    _run(engine)
     draw = random.Random(0)
     for number in range(tries):
-        room = int(LEAST_ROOM * (MOST_ROOM / LEAST_ROOM) ** (number / max(1, tries - 1)))
-        room = int(room * draw.uniform(0.8, 1.2))
+        share = (number + draw.random()) / tries
+        room = int(needed * LEAST_ROOM * (MOST_ROOM / LEAST_ROOM) ** share)
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + room, hard))
         found = _streams(engine, long=True)
