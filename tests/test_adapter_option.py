@@ -86,3 +86,10 @@ def test_both_shapes_reach_every_command(tmp_path, monkeypatch):
     twice = run(app, ["generate", *flags, "--adapter", f"b={tmp_path}/fr", "hi"])
     assert twice.exit_code == 2
     assert "one --adapter, got 2" in twice.stderr
+
+
+def test_a_folder_of_rows_is_said_to_be_one(tmp_path):
+    words = ["train", "demo", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "is a folder; name the file in it that has the rows" in " ".join(result.stderr.split())

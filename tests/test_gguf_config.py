@@ -63,6 +63,11 @@ def test_setting_that_is_missing_is_named(key, tmp_path):
         config(tmp_path, "llama", **{key: None})
 
 
+def test_more_layers_than_tensors_are_refused_at_once(tmp_path):
+    with pytest.raises(ModelError, match="tensors for 1000000000 layers"):
+        config(tmp_path, "llama", llama__block_count=10**9)
+
+
 def test_settings_that_change_nothing_are_taken(tmp_path):
     harmless = {
         "llama.attention.scale": 0.25,

@@ -153,6 +153,8 @@ def columns_of(text: str) -> dict[str, str]:
 def rows_of(source: str) -> "Data":
     """The rows that --data or --eval-data names."""
     if not source.startswith("hub:"):
+        if Path(source).is_dir():
+            raise UsageError(f"{source!r} is a folder; name the file in it that has the rows")
         if not Path(source).is_file():
             raise UsageError(f"no file {source!r}")
         return Path(source)

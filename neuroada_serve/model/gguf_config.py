@@ -98,6 +98,8 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     """
     name, architecture = architecture_of(file)
     keys = Keys(file, name)
+    if (layers := keys.count("block_count")) > len(file.tensors):  # names are made for all of them
+        raise file.refusal(f"it has {len(file.tensors)} tensors for {layers} layers")
     config = _gpt2(keys) if name == "gpt2" else _decoder(file, keys, name, architecture)
     config |= _vocabulary(file, keys)
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
