@@ -42,6 +42,13 @@ def test_file_without_a_tokenizer_is_refused(tmp_path, monkeypatch):
         tokenizer(tmp_path, monkeypatch, "llama", tokenizer__ggml__tokens=None)
 
 
+@pytest.mark.parametrize(("kind", "needed"), [("gpt2", "merges"), ("llama", "scores")])
+def test_what_a_kind_of_tokenizer_needs_is_named(kind, needed, tmp_path, monkeypatch):
+    keys = {"tokenizer__ggml__model": kind, f"tokenizer__ggml__{needed}": None}
+    with pytest.raises(ModelError, match=f"it lacks key tokenizer.ggml.{needed}"):
+        tokenizer(tmp_path, monkeypatch, "llama", **keys)
+
+
 def test_tokenizer_of_an_unknown_kind_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="cannot be read as a GGUF causal LM"):
         tokenizer(tmp_path, monkeypatch, "llama", tokenizer__ggml__model="nobodys")

@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from neuroada_serve.model.gguf_config import special_ids
 from neuroada_serve.model.gguf_file import GgufFile
 
+# What transformers needs beside the tokens, by kind of tokenizer.
+_NEEDED = {"gpt2": "tokenizer.ggml.merges", "llama": "tokenizer.ggml.scores"}
+
 
 def tokenizer_of(file: GgufFile, path: Path) -> Any:
     """The file's tokenizer, with its chat template and its special tokens.
@@ -18,8 +21,12 @@ def tokenizer_of(file: GgufFile, path: Path) -> Any:
         path: the file, or the first of its parts.
 
     Raises:
-        ModelError: a special token of the file becomes another one.
+        ModelError: the file lacks what its kind of tokenizer needs, or a special token of it
+            becomes another one.
     """
+    needed = _NEEDED.get(file.metadata.get("tokenizer.ggml.model", ""))
+    if needed is not None and not isinstance(file.metadata.get(needed), list):
+        raise file.refusal(f"it lacks key {needed}")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     if len(tokenizer) > len(tokens):
