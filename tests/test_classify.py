@@ -423,6 +423,7 @@ def test_eval_gives_glues_figures(source, tmp_path):
     saved = json.loads((tmp_path / "mood" / CONFIG_FILE).read_text())["metadata"]
     assert saved["scores"]["evaluated"]["rows.jsonl"]["adapter"].keys() == set(found["metrics"])
     assert (tmp_path / "scores.confusion-mood-accuracy.png").exists()
+    assert "loss per row" in run(*flags).stdout  # a class is no text of tokens
 
     save_adapter(random_adapter(source, 2), tmp_path / "talk")
     for more, fault in (

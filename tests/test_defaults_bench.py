@@ -3,15 +3,12 @@
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 
+import defaults
 import pytest
 import torch
-from tiny import save_tiny_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import defaults
 from defaults_rows import FOR_CHOICES, REPORTED
+from tiny import save_tiny_model
 
 
 @pytest.mark.parametrize("task", [*REPORTED, *FOR_CHOICES], ids=lambda task: task.name)

@@ -1,14 +1,11 @@
 """bench/gpu.py: its whole logic on the CPU with a toy model, and its verdicts on made-up times."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import gpu
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 from tiny import save_tiny_model
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench import quality, quality_rows
 from bench.quality_methods import METHODS, as_weights, last_number, score, train
 from neuroada_serve.errors import DataError, UsageError

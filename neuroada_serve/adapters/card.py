@@ -215,7 +215,8 @@ def _training_scores(scores: Mapping[str, Any]) -> Iterator[list[str]]:
         return
     by = scores.get("exact_match_by")
     how = f" ({_cell(by)})" if isinstance(by, str) else ""
-    loss = "mean squared error" if "pearson" in after else "loss per answer token"
+    loss = "loss per row" if "accuracy" in after else "loss per answer token"
+    loss = "mean squared error" if "pearson" in after else loss
     for key, words, is_share in (
         ("loss", loss, False),
         ("exact_match", f"exact match{how}", True),

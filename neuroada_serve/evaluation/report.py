@@ -38,16 +38,16 @@ from neuroada_serve.train.rows import Data
 SCHEMA = "neuroada-eval/1"
 BASE = "base"
 
-_WORDS = {"loss": "loss per answer token"}
-
 
 def score_table(evaluation: Evaluation, subjects: Sequence[str], title: str) -> Table:
     """One line for each score of each subject."""
     table = Table("score", "model", "value", "95 % interval", title=title)
-    for name in evaluation.results[0].scores:
+    names = evaluation.results[0].scores
+    losses = "loss per row" if "accuracy" in names else "loss per answer token"
+    for name in names:
         for subject, result in zip(subjects, evaluation.results, strict=True):
             score = result.scores[name]
-            words = _WORDS.get(name, name.replace("_", " "))
+            words = losses if name == "loss" else name.replace("_", " ")
             digits = 4 if name == "loss" else 3
             interval = f"{score.low:.{digits}f} to {score.high:.{digits}f}"
             last = subject == subjects[-1]
