@@ -148,11 +148,9 @@ def reason(plan: Plan, done: int, scored: Sequence[tuple[int, float]]) -> str | 
     best = min((one for one in scored if one[0] > 0), key=lambda one: one[1])[0]
     still = lowest == done
     at = f"keeping the values of step {best} ({plan.passes(best)}), which scored best"
+    if done < plan.steps:  # patience was over
+        return f"Ended after {plan.passes(done)}: the held-out loss hardly falls any more; {at}."
     if plan.is_open:
-        if done < plan.steps:
-            return (
-                f"Ended after {plan.passes(done)}: the held-out loss hardly falls any more; {at}."
-            )
         if not still:
             return f"Ended at the bound of {plan.passes(done)}; {at}."
         return (
