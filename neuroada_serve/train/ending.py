@@ -20,6 +20,7 @@ LEAST_FALL = 0.001  # of the base's loss: less is not worth another pass, howeve
 _SCORED_EVERY = 250  # a longer pass is scored within, but no more often than
 _SCORES_A_PASS = 4
 _WARMUP_OF = 200  # steps, at most, of which the warm-up is a share where the end is open
+_FEW_STEPS = 20  # the loss may rise at first, and has not come back by then
 _DECLINE = 0.2  # of the steps before it
 
 
@@ -163,6 +164,17 @@ def reason(plan: Plan, done: int, scored: Sequence[tuple[int, float]]) -> str | 
             "would go on."
         )
     return f"The held-out loss falls no more; {at}." if best != done else None
+
+
+def rise(plan: Plan, done: int, before: float, after: float, lr: float) -> str | None:
+    """What to do about a held-out loss that has risen over a run; None where it has not."""
+    if after <= before:
+        return None
+    rose = f"The held-out loss rose from {before:.3f} to {after:.3f}"
+    if done < _FEW_STEPS:
+        ask = f"--max-steps {_FEW_STEPS}" if plan.is_open else "neither --epochs nor --max-steps"
+        return f"{rose} in {_steps(done)}, too few to tell: give {ask}, or more rows."
+    return f"{rose}: try a --lr below {lr:.2g}, or more rows."
 
 
 def _more(plan: Plan, done: int) -> str:

@@ -26,7 +26,7 @@ from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.train.checkpoint import Checkpoint, Checkpoints
 from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import TrainingData
-from neuroada_serve.train.ending import Plan, reason, scores_without_fall
+from neuroada_serve.train.ending import Plan, reason, rise, scores_without_fall
 from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, values_of
 from neuroada_serve.train.lr_finder import LearningRates
 from neuroada_serve.train.processes import current
@@ -240,11 +240,10 @@ class Run:
         elif self.best_step != self._loop.done:
             self._notify(f"Keeping the values of step {self.best_step}: they scored best.")
         before, after = self.before, self.after
-        if before is not None and after is not None and after.loss > before.loss:
-            self._notify(
-                f"The held-out loss rose from {before.loss:.3f} to {after.loss:.3f}: try a --lr "
-                f"below {self._config.peak_lr:.2g}, or more rows."
-            )
+        if before is not None and after is not None:
+            losses = before.loss, after.loss
+            if hint := rise(self._plan, self._loop.done, *losses, self._config.peak_lr):
+                self._notify(hint)
         if self._processes.is_first and self._config.samples and self._data.heldout:
             self._take_best()
             self.samples = samples_of(self._base, self._data, self._config.samples)
