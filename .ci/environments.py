@@ -6,7 +6,7 @@
 3. The wheel, outside the clone: it has the shipped adapters.
 
 Environments of extras see the core's packages through a .pth file, so that each installs only what
-its extra adds.
+its extra adds. Two are checked at a time.
 """
 
 import os
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,14 +42,11 @@ def main(work: Path) -> None:
     extras = sorted(set(EXTRAS) - {"test"})
     assert extras == sorted(NEEDS), "an extra has no check here"
     check_core(work)
-    here = work / "here"
-    (here / "set").mkdir(parents=True)
-    few = "".join(TICKETS.read_text().splitlines(keepends=True)[:25])
-    for file in (here / "tickets.csv", here / "set" / "train.csv"):
-        file.write_text(few)
-    for extra in extras:
-        check_extra(extra, work, here)
-    check_wheel(work, here)
+    checks = [partial(check_extra, extra, work) for extra in extras]
+    checks.append(partial(check_wheel, work))
+    with ThreadPoolExecutor(2) as pool:
+        for checked in [pool.submit(check) for check in checks]:
+            checked.result()
 
 
 def check_core(work: Path) -> None:
@@ -61,18 +60,23 @@ def check_core(work: Path) -> None:
         assert not found, f"the core's environment has packages of extras: {found}"
 
 
-def check_extra(extra: str, work: Path, here: Path) -> None:
+def check_extra(extra: str, work: Path) -> None:
+    here = work / f"{extra}-data"
+    (here / "set").mkdir(parents=True)
+    few = "".join(TICKETS.read_text().splitlines(keepends=True)[:25])
+    for file in (here / "tickets.csv", here / "set" / "train.csv"):
+        file.write_text(few)
     command, sign = NEEDS[extra]
     command = command.format(here=here)
     (here / "tickets.parquet").write_bytes(b"PAR1")  # rows once there is pyarrow to write them
-    with step(f"without the extra {extra}: a sentence"):
+    with step(f"without the extra {extra}: a sentence") as checking:
         said = run(command, work / "core", work, cwd=here, code=2)
         assert "Traceback" not in said, said
         (error,) = (line for line in said.splitlines() if line.startswith("Error: "))
         # --quantize trains, so it asks for what training needs first.
         wanted = ("train", "quantize") if extra == "quantize" else (extra,)
         assert any(f"neuroada-serve[{name}]" in error for name in wanted), said
-        print(f"    {error}")
+        checking.says(error)
     with step(f"the extra {extra} alone"):
         environment = layered(work / extra, work / "core")
         install(environment, requirements(extra), work)
@@ -82,13 +86,13 @@ def check_extra(extra: str, work: Path, here: Path) -> None:
         assert sign in shown, shown
 
 
-def check_wheel(work: Path, here: Path) -> None:
+def check_wheel(work: Path) -> None:
     with step("the wheel, outside the clone"):
         run(f"pip wheel --quiet --no-deps -w {work}/wheels .", work / "core", work, cwd=ROOT)
         environment = layered(work / "wheel", work / "core")
         (wheel,) = (work / "wheels").glob("neuroada_serve-*.whl")
         install(environment, ["--no-deps", "--force-reinstall", str(wheel)], work)
-        shown = run(f"python -c '{SHIPPED}'", environment, work, cwd=here)
+        shown = run(f"python -c '{SHIPPED}'", environment, work, cwd=work)
         assert "4 adapters" in shown, shown
 
 
@@ -109,17 +113,21 @@ SHIPPED = (
 
 
 class step:
-    """Says what begins, and how long it took."""
+    """Says what was done and how long it took, when it ends."""
 
     def __init__(self, title: str) -> None:
-        self._title = title
+        self._lines = [f"--- {title}"]
 
-    def __enter__(self) -> None:
-        print(f"--- {self._title}", flush=True)
+    def says(self, line: str) -> None:
+        self._lines.append(f"    {line}")
+
+    def __enter__(self) -> "step":
         self._started = time.monotonic()
+        return self
 
-    def __exit__(self, *error: object) -> None:
-        print(f"    {time.monotonic() - self._started:.0f} s", flush=True)
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.says(f"{'FAILED after ' if kind else ''}{time.monotonic() - self._started:.0f} s")
+        print("\n".join(self._lines), flush=True)
 
 
 def make(environment: Path) -> Path:
