@@ -44,7 +44,7 @@ def block_with(word: str) -> str:
 
 def test_the_two_commands_are_the_promised_ones():
     assert "pip install -c constraints.txt -e . && neuroada demo\n" in BASH
-    assert 'pip install -c constraints.txt -e ".[test]" && pytest -q\n' in BASH
+    assert 'pip install -c constraints.txt -e ".[test]" && pytest -q -n 2\n' in BASH
 
 
 def test_demo_runs(clone):
