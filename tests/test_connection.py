@@ -11,7 +11,7 @@ from fake_engine import FakeEngine
 from serving import serve_while, wait_for
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from neuroada_serve.server.connection import Connection, ConnectionLimits
+from neuroada_serve.server.connection import Connection, ConnectionLimits, Slices
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -200,3 +200,47 @@ def test_what_is_no_http_gets_the_envelope() -> None:
         assert b'"type": "BadRequestError"' in reply
 
     visit_with(visit)
+
+
+class Clock:
+    """A loop whose time passes only in callbacks."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.due: list[tuple[float, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_at(self, when: float, callback: Callable[[], None]) -> None:
+        self.due.append((when, callback))
+
+
+class LargeBody:
+    def __init__(self, clock: Clock, slices: int) -> None:
+        self.clock, self.left = clock, slices
+
+    def parse_slice(self) -> bool:
+        self.clock.now += 0.0002
+        self.left -= 1
+        return self.left > 0
+
+
+def test_large_bodies_leave_others_most_of_the_interpreter(monkeypatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(asyncio, "get_running_loop", lambda: clock)
+    slices = Slices()
+    bodies = [LargeBody(clock, 32) for _ in range(60)]
+    for body in bodies:
+        slices.add(body)
+    while clock.due:
+        ((when, parse),) = clock.due
+        clock.due.clear()
+        clock.now = max(clock.now, when)
+        began = clock.now
+        parse()
+        assert clock.now - began < 0.001
+    assert all(body.left == 0 for body in bodies)
+    spent = 60 * 32 * 0.0002
+    assert clock.now - 100 > 4 * spent
+    assert clock.now - 100 < 3  # for 120 MB
