@@ -242,5 +242,5 @@ def test_large_bodies_leave_others_most_of_the_interpreter(monkeypatch) -> None:
         assert clock.now - began < 0.001
     assert all(body.left == 0 for body in bodies)
     spent = 60 * 32 * 0.0002
-    assert clock.now - 100 > 4 * spent
-    assert clock.now - 100 < 3  # for 120 MB
+    assert clock.now - 100 > 9 * spent
+    assert clock.now - 100 < 5  # for 120 MB

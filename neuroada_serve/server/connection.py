@@ -17,7 +17,7 @@ _LATE_S = 1.0  # a timer that fires so late has been held up, and so have the by
 _SLICE_BYTES = 4096
 _PLAIN_SLICE_BYTES = 65536
 _PARSING_S = 0.0005  # of large bodies, before others have the interpreter
-_OTHERS_SHARE = 4.0  # how much longer they have it, the engine's thread above all
+_OTHERS_SHARE = 9.0  # how much longer they have it, the engine's thread above all
 
 
 @dataclass(frozen=True)
