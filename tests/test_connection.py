@@ -4,19 +4,27 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import pytest
+import uvicorn
 from fake_engine import FakeEngine
 from serving import serve_while, wait_for
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.server import ServerState
 
 from neuroada_serve.server.connection import Connection, ConnectionLimits, Slices
 
 pytestmark = pytest.mark.timeout(20)
 
 SHORT = ConnectionLimits(
-    header_s=0.2, keep_alive_s=0.2, body_s=0.2, body_bytes_per_s=1e6, linger_s=0.2, write_s=0.2
+    header_s=0.2,
+    keep_alive_s=0.2,
+    body_s=0.2,
+    body_bytes_per_s=1e6,
+    linger_s=0.2,
+    write_s=0.2,
+    write_bytes_per_s=2000,
 )
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -163,32 +171,77 @@ def test_pipelined_requests_are_all_answered() -> None:
     visit_with(visit)
 
 
+class Pipe(asyncio.Transport):
+    """What still has to be written."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
+        self.left = size
+        self.is_aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.left
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+def read_slowly(bytes_a_time: int, times: int, pauses: int = 1) -> bool:
+    """Whether a connection lives on whose client takes so much ten times a second of each of some
+    full buffers, and whose answer is then over."""
+
+    async def run() -> bool:
+        config = uvicorn.Config(lambda *args: None, log_config=None)
+        connection = Connection(
+            config, ServerState(), {}, limits=SHORT, slices=Slices(), waiting={}
+        )
+        connection.connection_made(pipe := Pipe(10_000))
+        connection._timer.cancel()
+        for _ in range(pauses):
+            pipe.left = 10_000
+            connection.pause_writing()
+            for _ in range(times):
+                await asyncio.sleep(0.1)
+                pipe.left -= bytes_a_time
+            connection.resume_writing()
+        return not pipe.is_aborted
+
+    return asyncio.run(run())
+
+
 def test_whoever_reads_slowly_but_steadily_gets_all() -> None:
-    class Pipe(asyncio.Transport):
-        """What still has to be written."""
+    assert read_slowly(bytes_a_time=250, times=8)
 
-        left = 1000
 
-        def get_write_buffer_size(self) -> int:
-            return self.left
+def test_whoever_reads_nothing_is_disconnected() -> None:
+    assert not read_slowly(bytes_a_time=0, times=4)
 
-    async def run() -> tuple[bool, bool]:
-        connection = Connection.__new__(Connection)
-        evicted: list[bool] = []
-        connection.loop = asyncio.get_running_loop()
-        connection.transport = Pipe()
-        connection.flow = FlowControl(connection.transport)
-        connection._limits, connection._write_timer = SHORT, None
-        connection.evict = lambda: evicted.append(True)  # type: ignore[method-assign]
-        connection.pause_writing()
-        for _ in range(5):
-            await asyncio.sleep(SHORT.write_s / 2)
-            connection.transport.left -= 100
-        while_it_reads = bool(evicted)
-        await asyncio.sleep(3 * SHORT.write_s)
-        return while_it_reads, bool(evicted)
 
-    assert asyncio.run(run()) == (False, True)
+def test_whoever_reads_below_the_least_pace_is_disconnected() -> None:
+    assert not read_slowly(bytes_a_time=20, times=5)
+
+
+def test_patience_is_for_all_of_an_answer_and_not_for_each_full_buffer() -> None:
+    assert read_slowly(bytes_a_time=20, times=1)
+    assert not read_slowly(bytes_a_time=20, times=1, pauses=5)
+
+
+def test_stream_that_is_read_byte_by_byte_is_ended() -> None:
+    engine = FakeEngine(max_num_seqs=100)
+
+    def visit(url: str) -> None:
+        body = b'{"prompt": "hi", "n": 100, "ignore_eos": true, "max_tokens": 4000, "stream": true}'
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+            connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+            wait_for(lambda: engine.num_running == 100)
+            while engine.num_running:
+                connection.recv(1)
+                time.sleep(0.01)
+        assert all(sequence.num_sent < 4000 for sequence in engine.requests)
+
+    assert serve_while(engine, visit, limits=replace(SHORT, write_s=0.5)) == 0
 
 
 def test_what_is_no_http_gets_the_envelope() -> None:

@@ -3,6 +3,7 @@
 import logging
 import resource
 import socket
+import time
 from contextlib import ExitStack
 
 import httpx
@@ -81,6 +82,36 @@ def test_connection_beyond_those_that_are_served_is_503() -> None:
         assert httpx.get(f"{url}/health").status_code == 200
 
     assert serve_while(engine, visit, max_connections=2) == 0
+
+
+def test_whoever_is_refused_reads_why_though_it_asks_only_then() -> None:
+    def visit(url: str) -> None:
+        body = {"prompt": "hi", "ignore_eos": True, "max_tokens": 5000, "stream": True}
+        with (
+            httpx.Client() as busy,
+            busy.stream("POST", f"{url}/v1/completions", json=body),
+            socket.create_connection(address_of(url), timeout=5) as refused,
+        ):
+            time.sleep(0.1)
+            for part in (b"GET /health HTTP/1.1\r\n", b"Host: localhost\r\n", b"\r\n"):
+                refused.sendall(part)  # a reset would come after the first
+                time.sleep(0.05)
+            assert refused.recv(100).startswith(b"HTTP/1.1 503")
+
+    assert serve_while(FakeEngine(), visit, max_connections=1) == 0
+
+
+def test_stop_does_not_wait_for_whoever_is_refused() -> None:
+    silent = socket.socket()
+
+    def visit(url: str) -> None:
+        body = {"prompt": "hi", "ignore_eos": True, "max_tokens": 5000, "stream": True}
+        with httpx.Client() as busy, busy.stream("POST", f"{url}/v1/completions", json=body):
+            silent.connect(address_of(url))
+            wait_for(lambda: silent.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 503")
+
+    assert serve_while(FakeEngine(), visit, max_connections=1) == 0
+    silent.close()
 
 
 def test_without_descriptors_it_says_so_once_and_recovers(

@@ -24,7 +24,7 @@ from neuroada_serve.server.answer import (
     CompletionAnswer,
     Echo,
 )
-from neuroada_serve.server.body import CLIENT_CLOSED_REQUEST, BoundedRoute
+from neuroada_serve.server.body import CLIENT_CLOSED, CLIENT_CLOSED_REQUEST, BoundedRoute
 from neuroada_serve.server.failure import Failure
 from neuroada_serve.server.guard import BodyLimit, BrowserGuard, is_loopback
 from neuroada_serve.server.models import Models, add_models
@@ -38,6 +38,7 @@ from neuroada_serve.server.protocol import (
 from neuroada_serve.server.request_log import RequestLog
 from neuroada_serve.server.rescans import Rescans
 from neuroada_serve.server.streaming import EventStream, begun, collect, unless_disconnected
+from neuroada_serve.server.target import RequestTarget
 from neuroada_serve.server.worker import Worker
 
 
@@ -62,6 +63,7 @@ def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = N
     app.state.parsing = anyio.CapacityLimiter(1)
     app.add_middleware(BodyLimit)
     app.add_middleware(BrowserGuard, allowed_hosts=_hosts(config))
+    app.add_middleware(RequestTarget)
     if config.enable_log_requests:
         app.add_middleware(RequestLog)
     for kind in (Exception, HTTPException, RequestValidationError, NeuroAdaError, Failure):
@@ -80,6 +82,11 @@ def _hosts(config: ServerConfig) -> list[str]:
     """Names that clients may use for this server."""
     own = [] if is_loopback(config.host) else [config.host, socket.gethostname()]
     return [*config.allowed_hosts, *own]
+
+
+def _client_closed() -> Response:
+    """To a client that may still read, see connection.py."""
+    return Failure(CLIENT_CLOSED_REQUEST, CLIENT_CLOSED).response()
 
 
 async def _reply_failure(request: Request, error: Exception) -> Response:
@@ -113,7 +120,7 @@ def _add_generation(
         adapter, params = models.adapter_of(request.model), request.sampling_params()
         encoding = prompts.encode(request.prompts, _tenant(http, config), bool(request.echo))
         if (encoded := await unless_disconnected(http.receive, encoding)) is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return _client_closed()
         ids, texts = encoded
         answer = CompletionAnswer(
             request,
@@ -131,7 +138,7 @@ def _add_generation(
         messages = [m.model_dump(include={"role", "content"}) for m in request.messages]
         encoding = prompts.encode_chat(messages, _tenant(http, config))
         if (ids := await unless_disconnected(http.receive, encoding)) is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return _client_closed()
         answer = ChatAnswer(request, models.shown(adapter), len(ids), params.n)
         return await reply(http, request, answer, [ids], params, adapter)
 
@@ -156,12 +163,12 @@ def _add_generation(
             if started is not None:
                 return EventStream(stream, answer, request.include_usage)
             stream.close()
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return _client_closed()
         try:
             body = await unless_disconnected(http.receive, collect(stream, answer))
         finally:
             stream.close()
-        return Response(status_code=CLIENT_CLOSED_REQUEST) if body is None else JSONResponse(body)
+        return _client_closed() if body is None else JSONResponse(body)
 
 
 def _tenant(http: Request, config: ServerConfig) -> str:
@@ -185,7 +192,7 @@ def _add_classification(
         adapter = models.adapter_of(request.model)
         encoding = prompts.encode(request.inputs, _tenant(http, config))
         if (encoded := await unless_disconnected(http.receive, encoding)) is None:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+            return _client_closed()
         inputs, _ = encoded
         answer = ClassifyAnswer(models.shown(adapter), sum(map(len, inputs)), len(inputs))
         tenant, salt = _tenant(http, config), request.cache_salt or ""
@@ -195,4 +202,4 @@ def _add_classification(
             body = await unless_disconnected(http.receive, collect(stream, answer))
         finally:
             stream.close()
-        return Response(status_code=CLIENT_CLOSED_REQUEST) if body is None else JSONResponse(body)
+        return _client_closed() if body is None else JSONResponse(body)

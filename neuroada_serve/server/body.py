@@ -23,7 +23,8 @@ MAX_ITEMS = 262_144  # token ids, above all
 _FEW_PARTS = 8_192  # fewer than any bound: not looked at more closely
 _SMALL_BYTES = 32_768  # milliseconds at worst
 _NOTICING_TURNS = 3  # of the event loop, in which it hears that a client left behind its body
-CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
+CLIENT_CLOSED_REQUEST = 499  # nginx's number
+CLIENT_CLOSED = "the client closed its side of the connection before it had its answer"
 
 
 def parse_body(body: bytes) -> Any:
@@ -70,7 +71,7 @@ class _BoundedRequest(Request):
             for _ in range(_NOTICING_TURNS):
                 await asyncio.sleep(0)
             if await self.is_disconnected():
-                raise HTTPException(CLIENT_CLOSED_REQUEST, "the client has left")
+                raise HTTPException(CLIENT_CLOSED_REQUEST, CLIENT_CLOSED)
             return await anyio.to_thread.run_sync(parse_body, body)
 
 

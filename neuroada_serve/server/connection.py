@@ -1,4 +1,10 @@
-"""One connection: uvicorn's HTTP/1.1, with time limits for whoever sends slowly or not at all."""
+"""One connection: uvicorn's HTTP/1.1, with time limits for whoever sends or reads slowly, or not at
+all.
+
+A client that closes its side, even if only for sending, has left as far as anyone can tell before
+something is written to it: work that would last is ended, and it is told so (499), as it may still
+be reading. What is there at once it gets.
+"""
 
 import asyncio
 from collections import deque
@@ -7,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 import h11
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from neuroada_serve.server.failure import Failure
@@ -18,6 +25,9 @@ _SLICE_BYTES = 4096
 _PLAIN_SLICE_BYTES = 65536
 _PARSING_S = 0.0005  # of large bodies, before others have the interpreter
 _OTHERS_SHARE = 9.0  # how much longer they have it, the engine's thread above all
+MAX_HEADER_BYTES = 65536  # and what comes with their last piece
+_TOO_LARGE = 431
+_MOST_REASON_CHARS = 200
 
 
 @dataclass(frozen=True)
@@ -25,18 +35,23 @@ class ConnectionLimits:
     """How long a client may take; seconds.
 
     header_s: from the opening, or a later request's first byte, to the end of the headers.
-    keep_alive_s: from an answer to the next request's first byte.
+    keep_alive_s: from an answer to the next request's first byte. Longer than clients keep theirs
+        (httpx 5 s, aiohttp 15, nginx and AWS's balancers 60): a request that is on its way when its
+        connection is closed is lost. Idle connections make way where others want their places.
     body_s: for a body, and one more for every `body_bytes_per_s` bytes received.
     linger_s: for a body that nobody wants any more, as it has been answered.
-    write_s: for a client that reads nothing of what fills its connection.
+    write_s: that a client may leave what fills its connection unread, in all, with one more for
+        every `write_bytes_per_s` bytes that it takes, up to this again. The system's buffers hold
+        megabytes, so that whoever reads at that pace is seen to take them in rare large pieces.
     """
 
     header_s: float = 10.0
-    keep_alive_s: float = 5.0
+    keep_alive_s: float = 75.0
     body_s: float = 10.0
     body_bytes_per_s: float = 8192.0
     linger_s: float = 3.0
     write_s: float = 60.0
+    write_bytes_per_s: float = 1024.0  # some five streamed tokens; Kestrel asks for 240
 
 
 class _Waiting(Enum):
@@ -46,6 +61,31 @@ class _Waiting(Enum):
     HEADERS = 1
     BODY = 2
     LEFTOVER = 3  # the rest of a body whose request has been answered
+
+
+class _Parser(h11.Connection):
+    """h11's, which keeps what was wrong, and refuses bodies whose length two headers tell: proxies
+    may go by the other one, and take the rest of the body for a request of its own."""
+
+    fault: h11.RemoteProtocolError | None = None
+
+    def next_event(self) -> Any:
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                _check_framing(event)
+        except h11.RemoteProtocolError as error:
+            self.fault = error
+            raise
+        return event
+
+
+def _check_framing(request: h11.Request) -> None:
+    names = {name for name, _ in request.headers}
+    if b"transfer-encoding" in names and b"content-length" in names:
+        raise h11.RemoteProtocolError("both Transfer-Encoding and Content-Length are given")
+    if b"transfer-encoding" in names and request.http_version < b"1.1":
+        raise h11.RemoteProtocolError("HTTP/1.0 has no Transfer-Encoding")
 
 
 class Slices:
@@ -101,6 +141,10 @@ class Connection(H11Protocol):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
+        self.conn = self._parser = _Parser(
+            h11.SERVER, self.config.h11_max_incomplete_event_size or 65536
+        )
+        self._app, self.app = self.app, self._run_app
         self._limits = limits
         self._slices = slices
         self._all_waiting = waiting
@@ -108,7 +152,12 @@ class Connection(H11Protocol):
         self._num_bytes = 0  # since it waits
         self._deadline = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._has_left = False  # or closed its side
+        self._is_refused = False
         self._write_timer: asyncio.TimerHandle | None = None
+        self._patience_s = limits.write_s
+        self._unread = 0  # bytes, when last looked at
+        self._looked_at = 0.0
         self._unparsed: deque[memoryview] = deque()
 
     def evict(self) -> None:
@@ -131,6 +180,8 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         self._unset_keepalive_if_required()
         if self._waits_for is _Waiting.NOTHING and self.conn.their_state is h11.IDLE:
             self._wait_for(_Waiting.HEADERS)  # of a later request
@@ -148,29 +199,67 @@ class Connection(H11Protocol):
             self.transport.pause_reading()
             self._slices.add(self)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether to go on writing."""
+        cycle = self.cycle
+        if self._is_refused or cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        self._has_left = True
+        cycle.message_event.set()
+        return True
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._wait_for_reader()
-
-    def _wait_for_reader(self) -> None:
-        left = self.transport.get_write_buffer_size()
-        self._write_timer = self.loop.call_later(self._limits.write_s, self._look_at_reader, left)
-
-    def _look_at_reader(self, left_before: int) -> None:
-        """Whoever has read none of what waited goes. A whole answer may be megabytes at once."""
-        if self.transport.get_write_buffer_size() < left_before:
-            self._wait_for_reader()
-        else:
-            self.evict()
+        self._unread, self._looked_at = self.transport.get_write_buffer_size(), self.loop.time()
+        self._write_timer = self.loop.call_later(self._patience_s, self._look_at_reader)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()
+            self._write_timer = None
+            self._note_reading()
+
+    def _look_at_reader(self) -> None:
+        """Whoever reads too little goes. A whole answer may be megabytes at once."""
+        self._note_reading()
+        if self._patience_s > 0:
+            self._write_timer = self.loop.call_later(self._patience_s, self._look_at_reader)
+        else:
+            self.evict()
+
+    def _note_reading(self) -> None:
+        now, left = self.loop.time(), self.transport.get_write_buffer_size()
+        # Where the loop was held up, nothing could be written either.
+        waited = min(now - self._looked_at, self._patience_s + _LATE_S)
+        earned = max(0, self._unread - left) / self._limits.write_bytes_per_s
+        self._patience_s = min(self._limits.write_s, self._patience_s - waited + earned)
+        self._unread, self._looked_at = left, now
+
+    # --- the application ------------------------------------------------------------------------
+
+    async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application. Once it has the body it hears of a client that has closed its side."""
+        cycle, has_body = self.cycle, False
+
+        async def receive_until_left() -> Message:
+            nonlocal has_body
+            message = None if has_body and self._has_left else await receive()
+            if message is None or (has_body and self._has_left):
+                return {"type": "http.disconnect"}
+            has_body = has_body or not message.get("more_body", False)
+            return message
+
+        await self._app(scope, receive_until_left, send)
+        if self._has_left and not cycle.response_complete:  # a stream, cut off
+            cycle.disconnected = True
+            self._close()
 
     # --- parsing --------------------------------------------------------------------------------
 
     def _parse(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         self.conn.receive_data(data)
         self.handle_events()
 
@@ -195,7 +284,7 @@ class Connection(H11Protocol):
 
     def _look(self) -> None:
         """Find what is waited for now."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_refused:
             return
         answered = self.cycle is None or self.cycle.response_complete
         if self.conn.their_state is h11.SEND_BODY:
@@ -208,6 +297,13 @@ class Connection(H11Protocol):
             self._all_waiting.setdefault(self)
         else:
             self._all_waiting.pop(self, None)
+        if self._has_left and answered:  # and has sent no other request before that
+            self.transport.close()
+        is_idle = self._waits_for is _Waiting.NOTHING and self.conn.their_state is h11.IDLE
+        if is_idle and answered and self.timeout_keep_alive_task is None:
+            # The rest of an answered request's body has stopped uvicorn's timer.
+            handle = self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, handle)
 
     @property
     def _is_chunked(self) -> bool:
@@ -217,7 +313,14 @@ class Connection(H11Protocol):
         """Said of every request of a client that offers HTTP/2: it is answered in HTTP/1.1."""
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(Failure(400, msg))
+        fault = self._parser.fault
+        status = 400 if fault is None else fault.error_status_hint
+        if status == _TOO_LARGE:
+            reason = f"the request's headers are larger than {MAX_HEADER_BYTES} bytes"
+            self._refuse(Failure(status, reason))
+        else:
+            reason = msg if fault is None else f"no HTTP request: {fault}"
+            self._refuse(Failure(status, reason[:_MOST_REASON_CHARS]))
 
     # --- time limits ----------------------------------------------------------------------------
 
@@ -251,7 +354,10 @@ class Connection(H11Protocol):
             self._refuse(Failure(408, f"the request's {what} took too long to arrive"))
 
     def _refuse(self, failure: Failure) -> None:
-        """Answer what is no whole request, past the application, and close."""
+        """Answer what is no whole request, past the application, and close; what is still sent is
+        read and dropped for a while, as a reset could take the answer away."""
+        if self.transport.is_closing():
+            return
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
             body = failure.body()
@@ -260,7 +366,21 @@ class Connection(H11Protocol):
             self.transport.write("\r\n".join((*lines, "connection: close", "", "")).encode() + body)
         if cycle is not None:
             cycle.disconnected = True
-        self._close()
+            cycle.message_event.set()
+        self._is_refused = True
+        self._waits_for = _Waiting.NOTHING
+        self._all_waiting.setdefault(self)
+        self._unset_keepalive_if_required()
+        self._unparsed.clear()
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self.loop.call_later(self._limits.linger_s, self.transport.abort)
+
+    def shutdown(self) -> None:
+        if self._is_refused:
+            self.evict()
+        else:
+            super().shutdown()
 
     def _close(self) -> None:
         self.transport.close()

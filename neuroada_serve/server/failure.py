@@ -31,7 +31,10 @@ _TYPES = {
     409: "ConflictError",
     413: "RequestTooLargeError",
     421: "MisdirectedRequestError",
+    431: "RequestHeadersTooLargeError",
+    499: "ClientClosedRequestError",
     500: "InternalServerError",
+    501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
 

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _ACCEPT_RETRY_S = 0.5
+_LINGER_S = 1.0  # for whoever is refused to read why
+_MOST_LINGERING = 32  # of the reserved descriptors
 _MOST_DEFAULT_CONNECTIONS = 8192
 _MOST_DESCRIPTORS = 65536  # what a process raises its limit to, where it may
 _RESERVED_DESCRIPTORS = 128  # adapters' files, libraries, the loop's own
@@ -135,14 +137,17 @@ class Listener:
         self._waiting = waiting
         self._max_connections = max_connections
         self._opening: set[asyncio.Task[Any]] = set()
+        self._lingering: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         bound.setblocking(False)
         listen(bound)
         self._accepting = self._loop.create_task(self._accept())
 
     async def close(self) -> None:
-        self._accepting.cancel()
-        await asyncio.gather(self._accepting, return_exceptions=True)
+        ending = [self._accepting, *self._lingering]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
         await asyncio.sleep(0)  # the loop lets go of the socket
 
     async def _accept(self) -> None:
@@ -180,5 +185,18 @@ class Listener:
 
     def _refuse(self, accepted: socket.socket) -> None:
         logger.warning("%d connections are open; a new one is refused", self._max_connections)
-        with accepted, contextlib.suppress(OSError):
-            accepted.send(_FULL % (len(_FULL_BODY), _FULL_BODY))
+        if len(self._lingering) >= _MOST_LINGERING:
+            accepted.close()
+            return
+        lingering = self._loop.create_task(self._tell_full(accepted))
+        self._lingering.add(lingering)
+        lingering.add_done_callback(self._lingering.discard)
+
+    async def _tell_full(self, refused: socket.socket) -> None:
+        """Say so, and read what comes: a reset could take the answer away."""
+        with refused, contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                refused.send(_FULL % (len(_FULL_BODY), _FULL_BODY))
+                refused.shutdown(socket.SHUT_WR)
+                while await self._loop.sock_recv(refused, 65536):
+                    pass

@@ -27,7 +27,6 @@ from neuroada_serve.server.worker import Engine, Worker
 
 logger = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES = 65536
 LAST_BYTES_TIMEOUT_S = 5  # for replies that are finished, or aborted, when the drain is over
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -113,8 +112,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(worker, config, rescans),
-                http="h11",  # httptools has no limit on headers
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                http="h11",  # what Connection is
                 loop="asyncio",
                 ws="none",
                 lifespan="off",
