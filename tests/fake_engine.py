@@ -237,7 +237,7 @@ class FakeAdapters:
         text = file.read_text()
         kind = text.split()[0]
         if kind == "slow":
-            assert self.may_read.wait(10)
+            assert self.may_read.wait(120)
         elif kind == "locked":
             raise PermissionError(13, "Permission denied", str(file))
         elif kind == "crash":

@@ -65,7 +65,7 @@ async def serving(engine: FakeEngine | None = None, **config: Any) -> AsyncItera
             yield client
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -141,14 +141,16 @@ def serve_while(
 
 def is_listening(url: str) -> bool:
     try:
-        httpx.get(f"{url}/health")
+        httpx.get(f"{url}/health", timeout=120)
     except httpx.ConnectError:
         return False
+    except httpx.TransportError:
+        return True  # taken, and let go by a server that is ending: asked again
     return True
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)

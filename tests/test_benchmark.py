@@ -454,7 +454,7 @@ def test_peer_runs_beside_ours(model, fake_peer, monkeypatch):
     assert found["peers"]["vllm"]["base"]["ready"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_serving_starts_our_server_and_loads_it(model, tmp_path):
     out = tmp_path / "serving.json"
     result = run(
@@ -513,7 +513,7 @@ def fake_server():
     server.server_close()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_serving_drives_any_server_and_counts_failures(fake_server, monkeypatch):
     monkeypatch.setattr("neuroada_serve.benchmark.serving._warm_up", no_warm_up)
     flags = ["--num-prompts", 20, "--max-concurrency", 2, "--output-len", 8, "--rounds", 2]
@@ -533,7 +533,7 @@ async def no_warm_up(*args: object) -> None:
     pass
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_scaling_writes_its_series_and_plots(model, tmp_path):
     script = Path(__file__).resolve().parent.parent / "bench" / "scaling.py"
     flags = ["--rounds", "2", "--steps", "2", "--max-batch", "4", "--out", str(tmp_path)]

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from neuroada_serve.server import body as body_module
 from neuroada_serve.server.body import MAX_ITEMS, parse_body
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 MOST = (2 << 20) - 200
 JSON = {"content-type": "application/json"}

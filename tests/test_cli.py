@@ -194,7 +194,7 @@ def test_serve_flags_reach_engine_and_server(model, adapter, monkeypatch):
     assert engine.adapters.describe_one("fr").tier == "device"  # preloaded
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_sighup_serves_what_has_come_into_the_adapter_dir(model, adapter, tmp_path, monkeypatch):
     shutil.copytree(adapter, tmp_path / "fr")
     (tmp_path / "half").mkdir()

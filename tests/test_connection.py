@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 
 from neuroada_serve.server.connection import Connection, ConnectionLimits, Slices
 
-pytestmark = pytest.mark.timeout(20)
+pytestmark = pytest.mark.timeout(300)
 
 SHORT = ConnectionLimits(
     header_s=0.2,
@@ -34,7 +34,7 @@ def visit_with(visit: Callable[[Callable[[], socket.socket], str], None], **opti
 
     def run(url: str) -> None:
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
-        visit(lambda: socket.create_connection(address, timeout=5), url)
+        visit(lambda: socket.create_connection(address, timeout=120), url)
 
     assert serve_while(FakeEngine(), run, limits=SHORT, **options) == 0
 
@@ -122,7 +122,7 @@ def test_long_answer_outlasts_every_limit() -> None:
     def visit(connect, url: str) -> None:
         body = {"prompt": "hi", "ignore_eos": True, "max_tokens": 600}  # a millisecond each
         started = time.monotonic()
-        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=120).status_code == 200
         assert time.monotonic() - started > 0.5
 
     visit_with(visit)
@@ -149,7 +149,7 @@ def test_chunks_of_a_byte_hold_up_nobody() -> None:
     """h11 takes some 20 us for each: 40,000 at once would be a second."""
 
     def visit(connect, url: str) -> None:
-        with connect() as connection, httpx.Client() as good:
+        with connect() as connection, httpx.Client(timeout=120) as good:
             connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
             connection.sendall(b"1\r\n \r\n" * 40_000)
             slowest = 0.0

@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from neuroada_serve.server.guard import BodyLimit, is_loopback
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -106,7 +106,10 @@ def test_whoever_opens_the_server_to_others_is_told(host: str, said: bool) -> No
     lines = list[str]()
 
     def visit(url: str) -> None:
-        assert httpx.get(url.replace("0.0.0.0", "127.0.0.1") + "/health").status_code == 200
+        assert (
+            httpx.get(url.replace("0.0.0.0", "127.0.0.1") + "/health", timeout=120).status_code
+            == 200
+        )
 
     assert serve_while(FakeEngine(), visit, lines.append, host=host) == 0
     assert ("no authentication" in " ".join(lines)) == said

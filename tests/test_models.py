@@ -8,7 +8,7 @@ from serving import error_of, serving
 
 from neuroada_serve.errors import AdapterConflictError
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 from neuroada_serve.errors import RequestError
 from neuroada_serve.server.prompts import PIECE_CHARS, Prompts
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(30)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ class SlowTokenizer(ByteTokenizer):
         self.began.set()
         self.num_chars += len(text)
         if self.gate is not None and len(text) >= PIECE_CHARS:
-            assert self.gate.wait(10)
+            assert self.gate.wait(120)
         time.sleep(len(text) / 1e6)
         encoding = ByteTokenizer()
         encoding.input_ids = [1] * (len(text) // 4)

@@ -10,7 +10,7 @@ import pytest
 from fake_engine import digest_of
 from serving import ENDLESS, serving
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
 Lines = Callable[[], list[str]]

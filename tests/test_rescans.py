@@ -8,7 +8,7 @@ from fake_engine import FakeEngine
 
 from neuroada_serve.server.rescans import Rescans
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ class SlowAdapters:
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
         begun = self.num_begun
-        assert self.may_end.wait(10)
+        assert self.may_end.wait(120)
         self.num_running -= 1
         return begun
 

@@ -12,7 +12,7 @@ from serving import serve_while, wait_for
 
 from neuroada_serve.server.signals import EarlySignals
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(300)
 
 CODE = """
 import os, signal, sys
@@ -25,7 +25,7 @@ with EarlySignals(lambda message: print(message, file=sys.stderr)) as early:
 
 def run_with(name: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", CODE.format(name=name)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_sighup_before_it_serves_is_kept() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from neuroada_serve.server.turns import Cancelled, Job, Turns
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(20)]
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ class Held:
         self.turns = Turns("test")
         self.done = list[str]()
         self._go = threading.Event()
-        self.first = asyncio.create_task(self.turns.run("first", 0.0, lambda _: self._go.wait(10)))
+        self.first = asyncio.create_task(self.turns.run("first", 0.0, lambda _: self._go.wait(120)))
 
     async def ask(self, name: str, tenant: str, cost: float) -> "asyncio.Task[None]":
         task = asyncio.create_task(self.turns.run(tenant, cost, lambda _: self.done.append(name)))
@@ -57,7 +57,7 @@ async def test_tenants_share_by_cost_not_by_jobs() -> None:
 async def test_large_job_is_overtaken_by_no_more_than_its_own_cost() -> None:
     turns, done = Turns("test"), list[str]()
     go = threading.Event()
-    tasks = [asyncio.create_task(turns.run("", 0.0, lambda _: go.wait(10)))]
+    tasks = [asyncio.create_task(turns.run("", 0.0, lambda _: go.wait(120)))]
     await asyncio.sleep(0)
     tasks.append(asyncio.create_task(turns.run("", 100.0, lambda _: done.append("large"))))
     await asyncio.sleep(0)
