@@ -853,7 +853,7 @@ def fill(engine: FakeEngine, num: int, tenant: str = "", version: Version | None
     """Sequences of a long answer, whose prompts are computed and begun."""
     for i in range(num):
         name = one.get("request_id", f"{tenant}{version and version.name}{i}")
-        engine.add(new_sequence(name, 3, 1500, version, tenant, index=i))
+        engine.add(new_sequence(name, 3, one.get("max_tokens", 1500), version, tenant, index=i))
     engine.run(LEAST_PROGRESS + 2)
 
 
@@ -868,7 +868,7 @@ def fill(engine: FakeEngine, num: int, tenant: str = "", version: Version | None
 )
 def test_waiting_request_gets_a_slot_of_whoever_has_all(hog, other):
     engine = FakeEngine(16, budget=64)
-    fill(engine, 16, **hog)
+    fill(engine, 16, max_tokens=4 * LEAST_PROGRESS, **hog)
     single = new_sequence(**{"request_id": "single", "num_prompt": 3, "max_tokens": 1} | other)
     engine.add(single)
     engine.run(1)

@@ -89,19 +89,22 @@ def test_the_best_score_is_kept_and_patience_ends_the_run(base, rows, tmp_path):
 
 def test_a_learning_rate_is_found(base, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(lr_finder, "_STEPS", 5)
-    config = replace(QUICK, lr="auto")
+    monkeypatch.setattr(lr_finder, "_FACTORS", (0.25, 1.0, 4.0))
+    config = replace(QUICK, lr="auto", max_steps=10)
     report = train_adapter(base, rows, tmp_path / "a", config)
     recipe = report.adapter.config.metadata["recipe"]
     search = recipe["lr_search"]
     known = [loss for loss in search["losses"] if loss is not None]
     assert search["losses"][search["tried"].index(recipe["lr"])] == min(known)
     assert (tmp_path / "a" / LR_FILE).read_bytes().startswith(b"\x89PNG")
-    given = train_adapter(base, rows, tmp_path / "b", replace(QUICK, lr=recipe["lr"]))
+    given = train_adapter(base, rows, tmp_path / "b", replace(config, lr=recipe["lr"]))
     assert given.losses == report.losses, "the search leaves no trace"
 
 
 def test_diverging_learning_rates_are_passed_over(base, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(lr_finder, "_STEPS", 3)
+    monkeypatch.setattr(lr_finder, "_FACTORS", (0.25, 1.0, 2.0, 4.0))
+    config = replace(QUICK, lr="auto", max_steps=3)
     scored = lr_finder.score
 
     def score(model, rows, batch_size):
@@ -111,12 +114,12 @@ def test_diverging_learning_rates_are_passed_over(base, rows, tmp_path, monkeypa
 
     score.calls = 0
     monkeypatch.setattr(lr_finder, "score", score)
-    report = train_adapter(base, rows, tmp_path / "out", replace(QUICK, lr="auto"))
+    report = train_adapter(base, rows, tmp_path / "out", config)
     search = report.adapter.config.metadata["recipe"]["lr_search"]
-    assert [loss is None for loss in search["losses"]] == [False, False, *[True] * 4]
+    assert [loss is None for loss in search["losses"]] == [False, False, True, True]
     score.calls = 9
     with pytest.raises(UsageError, match="every learning rate"):
-        train_adapter(base, rows, tmp_path / "none", replace(QUICK, lr="auto"))
+        train_adapter(base, rows, tmp_path / "none", config)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
