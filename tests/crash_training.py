@@ -5,15 +5,17 @@ of it, so that a hundred take a minute. Prints one JSON object:
     events: of an uninterrupted run
     points: by kill point, whether the files that came out in the end were the uninterrupted ones
 
-    python crash_training.py FOLDER all|FIRST:STEP
+    python crash_training.py FOLDER all|FIRST:STEP MAX_STEPS
 """
 
 import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # noqa: F401  # here once, rather than in every fork
 import torch
 from test_train import make_base
 
@@ -24,7 +26,6 @@ from neuroada_serve.train.trainer import train_adapter
 
 CONFIG = TrainConfig(
     k=2,
-    max_steps=36,
     save_steps=2,
     eval_steps=6,
     batch_size=3,
@@ -55,7 +56,7 @@ class Events:
         return wrapped
 
 
-def attempt(base, folder: Path, out: Path, kill_at: int | None) -> int:
+def attempt(base, config: TrainConfig, out: Path, kill_at: int | None) -> int:
     """Train in a fork; the signal that ended it, or 0. Its number of events goes to a file."""
     child = os.fork()
     if child:
@@ -69,8 +70,8 @@ def attempt(base, folder: Path, out: Path, kill_at: int | None) -> int:
         durable.os.fsync = events.before(os.fsync)
         durable.os.replace = events.before(os.replace)
         loop._Callback.on_step_end = events.before(loop._Callback.on_step_end)
-        train_adapter(base, folder / "rows.jsonl", out, CONFIG)
-        (folder / "events").write_text(str(events.count))
+        train_adapter(base, out.with_name("rows.jsonl"), out, config)
+        out.with_name("events").write_text(str(events.count))
         os._exit(0)
     except BaseException as error:
         print(repr(error), file=sys.stderr)
@@ -84,21 +85,22 @@ def contents(out: Path) -> list[bytes]:
 
 
 def main() -> None:
-    folder, which = Path(sys.argv[1]), sys.argv[2]
+    folder, which, max_steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)  # threads do not survive a fork
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     base = make_base(folder / "base", "gpt2", dropout=0.1)
+    config = replace(CONFIG, max_steps=max_steps)
     whole = folder / "whole"
-    assert attempt(base, folder, whole, None) == 0
+    assert attempt(base, config, whole, None) == 0
     expected, count = contents(whole), int((folder / "events").read_text())
     first, step = (0, 1) if which == "all" else map(int, which.split(":"))
     points = {}
     for n in range(first, count, step):
         out = folder / f"killed-{n}"
-        assert attempt(base, folder, out, n) == signal.SIGKILL
-        again = attempt(base, folder, out, n // 2)  # and once more on the way
+        assert attempt(base, config, out, n) == signal.SIGKILL
+        again = attempt(base, config, out, n // 2)  # and once more on the way
         if again:
-            assert attempt(base, folder, out, None) == 0
+            assert attempt(base, config, out, None) == 0
         points[n] = contents(out) == expected
     print(json.dumps({"events": count, "points": points}))
 

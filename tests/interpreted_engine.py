@@ -1,7 +1,6 @@
 """The engine through its decode graphs, recorded and replayed as plain calls; run by
 test_cuda_graphs.py in a process of its own (see interpreted_bypass.py)."""
 
-import pytest
 import torch
 from tiny import random_adapter, save_tiny_model
 from triton_interpreter import DEVICE
@@ -24,10 +23,9 @@ def record(launch):
     return launch
 
 
-# Gemma 2 has a sliding window and a soft cap, Qwen2 biases.
-@pytest.mark.parametrize("family", ["gemma2", "qwen2"])
-def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch, family):
-    source = save_tiny_model(tmp_path, family)
+# Gemma 2 has a sliding window and a soft cap; here biases, too.
+def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
+    source = save_tiny_model(tmp_path, "gemma2", attention_bias=True)
     adapters = {
         "a": random_adapter(source, 1, k=2, biases=True),
         "b": random_adapter(source, 2, k=5, biases=True),
@@ -38,7 +36,11 @@ def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch, family):
     prompts = [PROMPTS[i % 3] for i in range(4)]
     expected = [answer.token_ids for answer in llm.generate(prompts, params, NAMES)]
 
+    plain_add_ = bypass_linear.bypass_add_
+
     def add_(y, x, table, token_slots):
+        if DEVICE.type == "cpu" and len(y) > 5:  # prefills are never replayed
+            return plain_add_(y, x, table, token_slots)
         bypass_add_triton_(y, x, table.index, table.bypass, *token_slots.on_device)
 
     monkeypatch.setattr(triton_attention, "_MAX_SPLITS", 2)  # each program is slow interpreted

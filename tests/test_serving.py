@@ -14,6 +14,7 @@ import openai
 import pytest
 from broken import BROKEN
 from openai import OpenAI
+from serving import wait_for
 from tiny import adapter_for
 
 from neuroada_serve import save_adapter
@@ -60,8 +61,8 @@ def server(adapter_dir):
         drain.start()
         yield found[1], process
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-        drain.join(5)
+        assert process.wait(120) == 0
+        drain.join(120)
 
 
 @pytest.fixture
@@ -139,17 +140,20 @@ def test_fresh_adapter_is_served_without_restart_or_a_dropped_stream(
     train = [sys.executable, "-m", "neuroada_serve", "train", "demo", "--data", str(rows)]
     train += ["--out", str(fresh), "--max-steps", "6", "--lr", "0.05", "--eval-fraction", "0"]
 
+    subprocess.run(train, check=True, capture_output=True)
+
     order: list[str] = []
-    long = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
+    long = {"max_tokens": 150, "extra_body": {"ignore_eos": True}}
     texts: list[str] = []
     stream = threading.Thread(target=lambda: texts.append(streamed(client, "demo", order, **long)))
     stream.start()
-    subprocess.run(train, check=True, capture_output=True)
+    wait_for(lambda: order)
     load = {"lora_name": "fresh", "lora_path": "fresh"}
     assert curl(f"{server[0]}/v1/load_lora_adapter", load) == (
         200,
         "Success: LoRA adapter 'fresh' added successfully.",
     )
+    assert stream.is_alive(), "the stream was to be open while the adapter came"
     QUESTION["fresh"] = QUESTION["demo"]
     assert ask(client, "fresh") == "No."
     stream.join()
@@ -169,7 +173,7 @@ def test_broken_adapters_are_refused_by_name_and_serving_goes_on(
         shutil.copytree(good, folder)
         path = broken.apply(folder, base.spec)
         body = {"lora_name": "broken", "lora_path": str(path)}
-        reply = httpx.post(f"{server[0]}/v1/load_lora_adapter", json=body, timeout=60)
+        reply = httpx.post(f"{server[0]}/v1/load_lora_adapter", json=body, timeout=120)
         message = reply.json()["error"]["message"]
         assert reply.status_code in (400, 404), (kind, message)
         if message.startswith("adapter "):
@@ -190,4 +194,6 @@ def test_adapters_are_published_from_training_as_new_versions(server, client, ad
     assert ask(client, "fresh", "triage") == ask(client, "triage")
     publish(load_adapter(EXAMPLES / "adapters" / "sql"))
     assert ask(client, "fresh", "sql") == ask(client, "sql")
-    httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "fresh"}).raise_for_status()
+    httpx.post(
+        f"{url}/v1/unload_lora_adapter", json={"lora_name": "fresh"}, timeout=120
+    ).raise_for_status()
