@@ -134,7 +134,7 @@ ROW = {"prompt": "hé", "completion": "b"}
         ("utf32.json", json.dumps([ROW]).encode("utf-32")),
         ("lines.json", (as_lines([ROW]) * 2).encode()),
         ("lines.csv", as_lines([ROW]).encode()),
-        ("zipped.jsonl", gzip.compress(as_lines([ROW]).encode())),
+        ("zipped.jsonl", gzip.compress(as_lines([ROW]).encode(), mtime=0)),
         ("data.json", json.dumps({"version": 1, "data": [ROW]}).encode()),
         ("rows.json", json.dumps({"rows": [ROW]}).encode()),
         ("one.json", json.dumps(ROW, indent=1).encode()),
