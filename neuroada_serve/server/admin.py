@@ -111,7 +111,8 @@ def _add_changes(app: FastAPI, worker: Worker, config: ServerConfig, rescans: Re
         """Serve an adapter from a folder under --adapter-dir."""
         assert root is not None
         before = digest_of(request.lora_name)
-        await anyio.to_thread.run_sync(_load, worker, root, request, base_names, limiter=reading)
+        async with reading:
+            await in_daemon_thread(partial(_load, worker, root, request, base_names), "load")
         if (digest := digest_of(request.lora_name)) != before:
             what = "loaded" if before is None else f"replaced (digest {before[:12]} before)"
             log(http, request.lora_name, f"{what} from {request.lora_path[:256]!r}", digest)

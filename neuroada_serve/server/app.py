@@ -39,7 +39,7 @@ from neuroada_serve.server.request_log import RequestLog
 from neuroada_serve.server.rescans import Rescans
 from neuroada_serve.server.streaming import EventStream, begun, collect, unless_disconnected
 from neuroada_serve.server.target import RequestTarget
-from neuroada_serve.server.worker import Worker
+from neuroada_serve.server.worker import Stream, Worker
 
 
 def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = None) -> FastAPI:
@@ -118,41 +118,49 @@ def _add_generation(
     async def complete(http: Request, request: CompletionRequest) -> Response:
         """Continue one prompt, or several."""
         adapter, params = models.adapter_of(request.model), request.sampling_params()
-        encoding = prompts.encode(request.prompts, _tenant(http, config), bool(request.echo))
-        if (encoded := await unless_disconnected(http.receive, encoding)) is None:
-            return _client_closed()
-        ids, texts = encoded
-        answer = CompletionAnswer(
-            request,
-            models.shown(adapter),
-            num_prompt_tokens=sum(map(len, ids)),
-            num_choices=len(ids) * params.n,
-            echoes=[Echo(*text) for text in texts for _ in range(params.n)],
-        )
-        return await reply(http, request, answer, ids, params, adapter)
+        with worker.arrival():
+            encoding = prompts.encode(request.prompts, _tenant(http, config), bool(request.echo))
+            if (encoded := await unless_disconnected(http.receive, encoding)) is None:
+                return _client_closed()
+            ids, texts = encoded
+            answer = CompletionAnswer(
+                request,
+                models.shown(adapter),
+                num_prompt_tokens=sum(map(len, ids)),
+                num_choices=len(ids) * params.n,
+                echoes=[Echo(*text) for text in texts for _ in range(params.n)],
+            )
+            stream = await submit(http, request, answer, ids, params, adapter)
+        return await reply(http, request, answer, stream)
 
     @app.post("/v1/chat/completions", dependencies=[Depends(require_json)])
     async def chat(http: Request, request: ChatCompletionRequest) -> Response:
         """Answer a conversation."""
         adapter, params = models.adapter_of(request.model), request.sampling_params()
         messages = [m.model_dump(include={"role", "content"}) for m in request.messages]
-        encoding = prompts.encode_chat(messages, _tenant(http, config))
-        if (ids := await unless_disconnected(http.receive, encoding)) is None:
-            return _client_closed()
-        answer = ChatAnswer(request, models.shown(adapter), len(ids), params.n)
-        return await reply(http, request, answer, [ids], params, adapter)
+        with worker.arrival():
+            encoding = prompts.encode_chat(messages, _tenant(http, config))
+            if (ids := await unless_disconnected(http.receive, encoding)) is None:
+                return _client_closed()
+            answer = ChatAnswer(request, models.shown(adapter), len(ids), params.n)
+            stream = await submit(http, request, answer, [ids], params, adapter)
+        return await reply(http, request, answer, stream)
 
-    async def reply(
+    async def submit(
         http: Request,
         request: GenerationRequest,
         answer: Answer,
         ids: list[list[int]],
         params: SamplingParams,
         adapter: str | None,
-    ) -> Response:
+    ) -> Stream:
         tenant, salt = _tenant(http, config), request.cache_salt or ""
         http.state.answer = answer
-        stream = await worker.submit(answer.id, ids, params, adapter, tenant, salt)
+        return await worker.submit(answer.id, ids, params, adapter, tenant, salt)
+
+    async def reply(
+        http: Request, request: GenerationRequest, answer: Answer, stream: Stream
+    ) -> Response:
         if request.stream:
             # A request that fails at once gets an error's status, not a stream with an error in it.
             try:
@@ -190,14 +198,15 @@ def _add_classification(
     async def classify(http: Request, request: ClassifyRequest) -> Response:
         """The probabilities of a classifier's labels, for one text or several."""
         adapter = models.adapter_of(request.model)
-        encoding = prompts.encode(request.inputs, _tenant(http, config))
-        if (encoded := await unless_disconnected(http.receive, encoding)) is None:
-            return _client_closed()
-        inputs, _ = encoded
-        answer = ClassifyAnswer(models.shown(adapter), sum(map(len, inputs)), len(inputs))
-        tenant, salt = _tenant(http, config), request.cache_salt or ""
-        http.state.answer = answer
-        stream = await worker.submit(answer.id, inputs, CLASSIFY, adapter, tenant, salt)
+        with worker.arrival():
+            encoding = prompts.encode(request.inputs, _tenant(http, config))
+            if (encoded := await unless_disconnected(http.receive, encoding)) is None:
+                return _client_closed()
+            inputs, _ = encoded
+            answer = ClassifyAnswer(models.shown(adapter), sum(map(len, inputs)), len(inputs))
+            tenant, salt = _tenant(http, config), request.cache_salt or ""
+            http.state.answer = answer
+            stream = await worker.submit(answer.id, inputs, CLASSIFY, adapter, tenant, salt)
         try:
             body = await unless_disconnected(http.receive, collect(stream, answer))
         finally:

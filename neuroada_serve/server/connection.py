@@ -362,8 +362,10 @@ class Connection(H11Protocol):
         if cycle is None or cycle.response_complete or not cycle.response_started:
             body = failure.body()
             head = f"HTTP/1.1 {failure.status} {STATUS_PHRASES[failure.status].decode()}"
-            lines = head, "content-type: application/json", f"content-length: {len(body)}"
-            self.transport.write("\r\n".join((*lines, "connection: close", "", "")).encode() + body)
+            fields = {"content-type": "application/json", "content-length": str(len(body))}
+            fields |= {**failure.headers, "connection": "close"}
+            lines = head, *(f"{name}: {value}" for name, value in fields.items()), "", ""
+            self.transport.write("\r\n".join(lines).encode() + body)
         if cycle is not None:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -379,6 +381,8 @@ class Connection(H11Protocol):
     def shutdown(self) -> None:
         if self._is_refused:
             self.evict()
+        elif self._waits_for is _Waiting.BODY:
+            self._refuse(Failure(503, "the server is shutting down", headers={"Retry-After": "1"}))
         else:
             super().shutdown()
 

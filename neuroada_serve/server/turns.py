@@ -3,9 +3,11 @@
 import asyncio
 import heapq
 import itertools
+import queue
 import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -35,6 +37,46 @@ class Job:
             raise Cancelled
 
 
+class _Thread:
+    """One that does what it is given, in order. Not an executor's: it does not keep a process alive
+    whose work takes for ever."""
+
+    def __init__(self, name: str) -> None:
+        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._main, args=(self._todo,), name=name, daemon=True).start()
+        weakref.finalize(self, self._todo.put, None)
+
+    def start(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Its result, when it has one."""
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: Any, error: BaseException | None) -> None:
+            if found.cancelled():
+                return
+            if error is None:
+                found.set_result(result)
+            else:
+                found.set_exception(error)
+
+        def run() -> None:
+            result, failure = None, None
+            try:
+                result = work()
+            except BaseException as error:
+                failure = error
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, result, failure)
+
+        self._todo.put(run)
+        return found
+
+    @staticmethod
+    def _main(todo: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
+        while (run := todo.get()) is not None:
+            run()
+
+
 class Turns:
     """One job at a time. Tenants share the thread by cost; of one tenant's jobs the cheap go first,
     but each is overtaken by no more than its own cost.
@@ -44,7 +86,7 @@ class Turns:
     """
 
     def __init__(self, name: str) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread = _Thread(name)
         self._order = itertools.count()
         self._waiting: dict[str, list[tuple[float, int, float, asyncio.Future[None]]]] = {}
         self._spent: dict[str, float] = {}
@@ -68,7 +110,7 @@ class Turns:
                 self._give_back()
             raise
         job = Job()
-        working = loop.run_in_executor(self._thread, work, job)
+        working = self._thread.start(lambda: work(job))
         working.add_done_callback(self._give_back)
         try:
             await asyncio.wait([working])

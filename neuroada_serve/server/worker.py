@@ -11,7 +11,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -167,6 +168,8 @@ class Worker:
         self._streams: dict[str, Stream] = {}  # by engine request id
         self._replies: set[asyncio.Future[Any]] = set()
         self._draining = False
+        self._arriving: set[asyncio.Task[Any]] = set()  # of requests that come before `submit`
+        self._is_drained = False
 
         # Shared; guarded by the condition, which is notified when the thread may have work.
         self._changed = threading.Condition()
@@ -221,7 +224,29 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        return not self._streams
+        return not (self._streams or self._arriving)
+
+    @contextmanager
+    def arrival(self) -> Iterator[None]:
+        """For a request's way to `submit`: it counts as running already, so that a drain waits for
+        it, and cancels its task in the end.
+
+        Raises:
+            Unavailable: not `ready`, or a drain is over.
+        """
+        self._require_ready()
+        task = asyncio.current_task()
+        assert task is not None
+        self._arriving.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._is_drained:
+                raise
+            task.uncancel()
+            raise Unavailable("the server is shutting down") from None
+        finally:
+            self._arriving.discard(task)
 
     async def submit(
         self,
@@ -235,10 +260,12 @@ class Worker:
         """Hand prompts to the engine, all or none; returns once it has accepted them.
 
         Raises:
-            Unavailable: not `ready`, or the queue is full.
+            Unavailable: not `ready`, but for a drain that an `arrival` began before; or the queue
+                is full.
             RequestError, AdapterNotFoundError: from the engine.
         """
-        self._require_ready()
+        if self._dead or self._closing or asyncio.current_task() not in self._arriving:
+            self._require_ready()
         self._engine.adapters.prefetch(adapter)  # while the engine finishes its step
         request_ids = [f"{request_id}-{i}" for i in range(len(prompts))]
         stream = Stream(self, request_ids, params.n)
@@ -267,8 +294,11 @@ class Worker:
         deadline = time.monotonic() + timeout_s
         while not self.idle and time.monotonic() < deadline and not hurry():
             await asyncio.sleep(0.02)
+        self._is_drained = True
         for request_id in list(self._streams):
             self._send_abort(request_id)
+        for task in list(self._arriving):
+            task.cancel()
 
     def _require_ready(self) -> None:
         if not self.ready:
@@ -277,7 +307,6 @@ class Worker:
 
     async def _call(self, run: Callable[[], T]) -> T:
         """Result of `run` on the engine's thread, between two steps."""
-        self._require_ready()
         reply: asyncio.Future[T] = self._loop.create_future()
         self._replies.add(reply)
         reply.add_done_callback(self._replies.discard)
