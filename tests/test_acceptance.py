@@ -1,6 +1,6 @@
 """The promises on the real model: the demo base and the shipped adapters, float32 and bfloat16.
 
-The full sizes are marked slow; CI runs the same tests on fewer prompts.
+The full sizes are marked slow; CI runs the same tests on fewer prompts, with shorter answers.
 """
 
 import subprocess
@@ -18,8 +18,8 @@ from neuroada_serve.train.shapes import read_rows
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MIX = [None, "sql", "json", "sql", "triage"]
-GREEDY = SamplingParams(temperature=0, max_tokens=64)
 FEW, ALL = 2, 20
+TOKENS = {FEW: 24, ALL: 64}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,10 @@ def asked(tmp_path_factory):
         return [rows[name][i] for i in range(count) for name in MIX], MIX * count
 
     return make
+
+
+def greedy(count: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=TOKENS[count])
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +64,17 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("count", [FEW, pytest.param(ALL, marks=pytest.mark.slow)])
 def test_mixed_batch_equals_one_by_one_and_the_merged_checkpoint(llm, checkpoints, asked, count):
     questions, adapters = asked(count)
-    mixed = llm.chat(questions, GREEDY, adapters)
+    params = greedy(count)
+    mixed = llm.chat(questions, params, adapters)
     for question, adapter, answer in zip(questions, adapters, mixed, strict=True):
-        alone = llm.chat(question, GREEDY, adapter)[0]
+        alone = llm.chat(question, params, adapter)[0]
         assert answer.token_ids == alone.token_ids, (adapter, question)
         prompt = torch.tensor([answer.prompt_token_ids])
         plain = checkpoints[adapter].generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
-            max_new_tokens=64,
+            max_new_tokens=params.max_tokens,
             pad_token_id=2,
         )
         expected = tuple(plain[0, prompt.shape[1] :].tolist())
@@ -92,19 +97,20 @@ def test_logits_agree_with_the_merged_checkpoint(llm, checkpoints, asked, count)
 
 def test_while_sql_is_merged_all_others_answer_as_before(llm, asked):
     questions, adapters = asked(FEW)
-    expected = [answer.token_ids for answer in llm.chat(questions, GREEDY, adapters)]
+    expected = [answer.token_ids for answer in llm.chat(questions, greedy(FEW), adapters)]
     llm.merge("sql")
-    merged = [answer.token_ids for answer in llm.chat(questions, GREEDY, adapters)]
+    merged = [answer.token_ids for answer in llm.chat(questions, greedy(FEW), adapters)]
     llm.unmerge()
     assert merged == expected
 
 
-def test_rotating_merges_leave_the_base_digest():
+@pytest.mark.parametrize("merges", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_rotating_merges_leave_the_base_digest(merges):
     llm = LLM("demo", {n: EXAMPLES / "adapters" / n for n in ("sql", "json", "triage")})
     assert llm.engine.base.dtype is torch.bfloat16
     digest = llm.base_digest()
     names = ("sql", "json", "triage")
-    for i in range(1000):
+    for i in range(merges):
         llm.merge(names[i % 3])  # a swap, but for the first of every five
         if i % 5 == 4:
             llm.unmerge()
