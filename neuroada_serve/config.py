@@ -175,8 +175,8 @@ class ServerConfig:
     )
     max_waiting: int = _option(
         256,
-        "Requests that may wait; further ones get HTTP 503, except from tenants or adapters that "
-        "hold less than their share of the queue.",
+        "Requests that may wait; further ones get HTTP 503, except from tenants, adapters or "
+        "clients that hold less than their share of the queue.",
     )
     max_connections: int | None = _option(
         None,

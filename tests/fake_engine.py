@@ -285,6 +285,7 @@ class FakeSequence:
     lease: FakeLease
     tenant: str = ""
     cache_salt: str = ""
+    client: str = ""
     num_cached: int = 0
     num_sent: int = 0
 
@@ -344,10 +345,12 @@ class FakeEngine:
         self.num_polls += 1
         return bool(self.running or self.waiting or self.ended)
 
-    def may_queue(self, tenant: str, adapter: str | None, max_waiting: int) -> bool:
+    def may_queue(
+        self, tenant: str, adapter: str | None, max_waiting: int, client: str = ""
+    ) -> bool:
         self._on_own_thread()
         num_free = self.config.max_num_seqs - self.num_running
-        return self.waiting.admits(tenant, adapter, max_waiting + num_free)
+        return self.waiting.admits(tenant, adapter, max_waiting + num_free, client)
 
     def add_requests(
         self,
@@ -357,6 +360,7 @@ class FakeEngine:
         adapter: str | None = None,
         tenant: str = "",
         cache_salt: str = "",
+        client: str = "",
     ) -> None:
         self._on_own_thread()
         if any(len(prompt) > 100 for prompt in prompts):
@@ -381,6 +385,7 @@ class FakeEngine:
                     self.adapters.acquire(adapter),
                     tenant,
                     cache_salt,
+                    client,
                     num_cached,
                 )
                 self.waiting.add(sequence)

@@ -74,6 +74,7 @@ KERNEL_LIBRARIES = {
 TORCH_FREE = (
     "adapters.extents",
     "adapters.readiness",
+    "engine.accounts",
     "engine.fairness",
     "engine.merge_policy",
     "engine.prefix_cache",

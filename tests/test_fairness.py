@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neuroada_serve.engine import fairness
 from neuroada_serve.engine.fairness import OUTPUT_COST, PROMPT_COST, FairQueue
 
 Party = tuple[str, str | None]  # a tenant and an adapter
@@ -25,14 +24,15 @@ class Request:
     num_prompt: int = 1
     num_output: int = 1
     request_id: str = field(default_factory=lambda: f"r{next(_numbers)}")
+    client: str = ""
 
 
 def first(queue: FairQueue[Request]) -> Request:
     return queue.heads()[0]
 
 
-def add(queue: FairQueue[Request], *parties: Party) -> list[Request]:
-    requests = [Request(*party) for party in parties]
+def add(queue: FairQueue[Request], *parties: Party, client: str = "") -> list[Request]:
+    requests = [Request(*party, client=client) for party in parties]
     for request in requests:
         queue.add(request)
     return requests
@@ -153,19 +153,6 @@ def test_adapters_of_a_tenant_are_lifted_among_themselves():
     assert queue.rank(new) == queue.rank(busy) == (70, 70)
 
 
-def test_accounts_of_the_silent_are_bounded(monkeypatch):
-    monkeypatch.setattr(fairness, "_MOST_SILENT", 10)
-    queue = FairQueue[Request]()
-    (stays,) = add(queue, ("", "stays"))
-    queue.charge(stays, 3)
-    for i in range(200):
-        (request,) = add(queue, ("", f"a{i}"))
-        queue.take(request)
-        queue.leave(request)
-    assert len(queue._accounts.parties[""].parties) <= 11
-    assert queue.rank(stays) == (3, 3)
-
-
 # --- a full queue ----------------------------------------------------------------------------
 
 
@@ -198,10 +185,43 @@ def test_without_tenants_adapters_have_shares_of_the_queue():
 
 
 def test_adapters_of_one_tenant_share_its_places():
+    """Among themselves, and not another's."""
     queue = FairQueue[Request]()
     add(queue, *[("hog", "a")] * 4)
+    assert not queue.admits("hog", "a", 4)
+    add(queue, *[("hog", "b")] * 2)
     assert not queue.admits("hog", "b", 4)
     assert queue.admits("other", "b", 4)
+
+
+def test_clients_of_one_adapter_share_its_places():
+    queue = FairQueue[Request]()
+    add(queue, *[("", "a")] * 8, client="hog")
+    assert not queue.admits("", "a", 8, "hog")
+    admitted = 0
+    while queue.admits("", "a", 8, "other"):
+        add(queue, ("", "a"), client="other")
+        admitted += 1
+    assert admitted == 4
+    assert queue.admits("", "b", 8, "hog")
+
+
+def test_client_without_a_place_gets_one_of_whoever_has_most():
+    queue = FairQueue[Request]()
+    hog = add(queue, *[("", "a")] * 6, client="hog")
+    add(queue, *[("", "a")] * 2, client="some")
+    assert not queue.admits("", "a", 4, "new")
+    assert queue.displaced_by("", "a", 4, "new") is hog[-1]
+    assert queue.displaced_by("", "a", 4, "hog") is None
+
+
+def test_clients_of_another_adapter_lose_no_place_to_many_of_one():
+    queue = FairQueue[Request]()
+    (one,) = add(queue, ("", "one"), client="one")
+    for i in range(7):
+        add(queue, ("", "many"), client=f"c{i}")
+    assert queue.displaced_by("", "many", 4, "c7") is None
+    assert queue.displaced_by("", "one", 4, "new") not in (None, one)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -247,7 +267,7 @@ def test_queue_knows_who_waits_and_who_is_first(data):
         queue.take(request)
     for request in waiting + running:
         queue.leave(request)
-    assert not any(account.num_present for account in queue._accounts.parties.values())
+    assert not queue._accounts.root.parties
 
 
 def check_heads(queue: FairQueue[Request], waiting: list[Request]) -> None:
@@ -399,6 +419,24 @@ def test_tenant_that_comes_back_gets_its_share_and_no_more():
     assert now == pytest.approx(server.served["away", "a"], rel=0.05)
 
 
+def test_clients_of_an_adapter_get_the_same_and_adapters_too():
+    """However many clients each has."""
+    queue, served = FairQueue[Request](), Counter[str]()
+    names = {"a": ["a0"], "b": ["b0", "b1", "b2"]}
+    for step in range(4000):
+        for adapter, clients in names.items():
+            for place, client in enumerate(clients):
+                if step % (1 + place) == 0:
+                    add(queue, ("", adapter), client=client)
+        request = first(queue)
+        queue.take(request)
+        queue.charge(request, 1)
+        served[request.client] += 1
+        queue.leave(request)
+    assert served["a0"] == pytest.approx(2000, rel=0.01)
+    assert jain(served[client] for client in names["b"]) >= 0.99
+
+
 # --- slots -----------------------------------------------------------------------------------
 
 
@@ -415,13 +453,38 @@ def test_head_is_of_the_request_with_fewest_slots():
     assert queue.heads() == [many[1]]
 
 
+def test_head_is_of_the_client_that_has_had_least():
+    queue = FairQueue[Request]()
+    many = add(queue, *[("", "a")] * 3, client="many")
+    queue.take(many[0])
+    queue.charge(many[0], 5)
+    (late,) = add(queue, ("", "a"), client="late")
+    assert queue.heads() == [many[1]], "equal claims, first come first served"
+    queue.charge(many[0], 1)
+    assert queue.heads() == [late]
+
+
+def test_client_with_no_slot_displaces_one_of_many_that_have_one_each():
+    queue = FairQueue[Request]()
+    many = add(queue, *[("", "a")] * 3, client="many")
+    for request in many:
+        queue.take(request)
+        queue.charge(request, 5)
+    (late,) = add(queue, ("", "a"), client="late")
+    assert all(queue.may_displace(late, request) for request in many)
+    queue.put_back(many[2])
+    queue.take(late)
+    (more,) = add(queue, ("", "a"), client="late")
+    assert not any(queue.may_displace(more, request) for request in many)
+
+
 def test_request_that_is_put_back_is_first_again():
     queue = FairQueue[Request]()
     one, two = add(queue, ("", "a"), ("", "a"))
     queue.take(one)
     queue.put_back(one)
     assert queue.heads() == [one]
-    assert list(queue) == [one, two]
+    assert set(queue) == {one, two}
     assert len(queue) == 2
 
 

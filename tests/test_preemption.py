@@ -96,7 +96,7 @@ def test_aborted_while_it_waits_again_leaves_nothing(source):
     assert {o.finish_reason for o in outputs} == {FinishReason.ABORT}
     assert not engine.has_unfinished
     engine.adapters.unload("a")
-    assert not engine._scheduler.waiting._slots
+    assert not engine._scheduler.waiting._accounts.root.num_slots
 
 
 def test_full_queue_makes_place_for_whoever_has_none(source):

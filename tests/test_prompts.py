@@ -13,6 +13,7 @@ from serving import error_of, serving
 from tiny import tiny_tokenizer
 
 from neuroada_serve.errors import RequestError
+from neuroada_serve.server.caller import Caller
 from neuroada_serve.server.prompts import PIECE_CHARS, Prompts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
@@ -49,7 +50,7 @@ def prompts_with(tokenizer: Any, max_model_len: int = 8192) -> Prompts:
 async def test_text_that_cannot_fit_is_refused_before_it_is_all_tokenized() -> None:
     tokenizer = SlowTokenizer()
     with pytest.raises(RequestError, match="maximum context length is 8192 tokens"):
-        await prompts_with(tokenizer).encode(["x" * (2 << 20)], "")
+        await prompts_with(tokenizer).encode(["x" * (2 << 20)], Caller())
     assert tokenizer.num_chars < 2 * 4 * 8192  # of two million
 
 
@@ -63,14 +64,14 @@ async def test_conversation_that_cannot_fit_is_refused_likewise() -> None:
     prompts = prompts_with(tokenizer)
     messages = [{"role": "user", "content": "x" * 20_000}] * 100
     with pytest.raises(RequestError, match="maximum context length"):
-        await prompts.encode_chat(messages, "")
+        await prompts.encode_chat(messages, Caller())
     assert tokenizer.num_chars < 2 * 4 * 8192
 
 
 @pytest.mark.parametrize("length", [PIECE_CHARS - 1, PIECE_CHARS + 1, 32_700])
 async def test_text_that_fits_is_tokenized_whole(length: int) -> None:
     text = "héllo wörld "[:12] * (length // 12)
-    ids, texts = await prompts_with(ByteTokenizer(), 100_000).encode([text], "")
+    ids, texts = await prompts_with(ByteTokenizer(), 100_000).encode([text], Caller())
     assert ids == [list(text.encode())]
     assert texts == []
 
@@ -80,7 +81,7 @@ async def test_length_is_that_of_the_whole_text_not_of_its_pieces() -> None:
     tokenizer = tiny_tokenizer()
     text = "the cat sat on the mat " * 2000
     wanted = tokenizer(text).input_ids
-    ids, _ = await prompts_with(tokenizer, len(wanted) + 1).encode([text], "")
+    ids, _ = await prompts_with(tokenizer, len(wanted) + 1).encode([text], Caller())
     assert ids == [wanted]
 
 
@@ -88,23 +89,23 @@ async def test_client_that_leaves_ends_its_tokenizing() -> None:
     gate = threading.Event()
     tokenizer = SlowTokenizer(gate)
     prompts = prompts_with(tokenizer, 10**9)
-    leaving = [asyncio.create_task(prompts.encode(["x" * 2_000_000], "")) for _ in range(60)]
+    leaving = [asyncio.create_task(prompts.encode(["x" * 2_000_000], Caller())) for _ in range(60)]
     while not tokenizer.began.is_set():
         await asyncio.sleep(0.001)
     for task in leaving:
         task.cancel()
     await asyncio.gather(*leaving, return_exceptions=True)
     gate.set()
-    await prompts.encode(["y" * (PIECE_CHARS + 1)], "")
+    await prompts.encode(["y" * (PIECE_CHARS + 1)], Caller())
     assert tokenizer.num_chars <= 4 * PIECE_CHARS  # of 120 million
 
 
 async def test_short_prompt_does_not_wait_for_a_long_one() -> None:
     gate = threading.Event()
     prompts = prompts_with(SlowTokenizer(gate), 10**9)
-    long = [asyncio.create_task(prompts.encode(["x" * 20_000], "")) for _ in range(20)]
+    long = [asyncio.create_task(prompts.encode(["x" * 20_000], Caller())) for _ in range(20)]
     await asyncio.sleep(0.01)
-    assert (await asyncio.wait_for(prompts.encode(["hi there"], ""), 5))[0] == [[1, 1]]
+    assert (await asyncio.wait_for(prompts.encode(["hi there"], Caller()), 5))[0] == [[1, 1]]
     gate.set()
     await asyncio.gather(*long)
 

@@ -143,6 +143,7 @@ def new_sequence(
     version: Version | None = None,
     tenant: str = "",
     index: int = 0,
+    client: str = "",
 ) -> Sequence:
     return Sequence(
         request_id=request_id,
@@ -154,6 +155,7 @@ def new_sequence(
         lease=None if version is None else SimpleNamespace(version=version),
         detokenizer=None,
         tenant=tenant,
+        client=client,
     )
 
 
@@ -206,7 +208,7 @@ class FakeEngine:
         self.run_until(lambda: not self.scheduler.has_unfinished)
         assert not self.adapters.holders
         assert not self.scheduler._turns
-        assert not any(a.num_present for a in self.scheduler.waiting._accounts.parties.values())
+        assert not self.scheduler.waiting._accounts.root.num_present
         assert sorted(self.scheduler._free_slots) == list(range(self.scheduler.max_num_seqs))
 
     def step(self) -> Schedule:
@@ -849,11 +851,19 @@ def test_abort_of_a_parked_sequence_leaves_nothing_held():
 # --- slots taken back ------------------------------------------------------------------------
 
 
-def fill(engine: FakeEngine, num: int, tenant: str = "", version: Version | None = None, **one):
+def fill(
+    engine: FakeEngine,
+    num: int,
+    tenant: str = "",
+    version: Version | None = None,
+    client: str = "",
+    **one,
+):
     """Sequences of a long answer, whose prompts are computed and begun."""
     for i in range(num):
-        name = one.get("request_id", f"{tenant}{version and version.name}{i}")
-        engine.add(new_sequence(name, 3, one.get("max_tokens", 1500), version, tenant, index=i))
+        name = one.get("request_id", f"{tenant}{version and version.name}{client}{i}")
+        max_tokens = one.get("max_tokens", 1500)
+        engine.add(new_sequence(name, 3, max_tokens, version, tenant, i, client))
     engine.run(LEAST_PROGRESS + 2)
 
 
@@ -863,6 +873,7 @@ def fill(engine: FakeEngine, num: int, tenant: str = "", version: Version | None
         ({"tenant": "hog"}, {"tenant": "other"}),
         ({"version": Version("a")}, {"version": Version("b")}),
         ({"version": Version("a")}, {}),
+        ({"client": "hog"}, {"client": "other"}),
         ({"request_id": "one"}, {"request_id": "another"}),
     ],
 )

@@ -545,7 +545,7 @@ async def test_full_queue_takes_tenants_below_their_share() -> None:
     async with serving(engine, max_waiting=2, tenant_header="x-tenant") as client:
         client.headers["x-tenant"] = "loud"
         async with busy(client, 3, model="sql"):
-            error_of(await client.complete(model="pirate"), 503)
+            error_of(await client.complete(model="sql"), 503)
             client.headers["x-tenant"] = "quiet"
             async with busy(client, model="sql"):
                 assert [request.tenant for request in engine.requests[3:]] == ["quiet"]

@@ -122,14 +122,16 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
 
-    def may_queue(self, tenant: str, adapter: str | None, max_waiting: int) -> bool:
+    def may_queue(
+        self, tenant: str, adapter: str | None, max_waiting: int, client: str = ""
+    ) -> bool:
         """Whether one more request may wait where `max_waiting` are enough, by shares. Where even
         twice as many wait, the last of whoever has most may end for it."""
         queue = self._scheduler.waiting
         limit = max_waiting + self.config.max_num_seqs - self.num_running
-        if queue.admits(tenant, adapter, limit):
+        if queue.admits(tenant, adapter, limit, client):
             return True
-        displaced = queue.displaced_by(tenant, adapter, limit)
+        displaced = queue.displaced_by(tenant, adapter, limit, client)
         if displaced is None:
             return False
         error = f"{len(queue)} requests wait, and others have fewer; try again later"
@@ -154,12 +156,14 @@ class Engine:
         adapter: str | None = None,
         tenant: str = "",
         cache_salt: str = "",
+        client: str = "",
     ) -> None:
         """Queue prompts, all or none: params.n sequences each, all on one version of an adapter.
 
         Args:
             adapter: a name, or a mix such as "sql:0.7+json:0.3"; None for the base.
-            tenant: whose share of the engine they count against.
+            tenant, client: whose share of the engine they count against; clients share a tenant's
+                share of one adapter.
             cache_salt: only requests of the same tenant and salt share cached prefixes.
 
         Raises:
@@ -180,7 +184,8 @@ class Engine:
                 token_ids = list(prompt)  # one for all choices
                 for index in range(params.n):
                     sequence = self._new_sequence(request_id, index, token_ids, params)
-                    sequence.tenant, sequence.cache_salt = tenant, cache_salt
+                    sequence.tenant, sequence.client = tenant, client
+                    sequence.cache_salt = cache_salt
                     sequence.lease = None if lease is None else lease.share()
                     self._scheduler.add(sequence)
         finally:

@@ -1,19 +1,20 @@
 """Who is served next: the one who has had the fewest tokens for its weight. Pure Python.
 
-Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024; S-LoRA
-has them per adapter): whoever waits with the lowest counter goes first, and is charged for what it
-gets. Whoever was away is lifted to the lowest of those who were not, so nobody saves up a claim by
-staying silent. There are two levels: tenants among each other, and within a tenant its adapters,
-the base among them. Without tenants all requests are of one, so adapters share alike.
+There are three levels of parties (`accounts.py`): tenants among each other, within a tenant its
+adapters, the base among them, and of an adapter its clients. So adapters share alike however many
+clients each has, and one client's backlog holds up no other. Where tenants or clients are not told
+apart, there is one.
 
-Slots are shared in the same way, and below that among the requests of one adapter: whoever has
-fewer than its share may take one back from whoever has most (`may_displace`).
+Slots are shared in the same way, and below that among the requests of one client: whoever has
+fewer than its share may take one back from whoever has most (`may_displace`). So are the places of
+the queue.
 """
 
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
+
+from neuroada_serve.engine.accounts import Accounts, Party, charge
 
 # A computed prompt token and an answered one, as in the paper; on the demo base a decode token at
 # 16 requests takes twice the time of a prompt token (bench/results/throughput_16.json).
@@ -21,13 +22,13 @@ PROMPT_COST = 1.0
 OUTPUT_COST = 2.0
 # Adapters whose counters are this close (in costs) are level: the one on the device goes first.
 AFFINITY = 64.0
-_MOST_SILENT = 4096  # accounts kept of those who ask for nothing just now
 
 
-class Request(Protocol):
+class Request(Hashable, Protocol):
     """What is queued."""
 
     tenant: str
+    client: str
     request_id: str  # of all its choices
 
     @property
@@ -37,39 +38,8 @@ class Request(Protocol):
 R = TypeVar("R", bound=Request)
 
 
-@dataclass(eq=False)
-class _Account:
-    """What one party has had. Its parties, if any, share what it gets."""
-
-    weight: float = 1.0
-    counter: float = 0.0
-    num_present: int = 0  # requests that wait or run
-    parties: "dict[str, _Account]" = field(default_factory=dict)
-    floor: float = 0.0  # the lowest counter that a party had when it was last the lowest present
-
-    def enter(self, name: str, weight: float) -> "_Account":
-        """A party has one more request present."""
-        account = self.parties.setdefault(name, _Account(weight))
-        if not account.num_present:
-            present = [a.counter for a in self.parties.values() if a.num_present]
-            self.floor = max(self.floor, min(present, default=self.floor))
-            account.counter = max(account.counter, self.floor)
-        account.num_present += 1
-        return account
-
-    def leave(self, name: str) -> None:
-        account = self.parties[name]
-        account.num_present -= 1
-        if account.num_present:
-            return
-        if not any(a.num_present for a in self.parties.values()):
-            self.floor = max(self.floor, account.counter)
-        if len(self.parties) > _MOST_SILENT:
-            self.parties = {n: a for n, a in self.parties.items() if a.num_present}
-
-
 class FairQueue(Generic[R]):
-    """Requests that wait, by tenant and adapter; and the accounts of all that are present.
+    """Requests that wait, and the accounts of all that are present.
 
     Args:
         tenant_weights, adapter_weights: shares; 1 for those that are not named.
@@ -80,170 +50,149 @@ class FairQueue(Generic[R]):
         tenant_weights: Mapping[str, float] | None = None,
         adapter_weights: Mapping[str, float] | None = None,
     ) -> None:
-        self._tenant_weights = dict(tenant_weights or {})
-        self._adapter_weights = dict(adapter_weights or {})
-        self._accounts = _Account()
-        # By tenant and adapter, then by request, in the order in which these came.
-        self._waiting: dict[tuple[str, str], dict[str, deque[R]]] = {}
-        self._num_waiting = 0
-        # Slots in use by (tenant), (tenant, adapter) and (tenant, adapter, request id).
-        self._slots: Counter[tuple[str, ...]] = Counter()
+        self._accounts = Accounts(dict(tenant_weights or {}), dict(adapter_weights or {}), {})
+        # Of all that are present: the root, tenant, adapter, client and request.
+        self._lines: dict[R, list[Party]] = {}
+        self._queues: dict[Party, deque[R]] = {}  # choices of a request that wait
 
     def __len__(self) -> int:
-        return self._num_waiting
+        return self._accounts.root.num_waiting
 
     def __iter__(self) -> Iterator[R]:
         """All that wait, in no order."""
-        for requests in self._waiting.values():
-            for queue in requests.values():
-                yield from queue
+        for queue in self._queues.values():
+            yield from queue
 
-    def admits(self, tenant: str, adapter: str | None, limit: int) -> bool:
-        """Whether a request of this tenant and adapter may join a queue of `limit` places.
+    # --- places in the queue -----------------------------------------------------------------
+
+    def admits(self, tenant: str, adapter: str | None, limit: int, client: str = "") -> bool:
+        """Whether a request of this tenant, adapter and client may join a queue of `limit` places.
 
         A full queue still takes requests of those who have less than their share of it, so that
         nobody is shut out by another's backlog; up to twice the limit.
         """
-        if self._num_waiting < limit:
-            return True
-        return self._num_waiting < 2 * limit and self._is_below_share(tenant, adapter, limit)
+        path = (tenant, adapter or "", client)
+        return len(self) < limit or (
+            len(self) < 2 * limit and self._crowding(path, limit) is not None
+        )
 
-    def displaced_by(self, tenant: str, adapter: str | None, limit: int) -> R | None:
+    def displaced_by(
+        self, tenant: str, adapter: str | None, limit: int, client: str = ""
+    ) -> R | None:
         """Who must go from a queue of twice the limit for a request that has less than its share:
         of whoever has most, the one that came last; None where nobody has more than one."""
-        if self._num_waiting < 2 * limit or not self._is_below_share(tenant, adapter, limit):
+        if len(self) < 2 * limit:
             return None
-        tenants: Counter[str] = Counter()
-        for key in self._waiting:
-            tenants[key[0]] += self._num_of(key)
-        most = max(self._waiting, key=lambda key: (tenants[key[0]], self._num_of(key)))
-        if self._num_of(most) < 2:
+        crowding = self._crowding((tenant, adapter or "", client), limit) or []
+        parties = [party for party in crowding if party.num_waiting > 1]
+        if not parties:
             return None
-        return max(reversed(self._waiting[most].values()), key=len)[-1]
+        while parties:
+            most = max(reversed(parties), key=lambda party: party.num_waiting / party.weight)
+            parties = _that_wait(most)
+        return self._queues[most][-1]
 
-    def _is_below_share(self, tenant: str, adapter: str | None, limit: int) -> bool:
-        # By tenants where they are told apart, else by adapters.
-        level, weights = (0, self._tenant_weights) if tenant else (1, self._adapter_weights)
-        own: str = (tenant, adapter or "")[level]
-        waiting: dict[str, int] = {own: 0}
-        num_requests = 0
-        for key, requests in self._waiting.items():
-            waiting[key[level]] = waiting.get(key[level], 0) + self._num_of(key)
-            num_requests += len(requests) if key[level] == own else 0
-        share = limit * weights.get(own, 1.0) / sum(weights.get(party, 1.0) for party in waiting)
-        # Among its own, a request is shut out by many others, not by few with many choices.
-        return waiting[own] < share or share >= 2 * (num_requests + 1)
+    def _crowding(self, path: tuple[str, ...], limit: int) -> list[Party] | None:
+        """From the top, the first level where a newcomer's party has less than its share of the
+        places: the other parties there. None where it has its share on every level."""
+        share, party = float(limit), self._accounts.root
+        for name, weights in zip(path, self._accounts.weights, strict=True):
+            own = party.parties.get(name)
+            others = [other for other in _that_wait(party) if other is not own]
+            weight = weights.get(name, 1.0)
+            share *= weight / (weight + sum(other.weight for other in others))
+            if own is None or own.num_waiting < share:
+                return others
+            party = own
+        # Among its client's, a request is shut out by many others, not by few with many choices.
+        requests = _that_wait(party)
+        return requests if share >= 2 * (len(requests) + 1) else None
 
-    def _num_of(self, key: tuple[str, str]) -> int:
-        return sum(map(len, self._waiting[key].values()))
+    # --- requests come and go ----------------------------------------------------------------
 
     def add(self, request: R) -> None:
         """Queue a request; it is present until `leave`."""
-        key = self._key(request)
-        self._enter(key)
-        requests = self._waiting.setdefault(key, {})
-        requests.setdefault(request.request_id, deque()).append(request)
-        self._num_waiting += 1
+        self._lines[request] = line = self._accounts.enter(self._path(request))
+        self._queues.setdefault(line[-1], deque()).append(request)
+        for party in line:
+            party.num_waiting += 1
 
     def take(self, request: R) -> None:
         """A request no longer waits: it has a slot, or ends."""
-        key = self._key(request)
-        requests = self._waiting[key]
-        queue = requests[request.request_id]
+        line = self._lines[request]
+        queue = self._queues[line[-1]]
         queue.remove(request)
         if not queue:
-            del requests[request.request_id]
-        if not requests:
-            del self._waiting[key]
-        self._num_waiting -= 1
-        self._count(request, 1)
+            del self._queues[line[-1]]
+        for party in line:
+            party.num_waiting -= 1
+            party.num_slots += 1
 
     def put_back(self, request: R) -> None:
-        """A request that had a slot waits again, before all others of its adapter."""
-        self._count(request, -1)
-        requests = self._waiting.setdefault(self._key(request), {})
-        queue = requests.pop(request.request_id, deque())
-        queue.appendleft(request)
-        self._waiting[self._key(request)] = {request.request_id: queue, **requests}
-        self._num_waiting += 1
+        """A request that had a slot waits again, before all later ones of its client."""
+        line = self._lines[request]
+        self._queues.setdefault(line[-1], deque()).appendleft(request)
+        for party in line:
+            party.num_waiting += 1
+            party.num_slots -= 1
 
     def leave(self, request: R) -> None:
         """A request that is not queued has ended."""
-        self._count(request, -1)
-        tenant, adapter = self._key(request)
-        self._accounts.parties[tenant].leave(adapter)
-        self._accounts.leave(tenant)
+        for party in self._lines.pop(request):
+            party.num_slots -= 1
+        self._accounts.leave(self._path(request))
 
     def charge(self, request: R, cost: float) -> None:
         """A present request was given something."""
-        tenant, account = self._present(request)
-        tenant.counter += cost / tenant.weight
-        account.counter += cost / account.weight
+        charge(self._lines[request], cost)
+
+    # --- whose turn it is --------------------------------------------------------------------
 
     def rank(self, request: R) -> tuple[float, float]:
         """What a present request's tenant, and its adapter there, have had: lower is first."""
-        tenant, account = self._present(request)
-        return tenant.counter, account.counter
+        _, tenant, adapter, *_ = self._lines[request]
+        return tenant.counter, adapter.counter
 
     def heads(self) -> list[R]:
         """The next request of every tenant and adapter, in the order of their claims."""
-        return sorted(map(self._head, self._waiting.values()), key=self.rank)
+        tenants = _that_wait(self._accounts.root)
+        heads = [self._head(adapter) for tenant in tenants for adapter in _that_wait(tenant)]
+        return sorted(heads, key=self.rank)
+
+    def _head(self, adapter: Party) -> R:
+        """Of the client that has had least, the first of the requests with fewest slots."""
+        client = min(_that_wait(adapter), key=lambda party: party.counter)
+        fewest: Party | None = None
+        for request in client.parties.values():
+            if request.num_waiting and (fewest is None or request.num_slots < fewest.num_slots):
+                fewest = request
+                if not request.num_slots:  # most requests that wait have none
+                    break
+        assert fewest is not None
+        return self._queues[fewest][0]
 
     def may_displace(self, waiting: R, running: R) -> bool:
         """Whether a slot of one request is due to another: on the first level where they differ,
         the one that waits has less of the slots than the other, and still has not more after it;
         and it has not had more so far."""
-        own, other = self._path(waiting), self._path(running)
-        if own == other:
-            return False
-        level = next(i for i in range(len(own)) if own[i] != other[i])
-        if self.slots_of(waiting, 1)[level] > self.slots_of(running, -1)[level]:
-            return False
-        return level == 2 or self.rank(waiting)[level] <= self.rank(running)[level]
+        for own, other in zip(self._lines[waiting], self._lines[running], strict=True):
+            if own is not other:
+                own_slots, other_slots = own.num_slots + 1, other.num_slots - 1
+                return (
+                    own_slots / own.weight <= other_slots / other.weight
+                    and own.counter <= other.counter
+                )
+        return False
 
-    def slots_of(self, request: R, more: int = 0) -> tuple[float, float, float]:
-        """Slots of a request's tenant, of its adapter there and of itself, each with `more`, for
-        their weights."""
-        tenant, adapter, request_id = self._path(request)
-        slots = self._slots
-        return (
-            (slots[tenant,] + more) / self._tenant_weights.get(tenant, 1.0),
-            (slots[tenant, adapter] + more) / self._adapter_weights.get(adapter, 1.0),
-            slots[tenant, adapter, request_id] + more,
-        )
+    def slots_of(self, request: R, more: int = 0) -> tuple[float, ...]:
+        """Slots of a request's tenant, of its adapter there, of its client and of itself, each with
+        `more`, for their weights."""
+        return tuple((p.num_slots + more) / p.weight for p in self._lines[request][1:])
 
-    def _head(self, requests: dict[str, deque[R]]) -> R:
-        """Of the requests of one adapter, the first of those with fewest slots."""
-        first: deque[R] | None = None
-        fewest = 0
-        for queue in requests.values():
-            slots = self._slots[self._path(queue[0])]
-            if first is None or slots < fewest:
-                first, fewest = queue, slots
-            if not fewest:
-                break
-        assert first is not None
-        return first[0]
+    def _path(self, request: R) -> tuple[str, str, str, str]:
+        return request.tenant, request.adapter or "", request.client, request.request_id
 
-    def _count(self, request: R, num: int) -> None:
-        path = self._path(request)
-        for level in range(1, len(path) + 1):
-            self._slots[path[:level]] += num
-            if not self._slots[path[:level]]:
-                del self._slots[path[:level]]
 
-    def _path(self, request: R) -> tuple[str, str, str]:
-        return request.tenant, request.adapter or "", request.request_id
-
-    def _enter(self, key: tuple[str, str]) -> None:
-        tenant, adapter = key
-        account = self._accounts.enter(tenant, self._tenant_weights.get(tenant, 1.0))
-        account.enter(adapter, self._adapter_weights.get(adapter, 1.0))
-
-    def _present(self, request: R) -> tuple[_Account, _Account]:
-        tenant, adapter = self._key(request)
-        account = self._accounts.parties[tenant]
-        return account, account.parties[adapter]
-
-    def _key(self, request: R) -> tuple[str, str]:
-        return request.tenant, request.adapter or ""
+def _that_wait(party: Party) -> list[Party]:
+    """A party's parties of whom a request waits."""
+    return [p for p in party.parties.values() if p.num_waiting]

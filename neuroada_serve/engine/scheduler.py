@@ -171,7 +171,7 @@ class Scheduler:
         states |= self._admit()
         # While adapters take turns, these see to their shares.
         if not self._deterministic:
-            states |= self._take_slots_back(of_tenants=Readiness.NO_ROOM in states.values())
+            states |= self._take_slots_back(take_turns=Readiness.NO_ROOM in states.values())
         no_room = Readiness.NO_ROOM
         starved = [s for s, state in states.items() if state is no_room and s.slot is not None]
         self._take_turns(starved)
@@ -237,17 +237,17 @@ class Scheduler:
             num_new = sequence.num_prefill - sequence.num_computed
             self.waiting.charge(sequence, PROMPT_COST * num_new)
 
-    def _take_slots_back(self, of_tenants: bool) -> dict[Sequence, Readiness]:
+    def _take_slots_back(self, take_turns: bool) -> dict[Sequence, Readiness]:
         """Where no slot is free, give those who have fewer than their share one of whoever has
         most; what stands in the way of those that cannot use it yet.
 
         Args:
-            of_tenants: only of one tenant for another.
+            take_turns: adapters do, so none of a tenant's for another of its adapters.
         """
         states: dict[Sequence, Readiness] = {}
         preempted: set[Sequence] = set()
         while not self._free_slots and len(states) < _LOOK_AHEAD:
-            due = self._due_slot(preempted.union(states), of_tenants)
+            due = self._due_slot(preempted.union(states), take_turns)
             if due is None:
                 break
             head, victim = due
@@ -263,7 +263,7 @@ class Scheduler:
         return {s: state for s, state in states.items() if s.slot is not None or state is _FAILED}
 
     def _due_slot(
-        self, besides: Collection[Sequence], of_tenants: bool
+        self, besides: Collection[Sequence], take_turns: bool
     ) -> tuple[Sequence, Sequence] | None:
         """The first that waits and to whom another's slot is due; and whose: of whoever has most,
         the last that got one."""
@@ -279,7 +279,7 @@ class Scheduler:
             if not has_least or head in besides:
                 continue
             for victim in able:
-                if of_tenants and victim.tenant == head.tenant:
+                if take_turns and victim.tenant == head.tenant and victim.adapter != head.adapter:
                     continue
                 if queue.may_displace(head, victim):
                     return head, victim

@@ -36,7 +36,8 @@ class TokenCounts:
 class Sequence:
     """Tokens so far, how many of them are in the KV cache, and where.
 
-    tenant: whose share of the engine it counts against; empty where tenants are not told apart.
+    tenant, client: whose share of the engine it counts against; empty where these are not told
+        apart.
     cache_salt: only requests with the same one may share what it leaves in the prefix cache.
     lease: the adapter version that it was admitted with; None runs on the base.
     max_tokens: most new tokens, already bounded by the model length.
@@ -56,6 +57,7 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     tenant: str = ""
+    client: str = ""
     cache_salt: str = ""
     num_computed: int = 0
     num_prefill: int = field(init=False)  # tokens to compute before the next one is chosen

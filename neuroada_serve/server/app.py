@@ -25,6 +25,7 @@ from neuroada_serve.server.answer import (
     Echo,
 )
 from neuroada_serve.server.body import CLIENT_CLOSED, CLIENT_CLOSED_REQUEST, BoundedRoute
+from neuroada_serve.server.caller import caller_of
 from neuroada_serve.server.failure import Failure
 from neuroada_serve.server.guard import BodyLimit, BrowserGuard, is_loopback
 from neuroada_serve.server.models import Models, add_models
@@ -119,7 +120,7 @@ def _add_generation(
         """Continue one prompt, or several."""
         adapter, params = models.adapter_of(request.model), request.sampling_params()
         with worker.arrival():
-            encoding = prompts.encode(request.prompts, _tenant(http, config), bool(request.echo))
+            encoding = prompts.encode(request.prompts, caller_of(http, config), bool(request.echo))
             if (encoded := await unless_disconnected(http.receive, encoding)) is None:
                 return _client_closed()
             ids, texts = encoded
@@ -139,7 +140,7 @@ def _add_generation(
         adapter, params = models.adapter_of(request.model), request.sampling_params()
         messages = [m.model_dump(include={"role", "content"}) for m in request.messages]
         with worker.arrival():
-            encoding = prompts.encode_chat(messages, _tenant(http, config))
+            encoding = prompts.encode_chat(messages, caller_of(http, config))
             if (ids := await unless_disconnected(http.receive, encoding)) is None:
                 return _client_closed()
             answer = ChatAnswer(request, models.shown(adapter), len(ids), params.n)
@@ -154,9 +155,11 @@ def _add_generation(
         params: SamplingParams,
         adapter: str | None,
     ) -> Stream:
-        tenant, salt = _tenant(http, config), request.cache_salt or ""
+        caller, salt = caller_of(http, config), request.cache_salt or ""
         http.state.answer = answer
-        return await worker.submit(answer.id, ids, params, adapter, tenant, salt)
+        return await worker.submit(
+            answer.id, ids, params, adapter, caller.tenant, salt, caller.client
+        )
 
     async def reply(
         http: Request, request: GenerationRequest, answer: Answer, stream: Stream
@@ -179,10 +182,6 @@ def _add_generation(
         return _client_closed() if body is None else JSONResponse(body)
 
 
-def _tenant(http: Request, config: ServerConfig) -> str:
-    return http.headers.get(config.tenant_header, "") if config.tenant_header else ""
-
-
 # --- classification --------------------------------------------------------------------------
 
 
@@ -199,14 +198,16 @@ def _add_classification(
         """The probabilities of a classifier's labels, for one text or several."""
         adapter = models.adapter_of(request.model)
         with worker.arrival():
-            encoding = prompts.encode(request.inputs, _tenant(http, config))
+            encoding = prompts.encode(request.inputs, caller_of(http, config))
             if (encoded := await unless_disconnected(http.receive, encoding)) is None:
                 return _client_closed()
             inputs, _ = encoded
             answer = ClassifyAnswer(models.shown(adapter), sum(map(len, inputs)), len(inputs))
-            tenant, salt = _tenant(http, config), request.cache_salt or ""
+            caller, salt = caller_of(http, config), request.cache_salt or ""
             http.state.answer = answer
-            stream = await worker.submit(answer.id, inputs, CLASSIFY, adapter, tenant, salt)
+            stream = await worker.submit(
+                answer.id, inputs, CLASSIFY, adapter, caller.tenant, salt, caller.client
+            )
         try:
             body = await unless_disconnected(http.receive, collect(stream, answer))
         finally:

@@ -10,6 +10,7 @@ from neuroada_serve.engine.token_names import TokenNames
 from neuroada_serve.errors import RequestError
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.prompt import Message, encode_chat, encode_text
+from neuroada_serve.server.caller import Caller
 from neuroada_serve.server.turns import Job, Turns
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class Prompts:
         self._short, self._long = Turns("tokenize"), Turns("tokenize long")
 
     async def encode(
-        self, given: Sequence[str | list[int]], tenant: str, with_texts: bool = False
+        self, given: Sequence[str | list[int]], caller: Caller, with_texts: bool = False
     ) -> tuple[list[list[int]], list[tuple[str, str]]]:
         """Token ids of every prompt; and, if wanted, its text and its first token's name.
 
@@ -56,9 +57,9 @@ class Prompts:
             return prompts, texts
 
         num_chars = sum(len(one) for one in given if isinstance(one, str))
-        return await self._run(tenant, num_chars, work)
+        return await self._run(caller, num_chars, work)
 
-    async def encode_chat(self, messages: Sequence[Message], tenant: str) -> list[int]:
+    async def encode_chat(self, messages: Sequence[Message], caller: Caller) -> list[int]:
         """Token ids of a conversation.
 
         Raises:
@@ -67,15 +68,15 @@ class Prompts:
         num_chars = sum(len(str(message.get("content", ""))) for message in messages)
         # An object for each message: a template takes as long for an empty one as for a short one.
         cost = num_chars + 64 * len(messages)
-        return await self._run(tenant, cost, lambda: encode_chat(self._base, messages))
+        return await self._run(caller, cost, lambda: encode_chat(self._base, messages))
 
-    async def _run(self, tenant: str, cost: int, work: Callable[[], T]) -> T:
+    async def _run(self, caller: Caller, cost: int, work: Callable[[], T]) -> T:
         def in_turn(job: Job) -> T:
             with self._tokenizer.during(job):
                 return work()
 
         turns = self._short if cost <= _SHORT_CHARS else self._long
-        return await turns.run(tenant, cost, in_turn)
+        return await turns.run(caller, cost, in_turn)
 
     def _decode(self, ids: list[int]) -> str:
         if len(ids) >= self._max_model_len:

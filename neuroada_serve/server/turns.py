@@ -10,9 +10,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from neuroada_serve.engine.accounts import Accounts, Party, charge
+from neuroada_serve.server.caller import Caller
+
 T = TypeVar("T")
 
-_MOST_SILENT = 4096  # tenants whose account is kept while they ask for nothing
+# What it goes by among its caller's, its number, its cost, told when it comes, who pays.
+_Turn = tuple[float, int, float, asyncio.Future[None], list[Party]]
 
 
 class Cancelled(Exception):
@@ -78,8 +82,8 @@ class _Thread:
 
 
 class Turns:
-    """One job at a time. Tenants share the thread by cost; of one tenant's jobs the cheap go first,
-    but each is overtaken by no more than its own cost.
+    """One job at a time. Tenants share the thread by cost, and so do the clients of one; of one
+    client's jobs the cheap go first, but each is overtaken by no more than its own cost.
 
     Of the event loop. A caller that is cancelled leaves the queue; if its job runs already, it is
     told by `Job.check`.
@@ -88,20 +92,18 @@ class Turns:
     def __init__(self, name: str) -> None:
         self._thread = _Thread(name)
         self._order = itertools.count()
-        self._waiting: dict[str, list[tuple[float, int, float, asyncio.Future[None]]]] = {}
-        self._spent: dict[str, float] = {}
-        self._floor = 0.0  # what the tenant had spent that was served last
+        self._accounts = Accounts({}, {})  # of those who wait
+        self._waiting: dict[Caller, list[_Turn]] = {}
         self._served = 0.0
         self._is_busy = False
 
-    async def run(self, tenant: str, cost: float, work: Callable[[Job], T]) -> T:
+    async def run(self, caller: Caller, cost: float, work: Callable[[Job], T]) -> T:
         """The result of `work`, when its turn has come."""
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
-        if tenant not in self._waiting:  # nobody saves up a claim by staying silent
-            self._spent[tenant] = max(self._spent.get(tenant, 0.0), self._floor)
-        queue = self._waiting.setdefault(tenant, [])
-        heapq.heappush(queue, (self._served + cost, next(self._order), cost, turn))
+        line = self._accounts.enter(caller)
+        queue = self._waiting.setdefault(caller, [])
+        heapq.heappush(queue, (self._served + cost, next(self._order), cost, turn, line))
         self._take_next()
         try:
             await turn
@@ -127,16 +129,21 @@ class Turns:
 
     def _take_next(self) -> None:
         while not self._is_busy and self._waiting:
-            tenant = min(self._waiting, key=lambda name: self._spent[name])
-            _, _, cost, turn = heapq.heappop(self._waiting[tenant])
-            if not self._waiting[tenant]:
-                del self._waiting[tenant]
-            if turn.done():  # its caller has left
-                continue
-            self._is_busy = True
-            self._floor = max(self._floor, self._spent[tenant])
-            self._spent[tenant] += cost
-            self._served += cost
-            turn.set_result(None)
-        if len(self._spent) > _MOST_SILENT:
-            self._spent = {name: self._spent[name] for name in self._waiting}
+            caller = self._next_caller()
+            _, _, cost, turn, line = heapq.heappop(self._waiting[caller])
+            if not self._waiting[caller]:
+                del self._waiting[caller]
+            if not turn.done():  # else its caller has left
+                self._is_busy = True
+                self._served += cost
+                charge(line, cost)
+                turn.set_result(None)
+            self._accounts.leave(caller)
+
+    def _next_caller(self) -> Caller:
+        """Of the tenant that has had least, the client that has."""
+        names, party = [], self._accounts.root
+        while party.parties:
+            name, party = min(party.parties.items(), key=lambda item: item[1].counter)
+            names.append(name)
+        return Caller(*names)

@@ -77,7 +77,9 @@ class Engine(Protocol):
     @property
     def num_waiting(self) -> int: ...
 
-    def may_queue(self, tenant: str, adapter: str | None, max_waiting: int) -> bool: ...
+    def may_queue(
+        self, tenant: str, adapter: str | None, max_waiting: int, client: str = ""
+    ) -> bool: ...
     def add_requests(
         self,
         request_ids: Sequence[str],
@@ -86,6 +88,7 @@ class Engine(Protocol):
         adapter: str | None = None,
         tenant: str = "",
         cache_salt: str = "",
+        client: str = "",
     ) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[Output]: ...
@@ -256,6 +259,7 @@ class Worker:
         adapter: str | None,
         tenant: str = "",
         cache_salt: str = "",
+        client: str = "",
     ) -> Stream:
         """Hand prompts to the engine, all or none; returns once it has accepted them.
 
@@ -271,9 +275,11 @@ class Worker:
         stream = Stream(self, request_ids, params.n)
 
         def add() -> None:
-            if not self._engine.may_queue(tenant, adapter, self._max_waiting):
+            if not self._engine.may_queue(tenant, adapter, self._max_waiting, client):
                 raise Unavailable(f"{self._max_waiting} requests or more wait; try again later")
-            self._engine.add_requests(request_ids, prompts, params, adapter, tenant, cache_salt)
+            self._engine.add_requests(
+                request_ids, prompts, params, adapter, tenant, cache_salt, client
+            )
 
         # Registered first: an output may come before the reply is looked at.
         self._streams.update(dict.fromkeys(request_ids, stream))
