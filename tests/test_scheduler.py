@@ -923,6 +923,7 @@ def test_nobody_goes_for_an_equal():
     fill(engine, 1, "a")
     fill(engine, 1, "b")
     engine.add(new_sequence("c", tenant="c"), new_sequence("a2", tenant="a"))
+    engine.add(new_sequence("b2", tenant="b", client="another"))
     engine.run(50)
     assert not any(s.num_preempted for s in engine.added)
 
