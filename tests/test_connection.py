@@ -29,14 +29,18 @@ SHORT = ConnectionLimits(
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-def visit_with(visit: Callable[[Callable[[], socket.socket], str], None], **options) -> None:
+def visit_with(
+    visit: Callable[[Callable[[], socket.socket], str], None],
+    limits: ConnectionLimits = SHORT,
+    **options,
+) -> None:
     """`visit` gets what opens a connection to a server of short limits, and its URL."""
 
     def run(url: str) -> None:
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
         visit(lambda: socket.create_connection(address, timeout=120), url)
 
-    assert serve_while(FakeEngine(), run, limits=SHORT, **options) == 0
+    assert serve_while(FakeEngine(), run, limits=limits, **options) == 0
 
 
 def send_slowly(connection: socket.socket, data: bytes, times: int, every_s: float) -> None:
@@ -159,7 +163,7 @@ def test_chunks_of_a_byte_hold_up_nobody() -> None:
                 slowest = max(slowest, time.monotonic() - started)
             assert slowest < 0.4
 
-    visit_with(visit)
+    visit_with(visit, limits=replace(SHORT, body_s=5))  # its bytes are sent at once
 
 
 def test_pipelined_requests_are_all_answered() -> None:
@@ -186,17 +190,20 @@ class Pipe(asyncio.Transport):
         self.is_aborted = True
 
 
+def connected(pipe: Pipe) -> Connection:
+    config = uvicorn.Config(lambda *args: None, log_config=None)
+    connection = Connection(config, ServerState(), {}, limits=SHORT, slices=Slices(), waiting={})
+    connection.connection_made(pipe)
+    connection._timer.cancel()
+    return connection
+
+
 def read_slowly(bytes_a_time: int, times: int, pauses: int = 1) -> bool:
     """Whether a connection lives on whose client takes so much ten times a second of each of some
     full buffers, and whose answer is then over."""
 
     async def run() -> bool:
-        config = uvicorn.Config(lambda *args: None, log_config=None)
-        connection = Connection(
-            config, ServerState(), {}, limits=SHORT, slices=Slices(), waiting={}
-        )
-        connection.connection_made(pipe := Pipe(10_000))
-        connection._timer.cancel()
+        connection = connected(pipe := Pipe(10_000))
         for _ in range(pauses):
             pipe.left = 10_000
             connection.pause_writing()
@@ -242,6 +249,26 @@ def test_stream_that_is_read_byte_by_byte_is_ended() -> None:
         assert all(sequence.num_sent < 4000 for sequence in engine.requests)
 
     assert serve_while(engine, visit, limits=replace(SHORT, write_s=0.5)) == 0
+
+
+def test_refusal_of_whoever_has_gone_is_no_failure() -> None:
+    class Gone(Pipe):
+        def is_closing(self) -> bool:
+            return False
+
+        def write(self, data: bytes) -> None:
+            """Which nobody gets."""
+
+        def write_eof(self) -> None:
+            raise OSError(107, "Transport endpoint is not connected")
+
+    async def run() -> bool:
+        connection = connected(pipe := Gone(0))
+        connection.data_received(b"hello\r\n\r\n")
+        await asyncio.sleep(2 * SHORT.linger_s)
+        return pipe.is_aborted
+
+    assert asyncio.run(run())
 
 
 def test_what_is_no_http_gets_the_envelope() -> None:

@@ -8,6 +8,7 @@ be reading. What is there at once it gets.
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -375,7 +376,8 @@ class Connection(H11Protocol):
         self._unset_keepalive_if_required()
         self._unparsed.clear()
         self.flow.resume_reading()
-        self.transport.write_eof()
+        with suppress(OSError):  # it has gone already
+            self.transport.write_eof()
         self.loop.call_later(self._limits.linger_s, self.transport.abort)
 
     def shutdown(self) -> None:
