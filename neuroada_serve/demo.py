@@ -61,6 +61,7 @@ def run_demo(console: Console, notify: Callable[[str], None]) -> None:
         DEMO,
         {name: examples / "adapters" / name for name in prompts},
         allow_other_base=not source.exact,
+        notify=notify,
     )
     before = llm.base_digest()
 

@@ -87,6 +87,7 @@ def test_mistakes_do_not_end_the_conversation(folder):
     assert result.exit_code == 0
     assert result.stderr.count("Error: ") == 3
     assert "nobody" in result.stderr
+    assert "`/use base` for the base alone" in result.stderr
     assert "There is nothing to take back." in result.stderr
     assert len(LINE.findall(result.stderr)) == 1
 

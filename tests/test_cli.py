@@ -199,6 +199,7 @@ def test_sighup_serves_what_has_come_into_the_adapter_dir(model, adapter, tmp_pa
     shutil.copytree(adapter, tmp_path / "fr")
     (tmp_path / "half").mkdir()
     said: list[str] = []
+    logged: list[str] = []
 
     def notify(message: str) -> None:
         said.append(message)
@@ -206,18 +207,21 @@ def test_sighup_serves_what_has_come_into_the_adapter_dir(model, adapter, tmp_pa
             shutil.copytree(adapter, tmp_path / "de")
             shutil.copy(adapter / CONFIG_FILE, tmp_path / "half")
             os.kill(os.getpid(), signal.SIGHUP)
-        elif message.startswith("Adapters looked at"):
-            os.kill(os.getpid(), signal.SIGTERM)
+
+    def log(level: int, message: str, *args: object) -> None:
+        logged.append(message % args)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr("neuroada_serve.cli.serve.notify", notify)
+    monkeypatch.setattr("neuroada_serve.server.serve.logger.log", log)
     result = run("serve", model.path, "--adapter-dir", tmp_path, "--port", 0)
     assert result.exit_code == 0, result.output
-    *_, start, rescan, stop = said
+    *_, start, stop = said
     assert start.endswith("adapters: fr")
-    assert rescan == (
-        "Adapters looked at again: added de; "
+    assert logged == [
+        "adapters looked at again by SIGHUP: added de; "
         "not served: adapter 'half' has no adapter_model.safetensors"
-    )
+    ]
     assert stop.startswith("Stopped.")
 
 

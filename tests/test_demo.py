@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from neuroada_serve import demo
@@ -32,6 +33,21 @@ def distribution_with(site: Path, *names: str):
     for file in files:
         file.dist = SimpleNamespace(locate_file=lambda path: site / path)
     return lambda name: SimpleNamespace(files=files)
+
+
+def test_demo_says_what_it_waits_for(monkeypatch):
+    """The first start compiles kernels for a while: without a word it looks as if it hung."""
+
+    def llm(model, adapters, *, notify, **config):
+        notify("Waiting for the CPU kernels")
+        raise UsageError("that was all")
+
+    said = []
+    monkeypatch.setattr("neuroada_serve.engine.llm.LLM", llm)
+    monkeypatch.setattr(demo, "resolve_model", lambda name, notify: SimpleNamespace(exact=True))
+    with pytest.raises(UsageError, match="that was all"):
+        demo.run_demo(Console(), said.append)
+    assert said == ["Waiting for the CPU kernels"]
 
 
 def test_clone_has_its_examples_beside_the_package():

@@ -5,6 +5,7 @@ In no reply of any test here may there be a secret: see `Client`.
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -1057,34 +1058,39 @@ def test_engine_death_ends_the_process_with_an_error() -> None:
     assert serve_while(engine, visit) == 70
 
 
-def test_sighup_looks_at_the_adapter_directory_again(tmp_path: Path) -> None:
-    engine, said = FakeEngine(), list[str]()
+def test_sighup_looks_at_the_adapter_directory_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, said = FakeEngine(), "adapters looked at again by SIGHUP: "
+    caplog.set_level(logging.INFO, "neuroada_serve")
 
     def hang_up() -> str:
-        num_said = len(said)
+        num_said = len(caplog.messages)
         os.kill(os.getpid(), signal.SIGHUP)
-        wait_for(lambda: len(said) > num_said)
-        return said[-1]
+        wait_for(lambda: len(caplog.messages) > num_said)
+        return caplog.messages[-1]
 
     def visit(url: str) -> None:
         assert hang_up() == (
-            "Adapters not looked at again: there is no adapter directory; start with --adapter-dir"
+            "adapters not looked at again by SIGHUP: there is no adapter directory; "
+            "start with --adapter-dir"
         )
         engine.adapters.directory = tmp_path / "adapters"
-        assert hang_up().startswith("Adapters not looked at again: [Errno 2] ")
+        assert hang_up().startswith("adapters not looked at again by SIGHUP: [Errno 2] ")
         write(tmp_path / "adapters" / "fr", "good")
         write(tmp_path / "adapters" / "bad", "bad")
         faults = "not served: adapter 'bad': k is 0; values are NaN"
-        assert hang_up() == f"Adapters looked at again: added fr; {faults}"
+        assert hang_up() == f"{said}added fr; {faults}"
+        assert caplog.records[-1].levelno == logging.WARNING  # a signal has no other answer
         assert httpx.get(f"{url}/v1/models/fr", timeout=120).status_code == 200
         shutil.rmtree(tmp_path / "adapters" / "bad")
-        assert hang_up() == "Adapters looked at again: nothing has changed"
+        assert hang_up() == f"{said}nothing has changed"
         write(tmp_path / "adapters" / "fr", "good again")
-        assert hang_up() == "Adapters looked at again: replaced fr"
+        assert hang_up() == f"{said}replaced fr"
         shutil.rmtree(tmp_path / "adapters" / "fr")
-        assert hang_up() == "Adapters looked at again: removed fr"
+        assert hang_up() == f"{said}removed fr"
 
-    assert serve_while(engine, visit, said.append) == 0
+    assert serve_while(engine, visit) == 0
 
 
 def test_waiting_unload_does_not_keep_a_dead_server_alive() -> None:

@@ -39,20 +39,23 @@ def test_sigterm_before_it_serves_ends_it_with_a_word() -> None:
     assert done.stderr == "Stopped before it served.\n"
 
 
-def test_kept_sighup_is_seen_to_once_it_serves() -> None:
-    early, said = EarlySignals(), list[str]()
+def test_kept_sighup_is_seen_to_once_it_serves(caplog: pytest.LogCaptureFixture) -> None:
+    early = EarlySignals()
     early.hung_up = True
     engine = FakeEngine()
 
     def visit(url: str) -> None:
-        wait_for(lambda: said)
+        wait_for(lambda: caplog.messages)
 
-    assert serve_while(engine, visit, said.append, early=early) == 0
-    assert said[0].startswith("Adapters not looked at again: there is no adapter directory")
+    assert serve_while(engine, visit, early=early) == 0
+    found = caplog.messages[0]
+    assert found.startswith("adapters not looked at again by SIGHUP: there is no adapter directory")
 
 
-def test_storm_of_sighup_makes_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, said = FakeEngine(), list[str]()
+def test_storm_of_sighup_makes_few_threads(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakeEngine()
     most = 0
 
     def slow_rescan():
@@ -66,7 +69,7 @@ def test_storm_of_sighup_makes_few_threads(monkeypatch: pytest.MonkeyPatch) -> N
     def visit(url: str) -> None:
         for _ in range(500):
             os.kill(os.getpid(), signal.SIGHUP)
-        wait_for(lambda: said)
+        wait_for(lambda: caplog.messages)
 
-    assert serve_while(engine, visit, said.append) == 0
+    assert serve_while(engine, visit) == 0
     assert most == 1

@@ -23,7 +23,7 @@ from neuroada_serve.cli.common import (
     print_error,
 )
 from neuroada_serve.config import ServerConfig, help_of
-from neuroada_serve.errors import UsageError
+from neuroada_serve.errors import AdapterNotFoundError, UsageError
 from neuroada_serve.request import FinishReason, Output, SamplingParams
 
 if TYPE_CHECKING:
@@ -146,12 +146,15 @@ class Conversation:
         """Have an adapter or a mix answer, or the base.
 
         Raises:
-            AdapterError: there is none of this name, or it does not write.
+            UsageError: there is none of this name, or it does not write.
         """
         if name == BASE:
             self.adapter = None
             return
-        lease = self._llm.engine.adapters.store.acquire(name)
+        try:
+            lease = self._llm.engine.adapters.store.acquire(name)
+        except AdapterNotFoundError as error:
+            raise UsageError(f"{error}; `/use {BASE}` for the base alone") from error
         labels = lease.version.labels
         lease.release()
         if labels:

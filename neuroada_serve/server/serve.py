@@ -49,7 +49,7 @@ def serve(
     Args:
         engine: not used by anyone else from here on.
         on_ready: called with address and port, once requests are heard.
-        notify: told what came of SIGHUP.
+        notify: told what there is to know before it serves.
         bound: a socket that has the address already, see `listener.bind`.
         early: what came before; a SIGHUP is then seen to.
         limits: how long clients may take.
@@ -77,7 +77,7 @@ async def _serve(
 ) -> int:
     max_connections = most_connections(config.max_connections)
     worker = Worker(engine, config.max_waiting)
-    server = _Server(worker, config, notify, early, limits, max_connections)
+    server = _Server(worker, config, early, limits, max_connections)
     worker.on_death = server.stop
     host, port = bound.getsockname()[:2]
     if not is_loopback(host):
@@ -103,7 +103,6 @@ class _Server(uvicorn.Server):
         self,
         worker: Worker,
         config: ServerConfig,
-        notify: Callable[[str], None],
         early: EarlySignals,
         limits: ConnectionLimits,
         max_connections: int,
@@ -126,7 +125,6 @@ class _Server(uvicorn.Server):
         )
         self._worker = worker
         self._drain_timeout_s = config.drain_timeout_s
-        self._notify = notify
         self._early = early
         self._limits = limits
         self._max_connections = max_connections
@@ -184,9 +182,11 @@ class _Server(uvicorn.Server):
         try:
             found = await self._rescans.join()
         except (NeuroAdaError, OSError) as error:  # the directory may have gone
-            self._notify(f"Adapters not looked at again: {error}")
+            logger.warning("adapters not looked at again by SIGHUP: %s", error)
         else:
-            self._notify(f"Adapters looked at again: {told(found)}")
+            # What is not served is told nowhere else: a signal has no answer.
+            level = logging.WARNING if found.failed else logging.INFO
+            logger.log(level, "adapters looked at again by SIGHUP: %s", told(found))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
