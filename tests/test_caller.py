@@ -93,13 +93,14 @@ def test_requests_of_one_client_leave_none_of_another_without_an_answer(tmp_path
 
         async with client_from(ONE, url) as one, client_from(OTHER, url) as other:
             tasks = [asyncio.create_task(one_of_many()) for _ in range(300)]
-            await until(lambda: flood[503] > 200, 60)
+            await until(lambda: flood[503] > 150, 60)
+            before = flood[200]
             for _ in range(5):
                 reply = await other.post("/v1/completions", json=long | {"max_tokens": 4})
                 assert reply.status_code == 200, reply.text
-            assert flood[200] < 10, "it waited for few of them"
+            assert flood[200] - before < 30, "it waited for few of them"
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    assert serve_while(engine, lambda url: asyncio.run(ask(url)), max_waiting=20) == 0
+    assert serve_while(engine, lambda url: asyncio.run(ask(url)), max_waiting=60) == 0
