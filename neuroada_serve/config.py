@@ -1,13 +1,24 @@
-"""Settings, frozen. The help text of a field is the help text of its command-line flag."""
+"""Settings, frozen. Each field is also a flag, a variable and a key, see `options`."""
 
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from neuroada_serve.errors import UsageError
+from neuroada_serve.options import (
+    at_least,
+    check_words,
+    columns,
+    k_by_module,
+    number_or_auto,
+    option,
+    parse_bytes,
+    weights,
+    words,
+)
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 PROMPT_BLOCK = 32  # tokens that the prefix cache keeps together
@@ -17,118 +28,108 @@ DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
-def _option(default: Any, help: str) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def help_of(config: type, name: str) -> str:
-    """The help text of one field; also what the command line shows."""
-    for f in fields(config):
-        if f.name == name:
-            return str(f.metadata["help"])
-    raise KeyError(f"{config.__name__} has no field {name}")
-
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-
-
-def parse_bytes(text: str) -> int:
-    """A size such as 512MiB, 4GB or 1000000.
-
-    Raises:
-        UsageError: it is not written as one.
-    """
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = None if found is None else _UNITS.get(found[2].upper())
-    if found is None or unit is None:
-        raise UsageError(
-            f"{text!r} is not a size; give a number of bytes, or one such as 512MiB or 4GB"
-        )
-    return int(float(found[1]) * unit)
-
-
-def _at_least(config: object, **minimums: float) -> None:
-    for name, minimum in minimums.items():
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise UsageError(f"{name} must be a number, got {value!r}")
-        if value is not None and not value >= minimum:  # refuses nan too
-            raise UsageError(f"{name} must be at least {minimum}, got {value}")
-
-
 @dataclass(frozen=True)
 class EngineConfig:
     """How one base model is loaded and scheduled."""
 
-    dtype: str = _option("auto", "Weight dtype: auto (as stored), float32, bfloat16 or float16.")
-    device: str = _option("auto", "Torch device; auto takes cuda where there is one.")
-    chat_template: str | None = _option(
+    dtype: str = option(
+        "auto", "Weight dtype: auto (as stored), float32, bfloat16 or float16.", "Model"
+    )
+    device: str = option("auto", "Torch device; auto takes cuda where there is one.", "Model")
+    chat_template: str | None = option(
         None,
         "Chat template, for a base that has none, several without a default, or one that fails: "
         "the name of one of the base's, or a Jinja file. An adapter is served with the one that it "
         "was trained with.",
+        "Model",
+        metavar="NAME|FILE",
     )
-    max_num_seqs: int = _option(16, "Maximum number of sequences that run at once.")
-    max_model_len: int | None = _option(
+    max_num_seqs: int = option(16, "Maximum number of sequences that run at once.", "Scheduling")
+    max_model_len: int | None = option(
         None,
         "Maximum number of tokens, prompt and answer together; default: what the model allows. It "
         "also chooses how a base with longrope or dynamic rotary scaling turns positions: "
         "longrope's long factors where it is above original_max_position_embeddings, else the "
         "short ones.",
+        "Model",
     )
-    max_num_batched_tokens: int = _option(
+    max_num_batched_tokens: int = option(
         512,
         "Maximum number of tokens computed in one step; longer prompts are prefilled in chunks.",
+        "Scheduling",
     )
-    enforce_eager: bool = _option(
+    enforce_eager: bool = option(
         False,
         "Run transformers' own forward. On CUDA, neither record decode steps as CUDA graphs nor "
         "compile elementwise parts; on the CPU, do not run whole steps as one kernel.",
+        "Model",
     )
-    deterministic: bool = _option(
+    deterministic: bool = option(
         False,
         "A request's answer has the same bits alone, beside others and from the prefix cache, in "
         "bfloat16 too: every token is computed in products of fixed shapes. On the CPU; slower.",
+        "Model",
     )
-    merge: str = _option(
+    merge: str = option(
         "never",
         "never; the NAME of an adapter to keep merged into the weights; or auto: merge whichever "
         "adapter saves the most time.",
+        "Adapters",
+        metavar="never|NAME|auto",
     )
-    adapter_memory: int | None = _option(
+    adapter_memory: int | None = option(
         None,
         "Device memory for adapters, such as 512MiB; the least recently used are evicted first. "
         "Default: a tenth of a GPU's memory; 2GiB on the CPU, of which only what is used is taken.",
+        "Memory",
+        metavar="SIZE",
+        read=parse_bytes,
     )
-    adapter_host_memory: int | None = _option(
+    adapter_host_memory: int | None = option(
         None,
         "Host memory for copies of adapters, so that the device gets them without reading "
         "files. Default: 4GiB beside a GPU, 256MiB beside the CPU.",
+        "Memory",
+        metavar="SIZE",
+        read=parse_bytes,
     )
-    prefix_cache_memory: int | None = _option(
+    prefix_cache_memory: int | None = option(
         None,
         "Memory for keys and values of prompts that may be reused; 0 keeps none. Default: a "
         "twentieth of a GPU's memory; 512MiB on the CPU.",
+        "Memory",
+        metavar="SIZE",
+        read=parse_bytes,
     )
-    tenant_weights: Mapping[str, float] = _option(
-        {}, "Shares of tenants under load, NAME=WEIGHT; 1 for all others."
+    tenant_weights: Mapping[str, float] = option(
+        {},
+        "Shares of tenants under load, NAME=WEIGHT; 1 for all others.",
+        "Scheduling",
+        flag="tenant-weight",
+        metavar="NAME=WEIGHT",
+        read=weights,
+        repeated=True,
     )
-    adapter_weights: Mapping[str, float] = _option(
+    adapter_weights: Mapping[str, float] = option(
         {},
         "Shares of adapters under load, within a tenant, NAME=WEIGHT; 1 for all others.",
+        "Scheduling",
+        flag="adapter-weight",
+        metavar="NAME=WEIGHT",
+        read=weights,
+        repeated=True,
     )
-    allow_other_base: bool = _option(
-        False, "Load adapters whose base_fingerprint differs from this base's; shapes must agree."
+    allow_other_base: bool = option(
+        False,
+        "Load adapters whose base_fingerprint differs from this base's; shapes must agree.",
+        "Adapters",
     )
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        _at_least(self, max_num_seqs=1, max_model_len=1, max_num_batched_tokens=1)
-        _at_least(self, adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
+        at_least(self, max_num_seqs=1, max_model_len=1, max_num_batched_tokens=1)
+        at_least(self, adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
         if self.deterministic and self.merge == "auto":
             raise UsageError(
                 "deterministic and merge=auto exclude each other: answers would depend on the load"
@@ -153,60 +154,74 @@ class EngineConfig:
 class ServerConfig:
     """What the HTTP endpoint listens on and lets its clients do."""
 
-    host: str = _option("127.0.0.1", "Address to listen on.")
-    port: int = _option(8000, "TCP port to listen on; 0 takes a free one.")
-    adapter_dir: Path | None = _option(
-        None, "Directory of adapter folders: each is served under its folder's name."
+    host: str = option("127.0.0.1", "Address to listen on.", "HTTP")
+    port: int = option(8000, "TCP port to listen on; 0 takes a free one.", "HTTP")
+    adapter_dir: Path | None = option(
+        None, "Directory of adapter folders: each is served under its folder's name.", "Adapters"
     )
-    preload: bool = _option(
+    preload: bool = option(
         False,
         "Read the adapters of --adapter-dir before serving, as many as memory takes; else each is "
         "read when it is first asked for.",
+        "Adapters",
     )
-    tenant_header: str | None = _option(
+    tenant_header: str | None = option(
         None,
         "HTTP header that names the tenant of a request, for fair shares and separate caches. Use "
         "it only behind a proxy that sets it: clients could name any tenant.",
+        "Scheduling",
     )
-    allow_runtime_adapters: bool = _option(
+    allow_runtime_adapters: bool = option(
         False,
         "Let clients load, unload, pin and merge adapters over HTTP; to load only from under "
         "--adapter-dir.",
+        "Adapters",
     )
-    max_waiting: int = _option(
+    max_waiting: int = option(
         256,
         "Requests that may wait; further ones get HTTP 503, except from tenants, adapters or "
         "clients that hold less than their share of the queue.",
+        "HTTP",
     )
-    max_connections: int | None = _option(
+    max_connections: int | None = option(
         None,
         "Connections that may be open at once; when there is no place for a new one, whoever has "
         "sent no whole request for longest goes. Default: what there are file descriptors for, up "
         "to 8192.",
+        "HTTP",
     )
-    allowed_hosts: tuple[str, ...] = _option(
+    allowed_hosts: tuple[str, ...] = option(
         (),
         "Name that clients may use for this server, as Host and, from web pages, as Origin; beside "
         "localhost and addresses. Repeatable. '*' allows all, for a server behind a proxy that "
         "checks them.",
+        "HTTP",
+        flag="allowed-host",
+        metavar="NAME",
+        repeated=True,
     )
-    served_model_name: tuple[str, ...] = _option(
+    served_model_name: tuple[str, ...] = option(
         (),
         "Name that the base answers to, instead of its own. Repeatable: it answers to all, and "
         "the first is the one in its answers.",
+        "HTTP",
+        metavar="NAME",
+        repeated=True,
     )
-    log_level: str = _option("info", "debug, info, warning, error or critical.")
-    enable_log_requests: bool = _option(
-        False, "Log a line for every request: client, status, time, model, tokens; no prompts."
+    log_level: str = option("info", "debug, info, warning, error or critical.", "Log")
+    enable_log_requests: bool = option(
+        False,
+        "Log a line for every request: client, status, time, model, tokens; no prompts.",
+        "Log",
     )
-    drain_timeout_s: float = _option(
-        10.0, "Seconds that running requests may take to finish after a stop signal."
+    drain_timeout_s: float = option(
+        10.0, "Seconds that running requests may take to finish after a stop signal.", "HTTP"
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port must be within 0..65535, got {self.port}")
-        _at_least(self, max_waiting=1, drain_timeout_s=0, max_connections=1)
+        at_least(self, max_waiting=1, drain_timeout_s=0, max_connections=1)
         if self.log_level not in LOG_LEVELS:
             raise UsageError(
                 f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
@@ -236,132 +251,182 @@ class RowSource(Protocol):
 class TrainConfig:
     """One training run."""
 
-    k: int = _option(
+    variables: ClassVar[str] = "NEUROADA_TRAIN_"
+
+    k: int = option(
         1,
         "Inputs kept per neuron: trainable values per row of each weight matrix. By modules: "
         "'q_proj|v_proj=8,1' gives these two 8 and the others 1, 'q_proj|v_proj=8' trains them "
         "alone.",
+        "What is trained",
+        metavar="K|PATTERN=K,...,K",
+        read=k_by_module,
+        sets=("k", "k_pattern"),
     )
-    k_pattern: Mapping[str, int] = _option(
+    k_pattern: Mapping[str, int] = option(
         {},
         "k of the modules whose name, or its end, a regular expression matches; the first counts.",
+        "What is trained",
+        flag="",
     )
-    selection: Literal["magnitude", "reverse", "random", "gradient", "matrix", "custom"] = _option(
+    selection: Literal["magnitude", "reverse", "random", "gradient", "matrix", "custom"] = option(
         "magnitude",
         "Which inputs: magnitude (largest weights), reverse (smallest), random, gradient (largest, "
         "over training rows), matrix (largest weights of the whole matrix, k per neuron on "
         "average and at most 4 k in one) or custom (--index-file).",
+        "What is trained",
     )
-    index_file: Path | None = _option(
+    index_file: Path | None = option(
         None,
         "Safetensors file with M.index [d_out, k] for every module M trained, for --selection "
         "custom.",
+        "What is trained",
     )
-    selection_rows: int = _option(256, "Training rows whose gradient selects.")
-    coverage: float = _option(1.0, "Share of the neurons, drawn by the seed, that get values.")
-    tune_bias: bool = _option(
-        False, "Train the biases of the layers that have some (GPT-2, Qwen2) as well."
+    selection_rows: int = option(256, "Training rows whose gradient selects.", "What is trained")
+    coverage: float = option(
+        1.0, "Share of the neurons, drawn by the seed, that get values.", "What is trained"
     )
-    lr: float | Literal["auto"] | None = _option(
+    tune_bias: bool = option(
+        False,
+        "Train the biases of the layers that have some (GPT-2, Qwen2) as well.",
+        "What is trained",
+    )
+    lr: float | Literal["auto"] | None = option(
         None,
         "Peak learning rate; default 0.02 / sqrt(k): 0.02 at k=1, 0.007 at k=8. auto tries a few "
         "for some steps each and draws lr.png.",
+        "Steps",
+        read=number_or_auto,
     )
-    epochs: float | None = _option(
+    epochs: float | None = option(
         None,
         "Passes over the training rows. Default: as many as the held-out loss falls for, at most "
         "20 or 400 steps, and at least one; 6 where no rows are held out.",
+        "Steps",
     )
-    max_steps: int | None = _option(None, "Optimizer steps; instead of --epochs.")
-    batch_size: int = _option(8, "Rows per batch.")
-    gradient_accumulation: int = _option(
-        1, "Batches per optimizer step: as one batch of so many times the rows, in less memory."
+    max_steps: int | None = option(None, "Optimizer steps; instead of --epochs.", "Steps")
+    batch_size: int = option(8, "Rows per batch.", "Steps")
+    gradient_accumulation: int = option(
+        1,
+        "Batches per optimizer step: as one batch of so many times the rows, in less memory.",
+        "Steps",
     )
-    max_length: int = _option(512, "Most tokens per row.")
-    max_model_len: int | None = _option(
+    max_length: int = option(512, "Most tokens per row.", "Rows")
+    max_model_len: int | None = option(
         None,
         "The --max-model-len that the adapter will be served with, where the base's rotary scaling "
         "depends on it (longrope, dynamic).",
+        "Memory and speed",
     )
-    too_long: Literal["skip", "cut"] = _option(
+    too_long: Literal["skip", "cut"] = option(
         "skip",
         "Longer rows: skip leaves them out, cut takes their prompt's beginning off; both counted.",
+        "Rows",
     )
-    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = _option(
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = option(
         "CAUSAL_LM",
         "CAUSAL_LM learns to write answers; SEQ_CLS to classify plain texts, with a head of its "
         "own: a row's label is its class, or a number (see --labels).",
+        "Task",
     )
-    labels: tuple[str, ...] = _option(
+    labels: tuple[str, ...] = option(
         (),
         "A classifier's labels, in order: bad,good. Default: the data set's own, else those of the "
         "rows, sorted, numbers by value. One alone names a number that is learnt: score.",
+        "Task",
+        metavar="A,B,...",
+        read=words,
     )
-    head_lr: float = _option(1e-2, "Peak learning rate of a classifier's head.")
-    columns: Mapping[str, str] = _option(
-        {}, "Our keys for the data's columns, such as prompt=question,completion=reply."
+    head_lr: float = option(1e-2, "Peak learning rate of a classifier's head.", "Task")
+    columns: Mapping[str, str] = option(
+        {},
+        "Our keys for the data's columns, such as prompt=question,completion=reply.",
+        "Rows",
+        metavar="KEY=COLUMN,...",
+        read=columns,
     )
-    eval_fraction: float = _option(
-        0.1, "Share of the rows held out and scored before and after; 0 holds out none."
+    eval_fraction: float = option(
+        0.1, "Share of the rows held out and scored before and after; 0 holds out none.", "Rows"
     )
-    eval_data: Path | RowSource | None = _option(
-        None, "Held-out rows, as --data has them; instead of --eval-fraction."
+    eval_data: Path | RowSource | None = option(
+        None, "Held-out rows, as --data has them; instead of --eval-fraction.", "Rows", read=str
     )
-    eval_steps: int | None = _option(
+    eval_steps: int | None = option(
         None,
         "Optimizer steps between scores of the held-out rows; the best values are kept. Default: "
         "after each pass, and up to four times within one of more than 250 steps.",
+        "Steps",
     )
-    patience: int | None = _option(
+    patience: int | None = option(
         None,
         "Stop after so many scores in which the held-out loss has not fallen by a thousandth of "
         "the base's. Default: never with --epochs or --max-steps; else 3, and some steps with a "
         "falling learning rate follow.",
+        "Steps",
     )
-    samples: int = _option(
+    samples: int = option(
         3,
         "Held-out rows that the adapter answers at the end. They are shown, and kept with their "
         "answers in its config and model card; 0: none.",
+        "Results",
     )
-    save_steps: int = _option(
-        50, "Optimizer steps between checkpoints, from which the same command resumes; 0: none."
+    save_steps: int = option(
+        50,
+        "Optimizer steps between checkpoints, from which the same command resumes; 0: none.",
+        "Results",
     )
-    seed: int = _option(0, "Seed of the split and of the order of rows.")
-    warmup_ratio: float = _option(0.1, "Share of the steps in which the learning rate rises.")
-    schedule: Literal["linear", "cosine", "constant"] = _option(
+    seed: int = option(0, "Seed of the split and of the order of rows.", "Steps")
+    warmup_ratio: float = option(
+        0.1, "Share of the steps in which the learning rate rises.", "Steps"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = option(
         "linear",
         "How the learning rate goes on: linear or cosine, to 0, or constant. Without --epochs and "
         "--max-steps it falls only once the held-out loss does not.",
+        "Steps",
     )
-    weight_decay: float = _option(
-        0.0, "AdamW's weight decay, which pulls the values back to the base."
+    weight_decay: float = option(
+        0.0, "AdamW's weight decay, which pulls the values back to the base.", "Steps"
     )
-    max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm; 0: never.")
-    dtype: str = _option(
-        "auto", "Weight dtype while training: auto (as stored), float32 or bfloat16."
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.", "Steps")
+    dtype: str = option(
+        "auto",
+        "Weight dtype while training: auto (as stored), float32 or bfloat16.",
+        "Memory and speed",
     )
-    bf16: bool = _option(False, "Compute in bfloat16 (autocast) on weights of float32.")
-    recompute: Literal["nothing", "cheap", "all"] = _option(
+    bf16: bool = option(
+        False, "Compute in bfloat16 (autocast) on weights of float32.", "Memory and speed"
+    )
+    recompute: Literal["nothing", "cheap", "all"] = option(
         "nothing",
         "What the backward computes again to save memory: nothing, cheap (all but products and "
         "attention) or all (whole layers).",
+        "Memory and speed",
     )
-    recompute_share: float = _option(
-        1.0, "Share of the decoder layers that compute again; the last ones keep all."
+    recompute_share: float = option(
+        1.0,
+        "Share of the decoder layers that compute again; the last ones keep all.",
+        "Memory and speed",
     )
-    compile: bool = _option(False, "Compile each decoder layer with torch.compile.")
-    packing: bool = _option(
-        False, "Concatenate a batch's rows instead of padding them to one length."
+    compile: bool = option(
+        False, "Compile each decoder layer with torch.compile.", "Memory and speed"
     )
-    bypass: bool = _option(
-        False, "Train beside the weights, not in them: slower, and the base is never written."
+    packing: bool = option(
+        False, "Concatenate a batch's rows instead of padding them to one length.", "Rows"
     )
-    quantize: Literal["none", "int8", "nf4"] = _option(
-        "none", "Train beside a base in 8 or 4 bits (bitsandbytes)."
+    bypass: bool = option(
+        False,
+        "Train beside the weights, not in them: slower, and the base is never written.",
+        "What is trained",
     )
-    prompt_format: Literal["chat", "plain"] = _option(
+    quantize: Literal["none", "int8", "nf4"] = option(
+        "none", "Train beside a base in 8 or 4 bits (bitsandbytes).", "Memory and speed"
+    )
+    prompt_format: Literal["chat", "plain"] = option(
         "chat",
         "chat: rows go through the base's chat template; plain: prompt and answer as they are.",
+        "Rows",
+        flag="",
     )
 
     def __post_init__(self) -> None:
@@ -369,20 +434,7 @@ class TrainConfig:
             raise UsageError("give --epochs or --max-steps, not both")
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.prompt_format not in ("chat", "plain"):
-            raise UsageError(f"prompt_format must be chat or plain, got {self.prompt_format!r}")
-        for name, allowed in (
-            ("selection", ("magnitude", "reverse", "random", "gradient", "matrix", "custom")),
-            ("schedule", ("linear", "cosine", "constant")),
-            ("recompute", ("nothing", "cheap", "all")),
-            ("quantize", ("none", "int8", "nf4")),
-            ("task_type", ("CAUSAL_LM", "SEQ_CLS")),
-            ("too_long", ("skip", "cut")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UsageError(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+        check_words(self)
         for pattern, k in self.k_pattern.items():
             try:
                 re.compile(pattern)
@@ -390,8 +442,8 @@ class TrainConfig:
                 raise UsageError(f"k of {pattern!r}: no regular expression: {error}") from error
             if k < 0:
                 raise UsageError(f"k of {pattern!r} must be at least 0, got {k}")
-        _at_least(self, k=0 if self.k_pattern else 1)
-        _at_least(
+        at_least(self, k=0 if self.k_pattern else 1)
+        at_least(
             self, max_steps=1, max_model_len=1, batch_size=1, max_length=2, seed=0, warmup_ratio=0
         )
         if (self.selection == "custom") != (self.index_file is not None):
@@ -406,9 +458,9 @@ class TrainConfig:
             raise UsageError(
                 f"recompute_share must be above 0 and at most 1, got {self.recompute_share}"
             )
-        _at_least(self, selection_rows=1)
-        _at_least(self, gradient_accumulation=1, eval_steps=1, patience=1, save_steps=0, samples=0)
-        _at_least(self, weight_decay=0, max_grad_norm=0)
+        at_least(self, selection_rows=1)
+        at_least(self, gradient_accumulation=1, eval_steps=1, patience=1, save_steps=0, samples=0)
+        at_least(self, weight_decay=0, max_grad_norm=0)
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
         if self.warmup_ratio >= 1:

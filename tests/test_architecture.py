@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "neuroada_serve"
 # Lower floors first; within a floor a room imports only from rooms earlier in the list.
 # A name stands for a module or for all modules of a package that are not listed themselves.
 FLOORS: list[list[str]] = [
-    ["errors", "config", "request", "metrics", "intervals"],
+    ["errors", "options", "config", "request", "metrics", "intervals"],
     [
         "plots",
         "ops",
@@ -54,7 +54,17 @@ FLOORS: list[list[str]] = [
     ],
     ["engine", "train"],
     ["server"],
-    ["evaluation", "demo", "benchmark", "cli.help", "cli.common", "cli", "cli.main", "__main__"],
+    [
+        "evaluation",
+        "demo",
+        "benchmark",
+        "cli.flags",
+        "cli.help",
+        "cli.common",
+        "cli",
+        "cli.main",
+        "__main__",
+    ],
 ]
 CORE = ("ops", "adapters", "model", "engine")
 CORE_LIBRARIES = {"torch", "transformers", "safetensors", "numpy"}

@@ -17,8 +17,8 @@ from neuroada_serve import save_adapter
 from neuroada_serve.adapters.format import CONFIG_FILE
 from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.cli.main import app
-from neuroada_serve.cli.train import _k_by_module
 from neuroada_serve.config import ServerConfig
+from neuroada_serve.options import k_by_module
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_every_flag_has_help():
     ],
 )
 def test_k_may_be_given_by_module(text, k, pattern):
-    assert _k_by_module(text) == (k, pattern)
+    assert k_by_module(text) == (k, pattern)
 
 
 @pytest.mark.parametrize("text", ["", "many", "q_proj=x,1", "=8", "8,q_proj", "1,2", "-1"])

@@ -272,7 +272,7 @@ def test_many_rows_are_scored_in_parts(llm, write, monkeypatch):
     [
         ({"metrics": ("blue",)}, "no metric 'blue'; there are loss"),
         ({"metrics": ()}, "name a metric"),
-        ({"pick": "middle"}, "pick must be first or last"),
+        ({"pick": "middle"}, "pick must be one of first, last, got .middle."),
         ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"limit": 0}, "limit must be at least 1"),
     ],

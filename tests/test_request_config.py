@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig, help_of, parse_bytes
+from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig
 from neuroada_serve.errors import RequestError, UsageError
+from neuroada_serve.options import help_of, parse_bytes
 from neuroada_serve.request import (
     MAX_CHOICES,
     MAX_LOGIT_BIASES,
@@ -247,7 +248,11 @@ def test_unknown_setting_is_refused(config):
         (TrainConfig, {"eval_fraction": -0.1}, r"eval_fraction must be within \[0, 1\)"),
         (TrainConfig, {"warmup_ratio": -0.1}, "warmup_ratio must be"),
         (TrainConfig, {"dtype": "half"}, "dtype must be one of"),
-        (TrainConfig, {"prompt_format": "raw"}, "prompt_format must be chat or plain"),
+        (
+            TrainConfig,
+            {"prompt_format": "raw"},
+            "prompt_format must be one of chat, plain",
+        ),
     ],
 )
 def test_wrong_setting_is_refused_by_name(config, values, message):

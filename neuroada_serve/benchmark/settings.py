@@ -1,59 +1,99 @@
-"""Settings of the benchmarks, frozen. The help text of a field is the help text of its flag."""
+"""Settings of the benchmarks, frozen. Each field is also a flag and a variable, see `options`."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from neuroada_serve.benchmark.workload import MERGED, check_popularity
 from neuroada_serve.errors import UsageError
+from neuroada_serve.options import at_least, integers, option, redefined, words
 
 PEERS = ("peft", "vllm")
 SLOS = ("ttft", "tpot", "e2el")  # vLLM's names: first token, per output token, end to end
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def parse_goodput(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Limits such as "ttft:500 tpot:50", in milliseconds.
+
+    Raises:
+        UsageError: an unknown name, or no positive number.
+    """
+    limits = []
+    for pair in " ".join(texts).replace(",", " ").split():
+        name, _, value = pair.partition(":")
+        try:
+            limit_ms = float(value)
+        except ValueError:
+            limit_ms = math.nan
+        if name not in SLOS or not limit_ms > 0:
+            raise UsageError(f"takes {', '.join(SLOS)} as NAME:MILLISECONDS, got {pair!r}")
+        limits.append((name, limit_ms))
+    return tuple(limits)
 
 
 @dataclass(frozen=True)
 class OfflineConfig:
-    """One run of `bench throughput` or `bench latency`."""
+    """One run of `bench throughput`."""
 
-    concurrency: tuple[int, ...] = _option((1, 4, 16), "Requests that run at once, as in 1,4,16.")
-    popularity: tuple[str, ...] = _option(
+    variables: ClassVar[str] = "NEUROADA_BENCH_"
+
+    concurrency: tuple[int, ...] = option(
+        (1, 4, 16), "Requests that run at once, as in 1,4,16.", "Load", read=integers
+    )
+    popularity: tuple[str, ...] = option(
         ("identical", "distinct", "merged"),
         "Who uses which adapter, one or more of identical, distinct, uniform, zipf:A, merged and "
         "half-merged (the other half runs on the base), separated by commas. The base alone is "
         "always measured.",
+        "Load",
+        read=words,
     )
-    k: tuple[int, ...] = _option((1, 8), "Kept inputs per neuron of the adapters, as in 1,8.")
-    num_adapters: int = _option(16, "Adapters that uniform and zipf:A draw from.")
-    prompt_len: int = _option(32, "Tokens per prompt.")
-    output_len: int = _option(64, "New tokens per request; end tokens do not count.")
-    prefill_len: int = _option(512, "Tokens of the prompt in the prefill cases; 0 leaves them out.")
-    num_prompts: int = _option(8, "Requests per case and round.")
-    rounds: int = _option(5, "Every round runs each case once, in turn; medians need five.")
-    seed: int = _option(0, "Seed of prompts, adapters and popularity.")
-    text_file: Path | None = _option(
-        None, "Take prompts from this text, cut or repeated; default: random token ids."
+    k: tuple[int, ...] = option(
+        (1, 8), "Kept inputs per neuron of the adapters, as in 1,8.", "Adapters", read=integers
     )
-    dtype: str = _option("auto", "Weight dtype: auto (as stored), float32, bfloat16 or float16.")
-    device: str = _option("auto", "Torch device; auto takes cuda where there is one.")
-    threads: int | None = _option(None, "CPU threads of every engine; default: what torch takes.")
-    max_num_batched_tokens: int = _option(512, "Most tokens that our engine computes in one step.")
-    deterministic: bool = _option(False, "Run our engine with --deterministic.")
-    check: bool = _option(
-        True, "Compare every case with the reference op first; a mismatch ends the run."
+    num_adapters: int = option(16, "Adapters that uniform and zipf:A draw from.", "Adapters")
+    prompt_len: int = option(32, "Tokens per prompt.", "Load")
+    output_len: int = option(64, "New tokens per request; end tokens do not count.", "Load")
+    prefill_len: int = option(
+        512, "Tokens of the prompt in the prefill cases; 0 leaves them out.", "Load"
     )
-    peers: tuple[str, ...] = _option(
-        (), "peft or vllm: run the same work there too, with LoRA adapters. Repeatable."
+    num_prompts: int = option(8, "Requests per case and round.", "Load", flag="")
+    rounds: int = option(5, "Every round runs each case once, in turn; medians need five.", "Load")
+    seed: int = option(0, "Seed of prompts, adapters and popularity.", "Load")
+    text_file: Path | None = option(
+        None, "Take prompts from this text, cut or repeated; default: random token ids.", "Load"
     )
-    peer_python: Path | None = _option(
-        None, "Python that has vLLM, such as DIR/bin/python; default: this one."
+    dtype: str = option(
+        "auto", "Weight dtype: auto (as stored), float32, bfloat16 or float16.", "Engine"
     )
-    peer_eager: bool | None = _option(None, "vLLM's enforce_eager; default: vLLM's own choice.")
-    lora_rank: int = _option(8, "Rank of the peers' LoRA adapters.")
+    device: str = option("auto", "Torch device; auto takes cuda where there is one.", "Engine")
+    threads: int | None = option(
+        None, "CPU threads of every engine; default: what torch takes.", "Engine"
+    )
+    max_num_batched_tokens: int = option(
+        512, "Most tokens that our engine computes in one step.", "Engine"
+    )
+    deterministic: bool = option(False, "Run our engine with --deterministic.", "Engine")
+    check: bool = option(
+        True, "Compare every case with the reference op first; a mismatch ends the run.", "Load"
+    )
+    peers: tuple[str, ...] = option(
+        (),
+        "peft or vllm: run the same work there too, with LoRA adapters. Repeatable.",
+        "Peers",
+        flag="peer",
+        metavar="peft|vllm",
+        repeated=True,
+    )
+    peer_python: Path | None = option(
+        None, "Python that has vLLM, such as DIR/bin/python; default: this one.", "Peers"
+    )
+    peer_eager: bool | None = option(
+        None, "vLLM's enforce_eager; default: vLLM's own choice.", "Peers"
+    )
+    lora_rank: int = option(8, "Rank of the peers' LoRA adapters.", "Peers")
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "k", "popularity"):
@@ -62,15 +102,10 @@ class OfflineConfig:
         for name in ("concurrency", "k"):
             if min(getattr(self, name)) < 1:
                 raise UsageError(f"{name} must be at least 1, got {min(getattr(self, name))}")
-        for name in ("num_adapters", "prompt_len", "num_prompts", "rounds", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, num_adapters=1, prompt_len=1, num_prompts=1, rounds=1, lora_rank=1)
+        at_least(self, prefill_len=0, threads=1)
         if self.output_len < 2:
             raise UsageError(f"output_len must be at least 2 to time a step, got {self.output_len}")
-        if self.prefill_len < 0:
-            raise UsageError(f"prefill_len must be at least 0, got {self.prefill_len}")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"threads must be at least 1, got {self.threads}")
         for popularity in self.popularity:
             check_popularity(popularity)
         for peer in self.peers:
@@ -88,46 +123,69 @@ class OfflineConfig:
 
 
 @dataclass(frozen=True)
+class LatencyConfig(OfflineConfig):
+    """One run of `bench latency`."""
+
+    concurrency: tuple[int, ...] = redefined(OfflineConfig, "concurrency", (1,))
+    popularity: tuple[str, ...] = redefined(OfflineConfig, "popularity", ("identical", "merged"))
+    prefill_len: int = redefined(OfflineConfig, "prefill_len", 0, flag="")
+    num_prompts: int = redefined(OfflineConfig, "num_prompts", flag=None)
+
+
+@dataclass(frozen=True)
 class ServingConfig:
     """One run of `bench serving`. Names are those of `vllm bench serve` where it has one."""
 
-    base_url: str | None = _option(
-        None, "A running OpenAI-style server, such as http://127.0.0.1:8000; default: start ours."
+    variables: ClassVar[str] = "NEUROADA_BENCH_"
+
+    base_url: str | None = option(
+        None,
+        "A running OpenAI-style server, such as http://127.0.0.1:8000; default: start ours.",
+        "Server",
     )
-    model: str | None = _option(
+    model: str | None = option(
         None,
         "With --base-url the base's name there, default the first of /v1/models; otherwise the "
         "base to serve: a local folder, a .gguf file, demo, or a hub id.",
+        "Server",
     )
-    lora_modules: tuple[str, ...] = _option(
+    lora_modules: tuple[str, ...] = option(
         (),
         "Names of adapters on the server, as in a,b,c; default: all of /v1/models. Needs "
         "--base-url.",
+        "Adapters",
+        read=words,
     )
-    popularity: tuple[str, ...] = _option(
+    popularity: tuple[str, ...] = option(
         ("base", "uniform"),
         "Who uses which adapter, one or more of base, identical, distinct, uniform and zipf:A, "
         "separated by commas; each is one case.",
+        "Load",
+        read=words,
     )
-    num_adapters: int = _option(16, "Adapters that our own server is started with.")
-    k: int = _option(1, "Kept inputs per neuron of those adapters.")
-    num_prompts: int = _option(64, "Requests per case.")
-    request_rate: float = _option(math.inf, "Requests per second; inf sends all at once.")
-    burstiness: float = _option(
-        1.0, "1 is a Poisson process; Gamma arrivals come in bursts below 1, evenly above."
+    num_adapters: int = option(16, "Adapters that our own server is started with.", "Adapters")
+    k: int = option(1, "Kept inputs per neuron of those adapters.", "Adapters")
+    num_prompts: int = option(64, "Requests per case.", "Load")
+    request_rate: float = option(math.inf, "Requests per second; inf sends all at once.", "Load")
+    burstiness: float = option(
+        1.0, "1 is a Poisson process; Gamma arrivals come in bursts below 1, evenly above.", "Load"
     )
-    max_concurrency: int | None = _option(None, "Most requests open at once.")
-    input_len: int = _option(32, "Tokens per prompt.")
-    output_len: int = _option(32, "New tokens per request; end tokens do not count.")
-    goodput: tuple[tuple[str, float], ...] = _option(
+    max_concurrency: int | None = option(None, "Most requests open at once.", "Load")
+    input_len: int = option(32, "Tokens per prompt.", "Load")
+    output_len: int = option(32, "New tokens per request; end tokens do not count.", "Load")
+    goodput: tuple[tuple[str, float], ...] = option(
         (),
         "Limits in milliseconds that a good request keeps, of ttft, tpot and e2el, as in "
         "'ttft:500 tpot:50'. Repeatable.",
+        "Load",
+        metavar="NAME:MS",
+        read=parse_goodput,
+        repeated=True,
     )
-    rounds: int = _option(1, "Every round runs each case once, in turn.")
-    seed: int = _option(0, "Seed of arrivals, prompts, adapters and popularity.")
-    vocab: int = _option(1000, "Prompts are random token ids below this.")
-    timeout_s: float = _option(600.0, "Longest wait for one request.")
+    rounds: int = option(1, "Every round runs each case once, in turn.", "Load")
+    seed: int = option(0, "Seed of arrivals, prompts, adapters and popularity.", "Load")
+    vocab: int = option(1000, "Prompts are random token ids below this.", "Load")
+    timeout_s: float = option(600.0, "Longest wait for one request.", "Server")
 
     def __post_init__(self) -> None:
         if self.base_url is None and self.model is None:
@@ -139,32 +197,8 @@ class ServingConfig:
                 check_popularity(popularity)
             if popularity in MERGED:
                 raise UsageError(f"{popularity} is a case of throughput and latency only")
-        for name in ("num_adapters", "k", "num_prompts", "input_len", "output_len", "rounds"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        at_least(self, num_adapters=1, k=1, num_prompts=1, input_len=1, output_len=1, rounds=1)
+        at_least(self, max_concurrency=1, vocab=2)
         for name in ("request_rate", "burstiness", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.max_concurrency is not None and self.max_concurrency < 1:
-            raise UsageError(f"max_concurrency must be at least 1, got {self.max_concurrency}")
-        if self.vocab < 2:
-            raise UsageError(f"vocab must be at least 2, got {self.vocab}")
-
-
-def parse_goodput(texts: list[str]) -> tuple[tuple[str, float], ...]:
-    """Limits such as "ttft:500 tpot:50", in milliseconds.
-
-    Raises:
-        UsageError: an unknown name, or no positive number.
-    """
-    limits = []
-    for pair in " ".join(texts).replace(",", " ").split():
-        name, _, value = pair.partition(":")
-        try:
-            limit_ms = float(value)
-        except ValueError:
-            limit_ms = math.nan
-        if name not in SLOS or not limit_ms > 0:
-            raise UsageError(f"goodput takes {', '.join(SLOS)} as NAME:MILLISECONDS, got {pair!r}")
-        limits.append((name, limit_ms))
-    return tuple(limits)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,15 +10,16 @@ import typer
 
 from neuroada_serve.cli.common import (
     Adapter,
-    ChatTemplate,
-    Deterministic,
-    Dtype,
+    MaxTokens,
     Model,
     Plain,
+    Seed,
+    Temperature,
     command,
     llm_with,
     notify,
 )
+from neuroada_serve.cli.flags import Only
 from neuroada_serve.config import EngineConfig
 
 
@@ -25,29 +27,18 @@ from neuroada_serve.config import EngineConfig
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    engine: Annotated[EngineConfig, Only("dtype", "chat_template", "deterministic")],
     adapter: Adapter = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the sampling; default: a random one.")
-    ] = None,
-    dtype: Dtype = "auto",
-    chat_template: ChatTemplate = None,
-    deterministic: Deterministic = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
     plain: Plain = False,
 ) -> None:
     """Answer one prompt, streamed to the terminal."""
     from neuroada_serve.request import Output, SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    llm, name = llm_with(
-        model,
-        adapter,
-        dtype,
-        max_num_seqs=1,
-        chat_template=chat_template,
-        deterministic=deterministic,
-    )
+    llm, name = llm_with(model, adapter, replace(engine, max_num_seqs=1))
 
     def show(output: Output) -> None:
         sys.stdout.write(output.text)
@@ -70,13 +61,13 @@ def classify(
             metavar="[NAME=]PATH", help="A classifier's folder, under NAME or its own name."
         ),
     ],
-    dtype: Dtype = "auto",
+    engine: Annotated[EngineConfig, Only("dtype")],
 ) -> None:
     """Label texts by a classifier.
 
     Prints a line for each text: its label and the labels' probabilities, or a regression's number.
     """
-    llm, name = llm_with(model, adapter, dtype)
+    llm, name = llm_with(model, adapter, engine)
     for output in llm.classify(text, name, use_tqdm=False):
         shares = zip(output.labels, output.probs, strict=True)
         print(output.label, *(f"{label}={share:.4f}" for label, share in shares), sep="\t")
@@ -87,19 +78,15 @@ def merge(
     model: Model,
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the checkpoint: auto (as stored), float32, ...")
-    ] = "auto",
+    engine: Annotated[EngineConfig, Only("dtype")],
 ) -> None:
     """Write base and adapter as one plain Hugging Face checkpoint."""
-    EngineConfig(dtype=dtype)  # refuses an unknown dtype before the model is loaded
-
     from neuroada_serve.adapters.durable import check_new_folder
     from neuroada_serve.model.export import export_merged
     from neuroada_serve.model.source import resolve_model
 
     check_new_folder(out_dir)
-    export_merged(resolve_model(model, notify), adapter, out_dir, dtype)
+    export_merged(resolve_model(model, notify), adapter, out_dir, engine.dtype)
     notify(f"Checkpoint written to {out_dir}")
 
 

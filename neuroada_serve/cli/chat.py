@@ -5,24 +5,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from neuroada_serve.cli.common import (
     Adapters,
-    ChatTemplate,
-    Dtype,
+    MaxTokens,
     Model,
     Plain,
+    Seed,
+    Temperature,
     adapters_of,
     command,
     for_good,
     notify,
     print_error,
 )
-from neuroada_serve.config import ServerConfig, help_of
+from neuroada_serve.cli.flags import Only
+from neuroada_serve.config import EngineConfig, ServerConfig
 from neuroada_serve.errors import AdapterNotFoundError, UsageError
 from neuroada_serve.request import FinishReason, Output, SamplingParams
 
@@ -44,20 +46,14 @@ Ctrl-C stops an answer. A line that ends with \\ goes on in the next."""
 @command
 def chat(
     model: Model,
+    *,
     adapter: Adapters = None,
-    adapter_dir: Annotated[
-        Path | None, typer.Option(help=help_of(ServerConfig, "adapter_dir"))
-    ] = None,
+    server: Annotated[ServerConfig, Only("adapter_dir")],
+    engine: Annotated[EngineConfig, Only("dtype", "chat_template")],
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    max_tokens: Annotated[
-        int, typer.Option(help="Maximum number of new tokens in an answer.")
-    ] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the sampling; default: a random one.")
-    ] = None,
-    dtype: Dtype = "auto",
-    chat_template: ChatTemplate = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
     plain: Plain = False,
 ) -> None:
     """Talk to the base and its adapters in the terminal.
@@ -73,11 +69,9 @@ def chat(
         llm = LLM(
             model,
             adapters,
-            adapter_dir=adapter_dir,
+            adapter_dir=server.adapter_dir,
             notify=notify,
-            dtype=dtype,
-            chat_template=chat_template,
-            max_num_seqs=1,
+            **vars(replace(engine, max_num_seqs=1)),
         )
     conversation = Conversation(llm, params, system, plain)
     if adapters:

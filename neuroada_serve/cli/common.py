@@ -11,8 +11,9 @@ import typer
 from rich.console import Console
 
 from neuroada_serve import __version__, uncollected
+from neuroada_serve.cli.flags import with_flags
 from neuroada_serve.cli.help import EXAMPLES, Command
-from neuroada_serve.config import ADAPTER_NAME, EngineConfig, TrainConfig, help_of
+from neuroada_serve.config import ADAPTER_NAME, EngineConfig
 from neuroada_serve.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -52,25 +53,24 @@ def _before_any_command(
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A local folder, a .gguf file, demo, or a hub id.")
 ]
-Dtype = Annotated[str, typer.Option(help=help_of(EngineConfig, "dtype"))]
-ChatTemplate = Annotated[
-    str | None, typer.Option(metavar="NAME|FILE", help=help_of(EngineConfig, "chat_template"))
-]
-Deterministic = Annotated[
-    bool, typer.Option("--deterministic", help=help_of(EngineConfig, "deterministic"))
-]
 Plain = Annotated[
-    bool, typer.Option("--plain", help="Use prompts as they are, without the chat template.")
+    bool,
+    typer.Option(
+        "--plain",
+        help="Use prompts as they are, without the chat template.",
+        rich_help_panel="Rows",
+    ),
 ]
-Columns = Annotated[
-    str, typer.Option(metavar="KEY=COLUMN,...", help=help_of(TrainConfig, "columns"))
-]
+MaxTokens = Annotated[int, typer.Option(help="Maximum number of new tokens in an answer.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling; default: a random one.")]
 Adapters = Annotated[
     list[str] | None,
     typer.Option(
         "--adapter",
         metavar="[NAME=]PATH",
         help="Adapter folder, under NAME or its own name. Repeatable.",
+        rich_help_panel="Adapters",
     ),
 ]
 Adapter = Annotated[
@@ -79,6 +79,7 @@ Adapter = Annotated[
         "--adapter",
         metavar="[NAME=]PATH",
         help="Adapter folder, under NAME or its own name. Default: the base alone.",
+        rich_help_panel="Adapters",
     ),
 ]
 
@@ -88,10 +89,12 @@ def command(
 ) -> Callable[..., None]:
     """Register a command; a user's mistake ends it with one sentence and exit code 2."""
 
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
+    flagged = with_flags(function)
+
+    @wraps(flagged)
+    def run(**kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            flagged(**kwargs)
         except UsageError as error:
             print_error(f"Error: {error}")
             raise typer.Exit(2) from None
@@ -132,22 +135,6 @@ def print_error(message: str) -> None:
 
 def notify(message: str) -> None:
     err.print(message, markup=False, highlight=False, soft_wrap=True)
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Comma-separated words."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def columns_of(text: str) -> dict[str, str]:
-    """--columns as a mapping: prompt=question,completion=reply."""
-    columns = {}
-    for part in filter(None, text.split(",")):
-        key, equals, column = part.partition("=")
-        if not equals or not key or not column:
-            raise UsageError(f"--columns takes KEY=COLUMN,KEY=COLUMN, not {text!r}")
-        columns[key.strip()] = column.strip()
-    return columns
 
 
 def rows_of(source: str) -> "Data":
@@ -193,7 +180,7 @@ def adapters_of(flags: Sequence[str] | None, reserved: Collection[str] = ()) -> 
 
 
 def llm_with(
-    model: str, adapter: Sequence[str] | None, dtype: str, **config: Any
+    model: str, adapter: Sequence[str] | None, config: EngineConfig
 ) -> "tuple[LLM, str | None]":
     """A model with the adapter of --adapter, if any, and the name it is served under."""
     adapters = adapters_of(adapter)
@@ -202,5 +189,5 @@ def llm_with(
     with for_good():
         from neuroada_serve.engine.llm import LLM
 
-        llm = LLM(model, adapters, dtype=dtype, notify=notify, **config)
+        llm = LLM(model, adapters, notify=notify, **vars(config))
     return llm, next(iter(adapters), None)

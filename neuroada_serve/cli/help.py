@@ -1,53 +1,14 @@
-"""What `--help` shows beside the flags' own words: flags by topic, and examples that run as they
+"""What `--help` shows beside the flags' own words: flags by group, and examples that run as they
 stand in a clone of the repository."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from typer import BadParameter
 from typer.core import TyperCommand
 
-# Command -> topic -> parameters of its function. Those not named here stand under "Options".
-TOPICS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "serve": {
-        "Adapters": ("adapter", "adapter_dir", "preload", "allow_runtime_adapters", "merge"),
-        "HTTP": (
-            *("host", "port", "allowed_host", "served_model_name", "max_waiting"),
-            *("max_connections", "drain_timeout_s"),
-        ),
-        "Log": ("log_level", "enable_log_requests"),
-        "Fair shares": ("tenant_header", "tenant_weight", "adapter_weight"),
-        "Memory": ("adapter_memory", "adapter_host_memory", "prefix_cache_memory"),
-        "Engine": (
-            *("max_num_seqs", "max_model_len", "max_num_batched_tokens"),
-            *("dtype", "device", "chat_template", "enforce_eager", "deterministic"),
-        ),
-    },
-    "train": {
-        "Rows": (
-            *("data", "columns", "plain", "chat_template", "max_length", "too_long", "packing"),
-            *("check", "eval_data", "eval_fraction"),
-        ),
-        "Task": ("task_type", "labels", "head_lr"),
-        "What is trained": (
-            *("k", "selection", "index_file", "selection_rows", "coverage", "tune_bias", "bypass"),
-        ),
-        "Steps": (
-            *("epochs", "max_steps", "batch_size", "gradient_accumulation", "lr", "schedule"),
-            *("warmup_ratio", "weight_decay", "max_grad_norm", "eval_steps", "patience", "seed"),
-        ),
-        "Memory and speed": (
-            *("dtype", "max_model_len", "bf16", "quantize"),
-            *("recompute", "recompute_share", "compile_"),
-        ),
-        "Results": ("out_dir", "samples", "save_steps", "fresh", "publish", "publish_improved"),
-    },
-    "eval": {
-        "Rows": ("data", "columns", "limit", "plain", "chat_template"),
-        "Models": ("adapter", "base", "dtype", "max_model_len"),
-        "Scores": ("metric", "choices", "answer_key", "trigger", "pick", "max_tokens"),
-        "Results": ("out_file", "save", "json_output"),
-    },
-}
+from neuroada_serve.cli.flags import origin_of
+from neuroada_serve.options import GROUP
 
 _TICKETS = "--data examples/data/tickets.csv --columns prompt=ticket,completion=team"
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
@@ -92,26 +53,33 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 
 
 class Command(TyperCommand):
-    """A command whose help has its flags by topic, and its examples as they are to be typed."""
+    """A command whose help has its flags by group, and its examples as they are to be typed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; an error names the variable or the file that a value is from."""
+        try:
+            return super().parse_args(ctx, args)
+        except BadParameter as error:
+            if (parameter := error.param) is not None and parameter.name:
+                flag = max(parameter.opts, key=len)
+                origin = origin_of(ctx, parameter.name, flag, str(parameter.envvar))
+                if origin not in (None, flag):
+                    error.param_hint = repr(origin)
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments, then flags by topic; those of none come last."""
-        topic_of = {
-            name: topic
-            for topic, names in TOPICS.get(self.name or "", {}).items()
-            for name in names
-        }
-        topics = ["Arguments", *dict.fromkeys(topic_of.values()), "Options"]
-        records: dict[str, list[tuple[str, str]]] = {topic: [] for topic in topics}
+        """Write arguments, then flags by group; those of none come last."""
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": []}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is None:
                 continue
             is_argument = parameter.param_type_name == "argument"
-            topic = "Arguments" if is_argument else topic_of.get(parameter.name or "", "Options")
-            records[topic].append(record)
-        for topic, found in records.items():
+            group = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None)
+            groups.setdefault(group or GROUP, []).append(record)
+        groups[GROUP] = groups.pop(GROUP)  # --help is in it
+        for group, found in groups.items():
             if found:
-                with formatter.section(topic):
+                with formatter.section(group):
                     formatter.write_dl(found)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:

@@ -1,20 +1,17 @@
 """`neuroada eval`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 
 from neuroada_serve.cli.common import (
     Adapters,
-    ChatTemplate,
-    Columns,
-    Dtype,
     Model,
     Plain,
     adapters_of,
-    columns_of,
     command,
     err,
     for_good,
@@ -22,10 +19,11 @@ from neuroada_serve.cli.common import (
     notify,
     out,
     rows_of,
-    words,
 )
-from neuroada_serve.config import EngineConfig, help_of
+from neuroada_serve.cli.flags import Only
+from neuroada_serve.config import EngineConfig
 from neuroada_serve.errors import UsageError
+from neuroada_serve.evaluation.settings import EvalSettings
 
 _UNSCORED = "; no scores were written"
 
@@ -33,71 +31,43 @@ _UNSCORED = "; no scores were written"
 @command
 def _eval(
     model: Model,
-    data: Annotated[str, typer.Option(help="Rows, as train takes them.")],
+    data: Annotated[str, typer.Option(help="Rows, as train takes them.", rich_help_panel="Rows")],
+    *,
     adapter: Adapters = None,
     base: Annotated[
-        bool, typer.Option("--base/--no-base", help="Score the base beside the adapters.")
+        bool,
+        typer.Option(
+            "--base/--no-base",
+            help="Score the base beside the adapters.",
+            rich_help_panel="Adapters",
+        ),
     ] = True,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="loss, exact_match, number, choice_likelihood, choice_generation or f1. "
-            "Repeatable. Default: loss, with number where the rows have an answer key and all "
-            "answers are numbers, else exact_match, and choice_likelihood where options are given "
-            "or the rows have an answer key and few answers.",
-        ),
-    ] = None,
-    choices: Annotated[
-        str | None,
-        typer.Option(
-            help="Options of rows without any of their own: true,false. Default: all answers of "
-            "the data, if few."
-        ),
-    ] = None,
-    answer_key: Annotated[
-        str | None,
-        typer.Option(help="Key of the answer that counts; default: answer, beside output."),
-    ] = None,
-    trigger: Annotated[
-        str | None,
-        typer.Option(
-            help="Text after which the answer stands; default 'the correct answer is ' where rows "
-            "have an answer key."
-        ),
-    ] = None,
-    pick: Annotated[
-        str, typer.Option(help="Which option counts where a text names several: first or last.")
-    ] = "first",
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Maximum number of tokens in an answer. Default: 4 more than the right one; at "
-            "least 32 for choice_generation and f1, 512 for number."
-        ),
-    ] = None,
-    columns: Columns = "",
-    limit: Annotated[
-        int | None, typer.Option(help="Use only this many rows, from the top; default: all.")
-    ] = None,
+    settings: EvalSettings,
+    engine: Annotated[EngineConfig, Only("dtype", "max_model_len", "chat_template")],
     out_file: Annotated[
         Path | None,
         typer.Option(
             "--out",
             help="Write the scores there as JSON, with predictions by row and plots beside it.",
+            rich_help_panel="Results",
         ),
     ] = None,
     save: Annotated[
         bool,
-        typer.Option("--save", help="Put the scores into each adapter's config and README.md."),
+        typer.Option(
+            "--save",
+            help="Put the scores into each adapter's config and README.md.",
+            rich_help_panel="Results",
+        ),
     ] = False,
     json_output: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object instead of a table.",
+            rich_help_panel="Results",
+        ),
     ] = False,
-    dtype: Dtype = "auto",
-    max_model_len: Annotated[
-        int | None, typer.Option(help=help_of(EngineConfig, "max_model_len"))
-    ] = None,
-    chat_template: ChatTemplate = None,
     plain: Plain = False,
 ) -> None:
     """Score a base and adapters on the answers of rows, in one run."""
@@ -109,19 +79,10 @@ def _eval(
         raise UsageError("--no-base leaves nothing to score; name an --adapter")
 
     from neuroada_serve.evaluation import report
-    from neuroada_serve.evaluation.run import EvalSettings, evaluate
+    from neuroada_serve.evaluation.run import evaluate
 
-    settings = EvalSettings(
-        metrics=None if metric is None else tuple(dict.fromkeys(metric)),
-        answer_key=answer_key,
-        trigger=trigger,
-        choices=None if choices is None else words(choices),
-        pick=cast(Any, pick),  # EvalSettings checks the words
-        max_tokens=max_tokens,
-        limit=limit,
-        prompt_format="plain" if plain else "chat",
-        columns=columns_of(columns),
-    )
+    if plain:
+        settings = replace(settings, prompt_format="plain")
     if out_file is not None:
         report.check_out(out_file)
     with interrupted(lambda: _UNSCORED), for_good():
@@ -130,10 +91,8 @@ def _eval(
         llm = LLM(
             model,
             folders,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            chat_template=chat_template,
             notify=notify,
+            **vars(engine),
         )
     classifiers = [name for name in folders if llm.engine.adapters.store.get(name).labels]
     if classifiers:
@@ -144,18 +103,18 @@ def _eval(
                 f"{classifiers[0]} is a classifier and {others[0]} is not; score them apart"
             )
         for flag, given in (
-            ("--metric", metric),
-            ("--answer-key", answer_key),
-            ("--trigger", trigger),
-            ("--choices", choices),
-            ("--max-tokens", max_tokens),
+            ("--metric", settings.metrics),
+            ("--answer-key", settings.answer_key),
+            ("--trigger", settings.trigger),
+            ("--choices", settings.choices),
+            ("--max-tokens", settings.max_tokens),
         ):
             if given is not None:
                 raise UsageError(f"{flag} is for answers in text; {classifiers[0]} is a classifier")
         base = False  # it has no head for these labels
         with interrupted(lambda: _UNSCORED):
             found = evaluate_classifiers(
-                llm, rows, classifiers, limit, settings.columns, console=err, notify=notify
+                llm, rows, classifiers, settings.limit, settings.columns, console=err, notify=notify
             )
     else:
         asked = [*([None] if base else []), *folders]

@@ -1,7 +1,7 @@
 """How well a base and its adapters answer held-out rows, as they would be served."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any
@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from neuroada_serve.engine.llm import LLM
-from neuroada_serve.errors import DataError, EngineError, RequestError, UsageError
+from neuroada_serve.errors import DataError, EngineError, RequestError
 from neuroada_serve.evaluation.bootstrap import confusion_interval, mean_interval
 from neuroada_serve.evaluation.exact import after_trigger, exact_match
 from neuroada_serve.evaluation.f1 import macro_f1, token_f1
 from neuroada_serve.evaluation.numbers import is_number, last_number, same_number
 from neuroada_serve.evaluation.options import Pick, likeliest, named_option
 from neuroada_serve.evaluation.questions import MAX_LABELS, Question, read_questions
+from neuroada_serve.evaluation.settings import METRICS, EvalSettings
 from neuroada_serve.intervals import wilson
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.prompt import renders_chats
@@ -25,7 +26,6 @@ from neuroada_serve.train.data import encode_prompt, encode_row
 from neuroada_serve.train.labels import sorted_labels
 from neuroada_serve.train.rows import Data, place
 
-METRICS = ("loss", "exact_match", "number", "choice_likelihood", "choice_generation", "f1")
 PER_TOKEN = "choice_likelihood_per_token"
 
 _GENERATED = {"exact_match", "number", "choice_generation", "f1"}
@@ -33,47 +33,6 @@ _SLACK_TOKENS = 4  # an answer that goes on this far beyond the right one is wro
 # Where more may be said than the right answer, as many tokens as the method's paper lets it say.
 _ROOM_TOKENS = {"number": 512, "choice_generation": 32, "f1": 32}
 _ROWS_AT_ONCE = 64  # of one subject; their prompts are computed once if the prefix cache holds them
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """How rows are scored.
-
-    metrics: names of METRICS; None chooses by the data, see `default_metrics`.
-    answer_key, trigger, choices: see `read_questions`.
-    pick: which option counts of those that a generated answer names.
-    max_tokens: of a generated answer. Default: the right answer's and 4 more; at least 32 for
-        choice_generation and f1, at least 512 for number.
-    limit: most rows, from the top.
-    prompt_format: "chat" or "plain".
-    columns: our keys for the data's columns, see `read_rows`.
-    """
-
-    metrics: tuple[str, ...] | None = None
-    answer_key: str | None = None
-    trigger: str | None = None
-    choices: tuple[str, ...] | None = None
-    pick: Pick = "first"
-    max_tokens: int | None = None
-    limit: int | None = None
-    prompt_format: str = "chat"
-    columns: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.metrics is not None:
-            for name in self.metrics:
-                if name not in METRICS:
-                    raise UsageError(f"no metric {name!r}; there are {', '.join(METRICS)}")
-            if not self.metrics:
-                raise UsageError(f"name a metric: {', '.join(METRICS)}")
-        if self.choices is not None and len(self.choices) < 2:
-            raise UsageError(f"choices must be two or more, got {', '.join(self.choices)!r}")
-        if self.pick not in ("first", "last"):
-            raise UsageError(f"pick must be first or last, got {self.pick!r}")
-        for field_name in ("max_tokens", "limit"):
-            value = getattr(self, field_name)
-            if value is not None and value < 1:
-                raise UsageError(f"{field_name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

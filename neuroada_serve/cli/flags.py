@@ -1,0 +1,220 @@
+"""Flags made from dataclasses of settings, and given on the command line, by variables or a file.
+
+A parameter of a command that is annotated with a dataclass stands for one flag of each of its
+fields. The command line beats environment variables, these beat the file of --config. Only what is
+given is set, so that every default stands in its dataclass alone.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import Field, fields
+from difflib import get_close_matches
+from functools import wraps
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from neuroada_serve.errors import UsageError
+from neuroada_serve.options import default_of
+
+_FILE = "neuroada_serve.file"  # the key of a context's `meta` under which the file of --config is
+
+
+class Only:
+    """The fields of a dataclass that are flags of a command, where not all are."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+def long_name(described: Field[Any]) -> str:
+    """--max-num-seqs of max_num_seqs."""
+    return "--" + (described.metadata["flag"] or described.name.replace("_", "-"))
+
+
+def variable(config: type, described: Field[Any]) -> str:
+    """NEUROADA_MAX_NUM_SEQS of max_num_seqs."""
+    name = long_name(described).removeprefix("--").replace("-", "_").upper()
+    return f"{getattr(config, 'variables', 'NEUROADA_')}{name}"
+
+
+def shown_default(described: Field[Any]) -> Any:
+    """A field's default as its flag takes it; None where there is nothing to show."""
+    default = default_of(described)
+    if isinstance(default, tuple | dict):
+        return ",".join(map(str, default)) or None
+    return str(default) if described.metadata["read"] and default is not None else default
+
+
+def flags_of(config: type, only: Only | None = None) -> list[Field[Any]]:
+    """The fields of a dataclass that are flags, or of these only some."""
+    found = [f for f in fields(config) if f.metadata["flag"] != ""]
+    return found if only is None else [f for f in found if f.name in only.names]
+
+
+def with_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameters of a command that are dataclasses by flags of their fields."""
+    parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    configs: dict[str, tuple[type, list[Field[Any]]]] = {}
+    hints = get_type_hints(function, include_extras=True)
+    for name, parameter in signature(function).parameters.items():
+        config, *extras = get_args(hints[name]) if get_origin(hints[name]) else [hints[name]]
+        if hasattr(config, "__dataclass_fields__"):
+            configs[name] = config, flags_of(config, *extras)
+            parameters += [_parameter(config, f) for f in configs[name][1]]
+        else:
+            hint = hints[name]
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hint))
+
+    @wraps(function)
+    def run(context: typer.Context, **values: Any) -> None:
+        for name, (config, flags) in configs.items():
+            given = {f.name: values.pop(f.name) for f in flags}
+            values[name] = _built(context, config, flags, given)
+        function(**values)
+
+    run.__signature__ = signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _parameter(config: type, described: Field[Any]) -> Parameter:
+    meta = described.metadata
+    of_flag: Any = list[str] if meta["repeated"] else str if meta["read"] else _plain(described)
+    name = long_name(described)
+    if of_flag is bool and shown_default(described) is not False:
+        name = f"{name}/--no-{name[2:]}"
+    flag = typer.Option(
+        name,
+        help=meta["help"],
+        metavar=meta["metavar"],
+        rich_help_panel=meta["group"],
+        envvar=variable(config, described),
+        show_envvar=False,
+    )
+    return Parameter(
+        described.name,
+        Parameter.KEYWORD_ONLY,
+        default=shown_default(described),
+        annotation=Annotated[of_flag | None, flag],
+    )
+
+
+def _plain(described: Field[Any]) -> Any:
+    """The type of a field whose flag has the same."""
+    kinds = [kind for kind in get_args(described.type) if kind is not type(None)]
+    if get_origin(described.type) is Literal:
+        return str  # the dataclass checks the words
+    return kinds[0] if kinds else described.type
+
+
+def _built(
+    context: typer.Context, config: type, flags: list[Field[Any]], values: dict[str, Any]
+) -> Any:
+    """The dataclass with what was given.
+
+    Raises:
+        UsageError: names the flag, the variable or the file and its key that a wrong value is from.
+    """
+    given: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for described in flags:
+        name, meta = described.name, described.metadata
+        origin = origin_of(context, name, long_name(described), variable(config, described))
+        if origin is None:
+            continue
+        origins[name] = origins[long_name(described)] = origin
+        value = tuple(values[name]) if meta["repeated"] else values[name]
+        if meta["read"]:
+            try:
+                value = meta["read"](value)
+            except UsageError as error:
+                colon = "" if str(error).startswith("takes ") else ":"
+                raise UsageError(f"{origin}{colon} {error}") from None
+        given |= zip(meta["sets"], value, strict=True) if meta["sets"] else {name: value}
+    try:
+        return config(**given)
+    except UsageError as error:
+        names = "|".join(map(re.escape, sorted(origins, key=len, reverse=True)))
+        named = re.sub(rf"(?<![\w-])(?:{names})(?![\w-])", lambda m: origins[m[0]], str(error))
+        raise UsageError(named if origins else str(error)) from None
+
+
+def origin_of(context: typer.Context, name: str, flag: str, envvar: str) -> str | None:
+    """What a parameter's value was given by; None for its default."""
+    source = context.get_parameter_source(name)
+    match source.name if source else "":
+        case "COMMANDLINE":
+            return flag
+        case "ENVIRONMENT":
+            return envvar
+        case "DEFAULT_MAP":
+            return f"{context.meta[_FILE]}: {flag.removeprefix('--')}"
+    return None
+
+
+def _read_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Take what a YAML file has for the command's flags, where nothing else gives it."""
+    if path is None or context.resilient_parsing:
+        return path
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from None
+    if found is None:
+        return path
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{path} must have a line KEY: VALUE for each flag")
+    known = {}
+    for parameter in context.command.params:
+        is_flag = parameter.param_type_name == "option"
+        longest = max(parameter.opts, key=len) if is_flag else parameter.name or ""
+        known[longest.removeprefix("--")] = parameter
+    del known["config"]
+    values = {}
+    for key, value in found.items():
+        parameter = known.get(str(key).replace("_", "-"))  # type: ignore[assignment]
+        if parameter is None:
+            near = get_close_matches(str(key), known, 1, cutoff=0)
+            raise typer.BadParameter(
+                f"{path} has an unknown key {key!r}; did you mean {near[0]!r}?"
+            )
+        is_switch = getattr(parameter, "is_flag", False)
+        if isinstance(value, bool) != is_switch and value is not None:
+            wanted = "true or false" if is_switch else "no true or false; quote a text"
+            raise typer.BadParameter(f"{path}: {key} takes {wanted}, got {value!r}")
+        many = getattr(parameter, "multiple", False)
+        values[parameter.name] = value if is_switch else _as_text(f"{path}: {key}", value, many)
+    context.meta[_FILE] = path
+    context.default_map = {name: value for name, value in values.items() if value is not None}
+    return path
+
+
+def _as_text(origin: str, value: Any, is_list: bool) -> Any:
+    """A value of a file as the command line has it."""
+    if is_list and isinstance(value, dict):
+        return [f"{key}={each}" for key, each in value.items()]
+    if is_list and value is not None:
+        return [str(each) for each in (value if isinstance(value, list) else [value])]
+    if isinstance(value, dict | list):
+        raise typer.BadParameter(f"{origin} takes one value, got {value!r}")
+    return None if value is None else str(value)
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        is_eager=True,
+        callback=_read_file,
+        envvar="NEUROADA_CONFIG",
+        show_envvar=False,
+        help="YAML file with flags' long names as keys. What is given as a flag, or in the "
+        "environment (NEUROADA_PORT for --port), goes before.",
+    ),
+]

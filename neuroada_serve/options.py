@@ -1,0 +1,177 @@
+"""Fields of settings, each written once: name, type, default, help, and how it is given as text.
+
+A field `max_num_seqs` is the flag `--max-num-seqs`, the key `max-num-seqs` of a file of settings
+and the environment variable `NEUROADA_MAX_NUM_SEQS`; see `cli/flags.py`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, Literal, get_args, get_origin
+
+from neuroada_serve.errors import UsageError
+
+GROUP = "Options"  # of fields that name none
+
+
+def option(
+    default: Any,
+    help: str,
+    group: str = GROUP,
+    *,
+    flag: str | None = None,
+    metavar: str | None = None,
+    read: Callable[[Any], Any] | None = None,
+    repeated: bool = False,
+    sets: tuple[str, ...] = (),
+) -> Any:
+    """A field of a dataclass of settings.
+
+    Args:
+        group: heading of the field in `--help`.
+        flag: the flag's long name where it is not the field's; "" for a field without a flag.
+        read: makes the value of a text, of several where the flag is `repeated`; raises UsageError.
+        sets: fields that get the values which `read` returns, where they are several.
+    """
+    described = {
+        "help": help,
+        "group": group,
+        "flag": flag,
+        "metavar": metavar,
+        "read": read,
+        "repeated": repeated,
+        "sets": sets,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=described)
+    return field(default=default, metadata=described)
+
+
+def redefined(config: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
+    """A field as in `config`, but for another default or other arguments of `option`."""
+    (before,) = (f for f in fields(config) if f.name == name)
+    if default is MISSING:
+        default = default_of(before)
+    described = {**before.metadata, **changes}
+    return option(default, described.pop("help"), described.pop("group"), **described)
+
+
+def help_of(config: type, name: str) -> str:
+    """The help text of one field; also what the command line shows."""
+    for f in fields(config):
+        if f.name == name:
+            return str(f.metadata["help"])
+    raise KeyError(f"{config.__name__} has no field {name}")
+
+
+def default_of(described: Field[Any]) -> Any:
+    """A field's default."""
+    if described.default is not MISSING:
+        return described.default
+    assert described.default_factory is not MISSING
+    return described.default_factory()
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 512MiB, 4GB or 1000000.
+
+    Raises:
+        UsageError: it is not written as one.
+    """
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = None if found is None else _UNITS.get(found[2].upper())
+    if found is None or unit is None:
+        raise UsageError(
+            f"{text!r} is not a size; give a number of bytes, or one such as 512MiB or 4GB"
+        )
+    return int(float(found[1]) * unit)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Comma-separated words."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Comma-separated integers."""
+    try:
+        return tuple(int(word) for word in words(text))
+    except ValueError:
+        raise UsageError(f"takes integers such as 1,4,16, got {text!r}") from None
+
+
+def columns(text: str) -> dict[str, str]:
+    """Our keys for columns: prompt=question,completion=reply."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        key, equals, column = part.partition("=")
+        if not equals or not key or not column:
+            raise UsageError(f"takes KEY=COLUMN,KEY=COLUMN, not {text!r}")
+        found[key.strip()] = column.strip()
+    return found
+
+
+def weights(texts: Sequence[str]) -> dict[str, float]:
+    """Shares by name, of texts NAME=WEIGHT."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, separator, weight = text.rpartition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            separator = ""
+        if not separator or not name:
+            raise UsageError(f"takes NAME=WEIGHT, such as big-customer=2, got {text!r}")
+    return found
+
+
+def k_by_module(text: str) -> tuple[int, dict[str, int]]:
+    """8, or q_proj|v_proj=8,1: k of the modules that no pattern matches, and of the patterns'."""
+    *parts, last = text.split(",")
+    if "=" in last:
+        parts, last = [*parts, last], "0"
+    found = [re.fullmatch(r"\s*(\S+?)\s*=\s*(\d+)\s*", part) for part in parts]
+    if not last.strip().isdecimal() or None in found:
+        raise UsageError(f"takes a number or PATTERN=K,PATTERN=K,K, not {text!r}")
+    return int(last), {each[1]: int(each[2]) for each in found if each is not None}
+
+
+def number_or_auto(text: str) -> float | str:
+    """A number, or the word auto."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"takes a number or auto, not {text!r}") from None
+
+
+def at_least(config: object, **minimums: float) -> None:
+    """Refuse fields that are no numbers, or below their minimum; None is no value.
+
+    Raises:
+        UsageError: names the field.
+    """
+    for name, minimum in minimums.items():
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise UsageError(f"{name} must be a number, got {value!r}")
+        if value is not None and not value >= minimum:  # refuses nan too
+            raise UsageError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_words(config: Any) -> None:
+    """Refuse fields of a Literal type that have another value.
+
+    Raises:
+        UsageError: names the field and its words.
+    """
+    for f in fields(config):
+        if get_origin(f.type) is Literal and (value := getattr(config, f.name)) not in (
+            allowed := get_args(f.type)
+        ):
+            raise UsageError(f"{f.name} must be one of {', '.join(allowed)}, got {value!r}")
