@@ -560,7 +560,7 @@ def test_scaling_writes_its_series_and_plots(model, tmp_path):
         (["throughput", "MODEL", "--concurrency", "0"], "concurrency"),
         (["throughput", "MODEL", "--concurrency", "many"], "--concurrency"),
         (["throughput", "MODEL", "--popularity", "zipf"], "zipf:A"),
-        (["throughput", "MODEL", "--output-len", "1"], "output_len"),
+        (["throughput", "MODEL", "--output-len", "1"], "--output-len"),
         (["throughput", "MODEL", "--peer", "hal"], "peft, vllm"),
         (["throughput", "MODEL", "--peer-python", "/no/python"], "/no/python"),
         (["latency", "MODEL", "--k", ""], "k must name"),

@@ -139,10 +139,10 @@ def test_eval_table_and_base(model, tmp_path):
         (["serve", "MODEL", "--adapter-weight", "fr:2"], "--adapter-weight takes NAME=WEIGHT"),
         (["serve", "MODEL", "--adapter-weight", "fr=nan"], "the weight of 'fr' must be above 0"),
         (["serve", "MODEL", "--adapter-memory", "lots"], "'lots' is not a size"),
-        (["serve", "MODEL", "--adapter-memory", "0"], "adapter_memory must be at least 1"),
+        (["serve", "MODEL", "--adapter-memory", "0"], "--adapter-memory must be at least 1"),
         (["serve", "MODEL", "--adapter-host-memory", "-1"], "'-1' is not a size"),
         (["serve", "MODEL", "--prefix-cache-memory", "4XB"], "'4XB' is not a size"),
-        (["serve", "MODEL", "--max-num-seqs", "0"], "max_num_seqs"),
+        (["serve", "MODEL", "--max-num-seqs", "0"], "--max-num-seqs"),
         (["serve", "MODEL", "--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "at least"),
     ],
 )

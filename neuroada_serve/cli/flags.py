@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -58,15 +58,14 @@ def with_flags(function: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameters of a command that are dataclasses by flags of their fields."""
     parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     configs: dict[str, tuple[type, list[Field[Any]]]] = {}
-    hints = get_type_hints(function, include_extras=True)
     for name, parameter in signature(function).parameters.items():
-        config, *extras = get_args(hints[name]) if get_origin(hints[name]) else [hints[name]]
+        hint = parameter.annotation
+        config, *extras = get_args(hint) if get_origin(hint) is Annotated else [hint]
         if hasattr(config, "__dataclass_fields__"):
             configs[name] = config, flags_of(config, *extras)
             parameters += [_parameter(config, f) for f in configs[name][1]]
         else:
-            hint = hints[name]
-            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hint))
+            parameters.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
 
     @wraps(function)
     def run(context: typer.Context, **values: Any) -> None:
@@ -87,6 +86,7 @@ def _parameter(config: type, described: Field[Any]) -> Parameter:
     if of_flag is bool and shown_default(described) is not False:
         name = f"{name}/--no-{name[2:]}"
     flag = typer.Option(
+        shown_default(described),
         name,
         help=meta["help"],
         metavar=meta["metavar"],
@@ -94,12 +94,8 @@ def _parameter(config: type, described: Field[Any]) -> Parameter:
         envvar=variable(config, described),
         show_envvar=False,
     )
-    return Parameter(
-        described.name,
-        Parameter.KEYWORD_ONLY,
-        default=shown_default(described),
-        annotation=Annotated[of_flag | None, flag],
-    )
+    kind = Parameter.KEYWORD_ONLY
+    return Parameter(described.name, kind, default=flag, annotation=of_flag | None)
 
 
 def _plain(described: Field[Any]) -> Any:
@@ -137,9 +133,9 @@ def _built(
     try:
         return config(**given)
     except UsageError as error:
-        names = "|".join(map(re.escape, sorted(origins, key=len, reverse=True)))
-        named = re.sub(rf"(?<![\w-])(?:{names})(?![\w-])", lambda m: origins[m[0]], str(error))
-        raise UsageError(named if origins else str(error)) from None
+        words = r"(?<![\w-])--\w[\w-]*|(?<![\w-])\w+(?![\w-])"
+        named = re.sub(words, lambda word: origins.get(word[0], word[0]), str(error))
+        raise UsageError(named) from None
 
 
 def origin_of(context: typer.Context, name: str, flag: str, envvar: str) -> str | None:

@@ -19,12 +19,11 @@ from neuroada_serve.cli.common import (
 )
 from neuroada_serve.cli.flags import ConfigFile
 from neuroada_serve.config import EngineConfig, ServerConfig
-from neuroada_serve.server.listener import bind
-from neuroada_serve.server.logs import logged
-from neuroada_serve.server.signals import EarlySignals
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from neuroada_serve.server.signals import EarlySignals
 
 _MOST_LISTED = 20  # adapters that `serve` names at its start
 
@@ -47,6 +46,10 @@ def serve(
     config_file: ConfigFile = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, OpenAI-style."""
+    from neuroada_serve.server.listener import bind
+    from neuroada_serve.server.logs import logged
+    from neuroada_serve.server.signals import EarlySignals
+
     # The port is taken first: whether it is free should not show after a minute of loading only.
     with (
         EarlySignals(notify) as early,
@@ -65,7 +68,7 @@ def _load_and_serve(
     engine: EngineConfig,
     config: ServerConfig,
     bound: socket.socket,
-    early: EarlySignals,
+    early: "EarlySignals",
 ) -> int:
     with for_good():
         from neuroada_serve.benchmark.report import progress_bar
