@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -219,6 +221,7 @@ def test_variables_take_several_values_and_switches(served):
         ("config: x", "unknown key 'config'"),
         ("help: true", "unknown key 'help'"),
         ("7: 1", "unknown key 7"),
+        ("max-num-seqs: 1\nmax_num_seqs: 2", "'max_num_seqs' in two spellings"),
         ("port: no-number", "serve.yaml: port"),
         ("port: 1.5", "serve.yaml: port"),
         ("port: [1, 2]", "serve.yaml: port takes one value, got [1, 2]"),
@@ -267,7 +270,20 @@ def test_readmes_file_is_taken(served, tmp_path, monkeypatch):
 def test_train_takes_a_file_and_its_own_variables(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").touch()
     (tmp_path / "train.yaml").write_text(f"model: m\ndata: {tmp_path}/rows.jsonl\nout: o\nk: 2\n")
+    (tmp_path / "serve.yaml").write_text("port: 1\n")
     run = ["train", "--config", str(tmp_path / "train.yaml"), "--seed", "-1"]
     said = CliRunner().invoke(app, run, env={"NEUROADA_SEED": "3", "NEUROADA_TRAIN_K": "x"})
     assert "NEUROADA_TRAIN_K takes a number or PATTERN=K" in said.stderr
-    assert "--seed must be at least 0, got -1" in CliRunner().invoke(app, run).stderr
+    del run[1:3]
+    environment = {"NEUROADA_CONFIG": str(tmp_path / "serve.yaml")}  # serve's alone
+    environment["NEUROADA_TRAIN_CONFIG"] = str(tmp_path / "train.yaml")
+    said = CliRunner().invoke(app, run, env=environment)
+    assert "--seed must be at least 0, got -1" in said.stderr
+
+
+def test_help_waits_for_no_heavy_import():
+    code = (
+        "import sys, neuroada_serve.cli.main; print({'torch', 'yaml', 'asyncio'} & {*sys.modules})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "set()\n", result.stderr

@@ -37,7 +37,11 @@ def long_name(described: Field[Any]) -> str:
 def variable(config: type, described: Field[Any]) -> str:
     """NEUROADA_MAX_NUM_SEQS of max_num_seqs."""
     name = long_name(described).removeprefix("--").replace("-", "_").upper()
-    return f"{getattr(config, 'variables', 'NEUROADA_')}{name}"
+    return _prefix(config) + name
+
+
+def _prefix(config: type) -> str:
+    return str(getattr(config, "variables", "NEUROADA_"))
 
 
 def shown_default(described: Field[Any]) -> Any:
@@ -183,6 +187,8 @@ def _read_file(context: typer.Context, path: Path | None) -> Path | None:
         if isinstance(value, bool) != is_switch and value is not None:
             wanted = "true or false" if is_switch else "no true or false; quote a text"
             raise typer.BadParameter(f"{path}: {key} takes {wanted}, got {value!r}")
+        if parameter.name in values:
+            raise typer.BadParameter(f"{path} has {key!r} in two spellings")
         many = getattr(parameter, "multiple", False)
         values[parameter.name] = value if is_switch else _as_text(f"{path}: {key}", value, many)
     context.meta[_FILE] = path
@@ -201,16 +207,16 @@ def _as_text(origin: str, value: Any, is_list: bool) -> Any:
     return None if value is None else str(value)
 
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
+def config_file(config: type) -> Any:
+    """The flag --config of a command whose settings are mostly those of `config`."""
+    prefix = _prefix(config)
+    return typer.Option(
         "--config",
         metavar="FILE",
         is_eager=True,
         callback=_read_file,
-        envvar="NEUROADA_CONFIG",
+        envvar=f"{prefix}CONFIG",
         show_envvar=False,
-        help="YAML file with flags' long names as keys. What is given as a flag, or in the "
-        "environment (NEUROADA_PORT for --port), goes before.",
-    ),
-]
+        help="YAML file with flags' long names as keys. Flags beat environment variables "
+        f"({prefix}... and the flag's name), and these the file.",
+    )

@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ from neuroada_serve.cli.common import (
     notify,
     out,
 )
-from neuroada_serve.cli.flags import ConfigFile
+from neuroada_serve.cli.flags import config_file
 from neuroada_serve.config import EngineConfig, ServerConfig
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def serve(
     adapter: Adapters = None,
     server: ServerConfig,
     engine: EngineConfig,
-    config_file: ConfigFile = None,
+    file: Annotated[Path | None, config_file(ServerConfig)] = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, OpenAI-style."""
     from neuroada_serve.server.listener import bind

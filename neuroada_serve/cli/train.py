@@ -18,7 +18,7 @@ from neuroada_serve.cli.common import (
     print_error,
     rows_of,
 )
-from neuroada_serve.cli.flags import ConfigFile, Only
+from neuroada_serve.cli.flags import Only, config_file
 from neuroada_serve.config import EngineConfig, TrainConfig
 
 
@@ -76,7 +76,7 @@ def train(
             rich_help_panel="Results",
         ),
     ] = False,
-    config_file: ConfigFile = None,
+    file: Annotated[Path | None, config_file(TrainConfig)] = None,
 ) -> None:
     """Train an adapter or a classifier on rows. The loss is on the answers."""
     rows = rows_of(data)
