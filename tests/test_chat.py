@@ -247,5 +247,6 @@ def test_chat_in_a_terminal(folder):
         shown.until("de> ")
         shown.type("/adapters\n")
         shown.until("* de")
+        shown.until("de> ")  # before that, the terminal would keep the end for itself
         shown.type("\x04")
         assert process.wait(120) == 0
