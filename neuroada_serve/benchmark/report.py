@@ -78,6 +78,8 @@ def progress_bar(console: Console) -> Progress:
 
 def environment() -> dict[str, Any]:
     """Date, commit, versions, hardware and thread settings of this process."""
+    import torch
+
     from neuroada_serve import __version__
 
     versions = {"neuroada-serve": __version__, "python": platform.python_version()}
@@ -86,6 +88,7 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    versions["torch"] = torch.__version__  # with its build, which a wheel's name may lack
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
