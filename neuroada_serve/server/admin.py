@@ -33,7 +33,8 @@ from neuroada_serve.server.protocol import (
     UnloadAdapterRequest,
 )
 from neuroada_serve.server.request_log import client_of
-from neuroada_serve.server.rescans import Rescans, in_daemon_thread, told
+from neuroada_serve.server.rescans import Rescans, told
+from neuroada_serve.server.threads import in_daemon_thread
 from neuroada_serve.server.worker import Worker
 
 logger = logging.getLogger(__name__)

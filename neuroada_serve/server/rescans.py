@@ -1,32 +1,10 @@
 """Looks at the adapter directory again, one at a time, however often it is asked for."""
 
 import asyncio
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TypeVar
 
 from neuroada_serve.engine.adapter_plane import Rescan
+from neuroada_serve.server.threads import in_daemon_thread
 from neuroada_serve.server.worker import Adapters
-
-T = TypeVar("T")
-
-
-async def in_daemon_thread(run: Callable[[], T], name: str) -> T:
-    """For what may wait long: it does not keep the process alive, as anyio's threads would."""
-    done: Future[T] = Future()
-    done.set_running_or_notify_cancel()
-
-    def main() -> None:
-        try:
-            result = run()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(result)
-
-    threading.Thread(target=main, name=name, daemon=True).start()
-    return await asyncio.wrap_future(done)
 
 
 class Rescans:

@@ -1,17 +1,15 @@
-"""Work for one thread, for whoever has had least of it."""
+"""Work off the event loop, one at a time, for whoever has had least of it."""
 
 import asyncio
 import heapq
 import itertools
-import queue
 import threading
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from neuroada_serve.engine.accounts import Accounts, Party, charge
 from neuroada_serve.server.caller import Caller
+from neuroada_serve.server.threads import in_daemon_thread
 
 T = TypeVar("T")
 
@@ -24,7 +22,7 @@ class Cancelled(Exception):
 
 
 class Job:
-    """What runs in the thread may ask now and then whether it should go on."""
+    """What runs may ask now and then whether it should go on."""
 
     def __init__(self) -> None:
         self._cancelled = threading.Event()
@@ -41,48 +39,8 @@ class Job:
             raise Cancelled
 
 
-class _Thread:
-    """One that does what it is given, in order. Not an executor's: it does not keep a process alive
-    whose work takes for ever."""
-
-    def __init__(self, name: str) -> None:
-        self._todo: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._main, args=(self._todo,), name=name, daemon=True).start()
-        weakref.finalize(self, self._todo.put, None)
-
-    def start(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        """Its result, when it has one."""
-        loop = asyncio.get_running_loop()
-        found: asyncio.Future[T] = loop.create_future()
-
-        def settle(result: Any, error: BaseException | None) -> None:
-            if found.cancelled():
-                return
-            if error is None:
-                found.set_result(result)
-            else:
-                found.set_exception(error)
-
-        def run() -> None:
-            result, failure = None, None
-            try:
-                result = work()
-            except BaseException as error:
-                failure = error
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(settle, result, failure)
-
-        self._todo.put(run)
-        return found
-
-    @staticmethod
-    def _main(todo: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
-        while (run := todo.get()) is not None:
-            run()
-
-
 class Turns:
-    """One job at a time. Tenants share the thread by cost, and so do the clients of one; of one
+    """One job at a time. Tenants share its time by cost, and so do the clients of one; of one
     client's jobs the cheap go first, but each is overtaken by no more than its own cost.
 
     Of the event loop. A caller that is cancelled leaves the queue; if its job runs already, it is
@@ -90,7 +48,7 @@ class Turns:
     """
 
     def __init__(self, name: str) -> None:
-        self._thread = _Thread(name)
+        self._name = name
         self._order = itertools.count()
         self._accounts = Accounts({}, {})  # of those who wait
         self._waiting: dict[Caller, list[_Turn]] = {}
@@ -112,7 +70,7 @@ class Turns:
                 self._give_back()
             raise
         job = Job()
-        working = self._thread.start(lambda: work(job))
+        working = in_daemon_thread(lambda: work(job), self._name)
         working.add_done_callback(self._give_back)
         try:
             await asyncio.wait([working])
