@@ -177,20 +177,20 @@ def _read_file(context: typer.Context, path: Path | None) -> Path | None:
     del known["config"]
     values = {}
     for key, value in found.items():
-        parameter = known.get(str(key).replace("_", "-"))  # type: ignore[assignment]
-        if parameter is None:
+        named = known.get(str(key).replace("_", "-"))
+        if named is None:
             near = get_close_matches(str(key), known, 1, cutoff=0)
             raise typer.BadParameter(
                 f"{path} has an unknown key {key!r}; did you mean {near[0]!r}?"
             )
-        is_switch = getattr(parameter, "is_flag", False)
+        is_switch = getattr(named, "is_flag", False)
         if isinstance(value, bool) != is_switch and value is not None:
             wanted = "true or false" if is_switch else "no true or false; quote a text"
             raise typer.BadParameter(f"{path}: {key} takes {wanted}, got {value!r}")
-        if parameter.name in values:
+        if named.name in values:
             raise typer.BadParameter(f"{path} has {key!r} in two spellings")
-        many = getattr(parameter, "multiple", False)
-        values[parameter.name] = value if is_switch else _as_text(f"{path}: {key}", value, many)
+        many = getattr(named, "multiple", False)
+        values[named.name] = value if is_switch else _as_text(f"{path}: {key}", value, many)
     context.meta[_FILE] = path
     context.default_map = {name: value for name, value in values.items() if value is not None}
     return path

@@ -177,9 +177,9 @@ class FairQueue(Generic[R]):
         and it has not had more so far.
 
         Never to an equal: where each of as many as there are slots has one, whoever comes next
-        waits until one ends. Slices of time would halve the longest waits, but they cost up to a
-        quarter of all tokens, since what loses its slot is computed again, and stop answers midway
-        for as long as the waits that they save (bench/LOG.md)."""
+        waits until one ends. Slices of time would shorten the longest waits, but what loses its
+        slot is computed again, and answers would stop midway for as long as the waits that they
+        save (bench/LOG.md)."""
         for own, other in zip(self._lines[waiting], self._lines[running], strict=True):
             if own is not other:
                 own_slots, other_slots = own.num_slots + 1, other.num_slots - 1

@@ -91,8 +91,7 @@ def _check_framing(request: h11.Request) -> None:
 
 class Slices:
     """Parses what came in large pieces: a little of all connections' at a time, in turn, for a part
-    of the time only. An event loop that is never idle takes the interpreter from the engine, whose
-    steps then take three times as long.
+    of the time only. An event loop that is never idle takes the interpreter from the engine.
     """
 
     def __init__(self) -> None:
