@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny_model
 
 from neuroada_serve import LLM, load_adapter
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.model.loader import load_base
+from tests.support.tiny import save_tiny_model
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

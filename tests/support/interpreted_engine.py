@@ -1,0 +1,69 @@
+"""The engine through its decode graphs, recorded and replayed as plain calls; run by
+test_cuda_graphs.py in a process of its own (see interpreted_bypass.py)."""
+
+import torch
+
+from neuroada_serve import LLM, SamplingParams
+from neuroada_serve.engine import triton_attention
+from neuroada_serve.engine.cuda_graphs import cuda_capture
+from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.engine.runner import ModelRunner
+from neuroada_serve.model import bypass_linear
+from neuroada_serve.ops.triton_bypass import bypass_add_triton_
+from tests.support.tiny import random_adapter, save_tiny_model
+from tests.support.triton_interpreter import DEVICE
+
+PROMPTS = [list(range(start, start + length)) for start, length in ((5, 3), (40, 11), (90, 1))]
+NAMES = [None, "a", "b", "a"]
+
+
+def record(launch):
+    """What `cuda_capture()` does, for the CPU."""
+    launch()
+    return launch
+
+
+# Gemma 2 has a sliding window and a soft cap; here biases, too.
+def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
+    source = save_tiny_model(tmp_path, "gemma2", attention_bias=True)
+    adapters = {
+        "a": random_adapter(source, 1, k=2, biases=True),
+        "b": random_adapter(source, 2, k=5, biases=True),
+    }
+    llm = LLM(str(source.path), adapters, max_num_seqs=5, device=DEVICE.type)
+    engine = llm.engine
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 1, 3, 2)]
+    prompts = [PROMPTS[i % 3] for i in range(4)]
+    expected = [answer.token_ids for answer in llm.generate(prompts, params, NAMES)]
+
+    plain_add_ = bypass_linear.bypass_add_
+
+    def add_(y, x, table, token_slots):
+        if DEVICE.type == "cpu" and len(y) > 5:  # prefills are never replayed
+            return plain_add_(y, x, table, token_slots)
+        bypass_add_triton_(y, x, table.index, table.bypass, *token_slots.on_device)
+
+    monkeypatch.setattr(triton_attention, "_MAX_SPLITS", 2)  # each program is slow interpreted
+    monkeypatch.setattr(bypass_linear, "bypass_add_", add_)
+    engine._runner = ModelRunner(
+        engine.base,
+        engine.adapters.bank,
+        engine._runner._context,
+        KVCache(5, engine.max_model_len, coarse=True),
+        engine.adapters.resident,
+        enforce_eager=True,
+        capture=record if DEVICE.type == "cpu" else cuda_capture(),
+    )
+    graphs = engine._runner.graphs
+    assert graphs is not None
+    assert [a.token_ids for a in llm.generate(prompts, params, NAMES)] == expected
+    captured = len(graphs)
+    assert captured >= 2, "several buckets were met"
+    llm.merge("a")
+    assert [a.token_ids for a in llm.generate(prompts, params, NAMES)] == expected
+    llm.unmerge()
+    known = len(graphs)
+    assert [a.token_ids for a in llm.generate(prompts, params, NAMES)] == expected
+    assert len(graphs) == known, "the last round met nothing new"
+    assert not graphs._failed
+    assert not torch.cuda.is_available() or engine.base.device.type == "cuda"
