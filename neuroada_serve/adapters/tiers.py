@@ -30,12 +30,14 @@ from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.adapters.store import AdapterVersion
 from neuroada_serve.adapters.values import AdapterValues, IndexTable, ValuesReader
 from neuroada_serve.errors import AdapterError, AdapterUnavailable, NeuroAdaError
+from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
 RETRY_S = 1.0  # an adapter that could not be loaded is tried again after so long
 FRESH_S = 0.5  # one that has arrived for a request stays so long before another takes its place
 _LOADERS = 2
+_WAIT_S = 0.02
 
 
 @dataclass
@@ -97,7 +99,7 @@ class AdapterTiers:
         files: reads headers and bytes; values: makes flat vectors of them.
         originals: the base's weights at an index; for the engine's thread.
         host_bytes: of host copies.
-        wake: told, in any thread, when the engine's thread has something to do or to find.
+        wakeup: notified, in any thread, when the engine's thread has something to do or to find.
     """
 
     def __init__(
@@ -107,14 +109,14 @@ class AdapterTiers:
         values: ValuesReader,
         originals: Callable[[IndexTable], Tensor],
         host_bytes: int,
-        wake: Callable[[], None] = lambda: None,
+        wakeup: Wakeup,
     ) -> None:
         self.metrics = TierMetrics()
         self._bank = bank
         self._files = files
         self._values = values
         self._originals = originals
-        self._wake = wake
+        self._wakeup = wakeup
         self._lock = threading.Lock()  # guards everything below, and reserving in the bank
         self._host = HostCache(host_bytes)
         self._places: dict[AdapterVersion, _Place] = {}
@@ -128,7 +130,6 @@ class AdapterTiers:
         self._short_of_room_at = -math.inf
         self._fresh: list[_Place] = []  # arrived for a request since the last `poll`
         self._num_writing = 0
-        self._event = threading.Event()  # something has arrived, or failed
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="adapters")
         self._streams = threading.local()
 
@@ -222,7 +223,7 @@ class AdapterTiers:
             if place.resident is not None:
                 self._bank.free(place.resident)
             # Room for values on their way is given back by whoever brings them.
-        self._wake()
+        self._wakeup.notify()
 
     def values_at_hand(self, version: AdapterVersion) -> AdapterValues | None:
         """A version's values where that takes no reading; else None, and a loader reads them for
@@ -244,10 +245,6 @@ class AdapterTiers:
             place.resident = resident
             self._idle[version] = None
 
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until something has arrived or failed since the last `poll`, or for so long."""
-        self._event.wait(timeout_s)
-
     def close(self) -> None:
         """Let the loader threads finish what they are at, and end."""
         self._loaders.shutdown(wait=True, cancel_futures=True)
@@ -256,7 +253,6 @@ class AdapterTiers:
 
     def poll(self) -> None:
         """Make the planes that uploads wait for, and close holes where nothing fits for them."""
-        self._event.clear()
         with self._lock:
             waiting, self._waiting = self._waiting, {}
             for place in self._fresh:
@@ -305,7 +301,7 @@ class AdapterTiers:
                 raise
         while self.readiness(version) is Readiness.COMING:  # a loader was first
             self.poll()
-            self.wait(0.02)
+            self._wakeup.wait(_WAIT_S)
         return self.readiness(version)
 
     def readiness(self, version: AdapterVersion) -> Readiness:
@@ -425,8 +421,7 @@ class AdapterTiers:
         with self._lock:
             self._read_ahead[version] = values
             self._reading.discard(version)
-        self._event.set()
-        self._wake()
+        self._wakeup.notify()
 
     def _submit(self, load: _Load) -> None:
         try:
@@ -452,8 +447,7 @@ class AdapterTiers:
                 self._upload(load)
         except BaseException as error:
             self._failed(load, error)
-        self._event.set()
-        self._wake()
+        self._wakeup.notify()
 
     def _upload(self, load: _Load) -> None:
         """Write a version's values into the room reserved for it."""

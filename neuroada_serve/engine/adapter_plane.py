@@ -30,6 +30,7 @@ from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.bypass_linear import AttachedBypass
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.merge import WeightMerger
+from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class AdapterPlane:
     """Owns bank, store, tiers and what is merged of one engine; the scheduler's `Adapters`.
 
     Args:
-        wake: told, in any thread, when the engine's thread has something to do.
+        wakeup: notified, in any thread, when the engine's thread has something to do.
     """
 
     def __init__(
@@ -87,12 +88,12 @@ class AdapterPlane:
         attached: AttachedBypass,
         config: EngineConfig,
         metrics: EngineMetrics,
-        wake: Callable[[], None],
+        wakeup: Wakeup,
     ) -> None:
         device = base.device.type
         self._base = base
         self._allow_other_base = config.allow_other_base
-        self._wake = wake
+        self._wakeup = wakeup
         merger = WeightMerger(attached.layers)
         self.bank = AdapterBank(base.device, base.dtype, _device_bytes(config, base.device))
         self._files = AdapterReader(base.spec, allow_other_base=config.allow_other_base)
@@ -107,9 +108,9 @@ class AdapterPlane:
             values,
             merger.originals,
             _HOST_BYTES[device] if host_bytes is None else host_bytes,
-            wake,
+            wakeup,
         )
-        self.store = AdapterStore(base.spec.name, self.tiers.forget, wake)
+        self.store = AdapterStore(base.spec.name, self.tiers.forget, wakeup.notify)
         self._merging = MergeControl(
             config.merge,
             merger,
@@ -266,7 +267,7 @@ class AdapterPlane:
 
     def _abort(self, version: AdapterVersion) -> None:
         self._to_abort.put(version)
-        self._wake()
+        self._wakeup.notify()
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep an adapter on the device, or let it go like others again.
@@ -311,7 +312,7 @@ class AdapterPlane:
         if mode not in ("never", "auto"):
             self.store.get(mode)
         self._merging.set_mode(mode)
-        self._wake()
+        self._wakeup.notify()
 
     # --- any thread: the adapter directory ---------------------------------------------------
 

@@ -5,7 +5,7 @@ do is in `AdapterPlane`.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -38,6 +38,7 @@ from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.merge import weights_digest
 from neuroada_serve.model.rotary import fix_rotation
 from neuroada_serve.request import FinishReason, Output, SamplingParams, TokenLogprob
+from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -52,26 +53,26 @@ class Engine:
         base: freshly loaded; the engine changes its layers and owns it from here on.
         config: limits, memory and merge mode. An adapter named by `merge` is merged once it is
             there.
+        wakeup: notified, in any thread, when there may be something to do for `step`.
 
     adapters: what may be done to adapters, most of it in any thread.
-    on_wake: called, in any thread, when there may be something to do for `step`.
     """
 
-    def __init__(self, base: BaseModel, config: EngineConfig) -> None:
+    def __init__(self, base: BaseModel, config: EngineConfig, wakeup: Wakeup | None = None) -> None:
         self.base = base
         self.config = config
         self.max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
         # What of the base's rotation that chooses, in a sentence.
         self.rotation = fix_rotation(base.model, self.max_model_len)
         self.metrics = EngineMetrics()
-        self.on_wake: Callable[[], None] = lambda: None
+        self.wakeup = wakeup or Wakeup()
         if config.deterministic and base.device.type != "cpu":
             raise UsageError(
                 f"deterministic holds on the CPU alone, not on {base.device.type}, whose libraries "
                 "choose their kernels by the size of the batch; leave it out, or take --device cpu"
             )
         attached = attach_bypass(base.model, fixed_shapes=config.deterministic)
-        self.adapters = AdapterPlane(base, attached, config, self.metrics, lambda: self.on_wake())
+        self.adapters = AdapterPlane(base, attached, config, self.metrics, self.wakeup)
         on_cuda = base.device.type == "cuda"
         self._cache = KVCache(config.max_num_seqs, self.max_model_len, coarse=on_cuda)
         self._runner = ModelRunner(
@@ -96,6 +97,7 @@ class Engine:
         self._vocab_size = int(base.model.config.get_text_config().vocab_size)
         self._prefixes: PrefixCache | None = None  # once the size of a token's KV is known
         self._blocks: KVBlocks | None = None
+        self._must_scrub = False  # entries of a failed sequence in the KV cache may be non-finite
         self._step = 0
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
 
@@ -180,39 +182,39 @@ class Engine:
         lease = None if adapter is None else self.adapters.store.acquire(adapter)
         try:
             check_task(params, adapter, () if lease is None else lease.version.labels)
+            eos = frozenset() if params.ignore_eos else self.base.eos_token_ids
+            end_token_ids = eos.union(params.stop_token_ids)
             for request_id, prompt in zip(request_ids, prompts, strict=True):
                 token_ids = list(prompt)  # one for all choices
                 for index in range(params.n):
-                    sequence = self._new_sequence(request_id, index, token_ids, params)
-                    sequence.tenant, sequence.client = tenant, client
-                    sequence.cache_salt = cache_salt
-                    sequence.lease = None if lease is None else lease.share()
+                    detokenizer = self._new_detokenizer(token_ids, params)
+                    room = self.max_model_len - len(token_ids)
+                    sequence = Sequence(
+                        request_id,
+                        index,
+                        token_ids,
+                        params,
+                        max_tokens=min(params.max_tokens or room, room),
+                        end_token_ids=end_token_ids,
+                        detokenizer=detokenizer,
+                        random=new_draws(params, index),
+                        tenant=tenant,
+                        client=client,
+                        cache_salt=cache_salt,
+                        lease=None if lease is None else lease.share(),
+                    )
                     self._scheduler.add(sequence)
         finally:
             if lease is not None:
                 lease.release()
 
-    def _new_sequence(
-        self, request_id: str, index: int, prompt: list[int], params: SamplingParams
-    ) -> Sequence:
-        room = self.max_model_len - len(prompt)
-        eos = frozenset() if params.ignore_eos else self.base.eos_token_ids
-        return Sequence(
-            request_id=request_id,
-            index=index,
-            prompt_token_ids=prompt,
-            params=params,
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            end_token_ids=eos.union(params.stop_token_ids),
-            lease=None,
-            detokenizer=Detokenizer(
-                self.base.tokenizer,
-                prompt,
-                params.stop_strings,
-                params.include_stop_str_in_output,
-                params.skip_special_tokens,
-            ),
-            random=new_draws(params, index),
+    def _new_detokenizer(self, prompt: Seq[int], params: SamplingParams) -> Detokenizer:
+        return Detokenizer(
+            self.base.tokenizer,
+            prompt,
+            params.stop_strings,
+            params.include_stop_str_in_output,
+            params.skip_special_tokens,
         )
 
     def abort(self, request_id: str) -> None:
@@ -247,13 +249,19 @@ class Engine:
         outputs += self._fail_hopeless(schedule)
         if schedule.is_empty:
             if self._scheduler.has_unfinished and not outputs:
-                self.adapters.tiers.wait(_WAIT_S)
+                self.wakeup.wait(_WAIT_S)
             return outputs
 
         while not schedule.is_empty:
             computed = {s: s.num_computed for s in schedule.scheduled}
             try:
                 self._restore_prefixes(schedule)
+                if self._must_scrub:
+                    running = schedule.running
+                    self._cache.scrub(
+                        {s.slot: s.num_computed for s in running if s.slot is not None}
+                    )
+                    self._must_scrub = False
                 step = self._runner.run(schedule, self.adapters.merged_version)
                 scores = [self._score_prompt(prompt) for prompt in step.prompts]
                 chosen = sample(step.logits, step.sequences)
@@ -473,7 +481,7 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: str) -> Output:
         """End a sequence whose entries in the KV cache may be non-finite."""
-        self._runner.scrub_cache = True
+        self._must_scrub = True
         return self._end_with_error(sequence, error)
 
     def _output(

@@ -122,6 +122,7 @@ class KVCache:
         """Of all layers; 0 before the first `write`."""
         return _bytes_per_token(pair[0] for pair in self._layers.values())
 
+    @torch.inference_mode()
     def scrub(self, used: Mapping[int, int]) -> None:
         """Zero everything beyond the first used[slot] entries of each slot.
 

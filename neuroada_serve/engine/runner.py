@@ -83,7 +83,6 @@ class ModelRunner:
             _refuse_other_products(base)
         self._resident_of = resident_of
         self.cache = cache
-        self.scrub_cache = False  # set when a sequence failed: its entries may be non-finite
         base.model.set_attn_implementation(ATTENTION)
         if base.device.type == "cpu":
             use_cpu_kernels(base.model)
@@ -108,10 +107,6 @@ class ModelRunner:
         Args:
             merged: what is in the weights. It, and every adapter of the step, is on the device.
         """
-        if self.scrub_cache:
-            used = {s.slot: s.num_computed for s in schedule.running if s.slot is not None}
-            self.cache.scrub(used)
-            self.scrub_cache = False
         if self.graphs is not None and not schedule.prefills:
             replayed = self._replay(self.graphs, schedule.decodes, merged)
             if replayed is not None:

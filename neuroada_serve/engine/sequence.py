@@ -50,15 +50,15 @@ class Sequence:
     params: SamplingParams
     max_tokens: int
     end_token_ids: frozenset[int]
-    lease: "Lease | None"
     detokenizer: Any
     biases: Any = None  # logit_bias as the sampler keeps it
     random: Any = None  # the sampler's draws; None where nothing is drawn
-    output_token_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     tenant: str = ""
     client: str = ""
     cache_salt: str = ""
+    lease: "Lease | None" = None
+    output_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_computed: int = 0
     num_prefill: int = field(init=False)  # tokens to compute before the next one is chosen
     num_preempted: int = 0  # times that it lost its slot to another

@@ -76,24 +76,21 @@ async def _serve(
     limits: ConnectionLimits,
 ) -> int:
     max_connections = most_connections(config.max_connections)
-    worker = Worker(engine, config.max_waiting)
-    server = _Server(worker, config, early, limits, max_connections)
-    worker.on_death = server.stop
     host, port = bound.getsockname()[:2]
     if not is_loopback(host):
         notify(
             f"Anyone who can reach port {port} of this machine can use this server: there is no "
             "authentication. Put a proxy in front, or leave --host at 127.0.0.1."
         )
-    if on_ready is not None:
-        server.on_ready = lambda: on_ready(host, port)
-    async with worker:
+    ready = (lambda: None) if on_ready is None else partial(on_ready, host, port)
+    server = _Server(engine, config, early, limits, max_connections, ready)
+    async with server.worker:
         log = asyncio.create_task(ThroughputLog(engine).run())
         try:
             await server.serve(sockets=[bound])
         finally:
             log.cancel()
-    return os.EX_SOFTWARE if worker.dead else os.EX_OK
+    return os.EX_SOFTWARE if server.worker.dead else os.EX_OK
 
 
 class _Server(uvicorn.Server):
@@ -101,16 +98,18 @@ class _Server(uvicorn.Server):
 
     def __init__(
         self,
-        worker: Worker,
+        engine: Engine,
         config: ServerConfig,
         early: EarlySignals,
         limits: ConnectionLimits,
         max_connections: int,
+        on_ready: Callable[[], None],
     ) -> None:
-        rescans = Rescans(worker.adapters)
+        self.worker = Worker(engine, config.max_waiting, on_death=self.stop)
+        rescans = Rescans(self.worker.adapters)
         super().__init__(
             uvicorn.Config(
-                create_app(worker, config, rescans),
+                create_app(self.worker, config, rescans),
                 http="h11",  # what Connection is
                 loop="asyncio",
                 ws="none",
@@ -123,14 +122,13 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=LAST_BYTES_TIMEOUT_S,
             )
         )
-        self._worker = worker
         self._drain_timeout_s = config.drain_timeout_s
         self._early = early
         self._limits = limits
         self._max_connections = max_connections
         self._rescans = rescans
         self._telling: set[asyncio.Task[None]] = set()
-        self.on_ready: Callable[[], None] | None = None
+        self._on_ready = on_ready
 
     def stop(self) -> None:
         self.should_exit = True
@@ -155,12 +153,11 @@ class _Server(uvicorn.Server):
         self.started = True
         if self._early.hung_up:
             self._rescan()
-        if self.on_ready is not None:
-            self.on_ready()
+        self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # The listener is still open: until the drain is over, newcomers get an answer.
-        await self._worker.drain(self._drain_timeout_s, hurry=lambda: self.force_exit)
+        await self.worker.drain(self._drain_timeout_s, hurry=lambda: self.force_exit)
         await self._listener.close()
         await super().shutdown(sockets)
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from neuroada_serve.errors import EngineError, NeuroAdaError, Unavailable
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import Output, SamplingParams
+from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,8 @@ class Adapters(Protocol):
 class Engine(Protocol):
     """What the worker drives; `neuroada_serve.engine.engine.Engine` in earnest."""
 
-    on_wake: Callable[[], None]
-
+    @property
+    def wakeup(self) -> Wakeup: ...
     @property
     def base(self) -> BaseModel: ...
     @property
@@ -160,11 +162,14 @@ class Worker:
     """
 
     def __init__(
-        self, engine: Engine, max_waiting: int = 256, on_death: Callable[[], None] | None = None
+        self,
+        engine: Engine,
+        max_waiting: int = 256,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._max_waiting = max_waiting
-        self.on_death = on_death
+        self._on_death = on_death
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
         # Of the event loop.
@@ -174,16 +179,13 @@ class Worker:
         self._arriving: set[asyncio.Task[Any]] = set()  # of requests that come before `submit`
         self._is_drained = False
 
-        # Shared; guarded by the condition, which is notified when the thread may have work.
-        self._changed = threading.Condition()
-        self._inbox: list[_Command] = []
-        self._woken = True  # what there was to do before it was listened to
+        # Shared. The engine's `wakeup` is notified after a change.
+        self._inbox: deque[_Command] = deque()
         self._closing = False
         self._dead = False
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._engine.on_wake = self._wake
         self._thread.start()
         return self
 
@@ -194,9 +196,8 @@ class Worker:
         traceback: TracebackType | None,
     ) -> None:
         """Stop the thread after its current step; what still runs fails."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self._closing = True
+        self._engine.wakeup.notify()
         await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
         if self._thread.is_alive():
             logger.error("the engine is still in a step after %s s; left behind", JOIN_TIMEOUT_S)
@@ -328,15 +329,8 @@ class Worker:
         self._put(_Command(lambda: self._engine.abort(request_id)))
 
     def _put(self, command: _Command) -> None:
-        with self._changed:
-            self._inbox.append(command)
-            self._changed.notify()
-
-    def _wake(self) -> None:
-        """Have the engine's thread look what there is to do; in any thread."""
-        with self._changed:
-            self._woken = True
-            self._changed.notify()
+        self._inbox.append(command)
+        self._engine.wakeup.notify()
 
     # --- what the engine's thread hands over, on the event loop ---------------------------------
 
@@ -357,8 +351,7 @@ class Worker:
 
     def _die(self) -> None:
         self._fail_all(EngineError("the engine failed"))
-        if self.on_death is not None:
-            self.on_death()
+        self._on_death()
 
     def _fail_all(self, error: NeuroAdaError) -> None:
         for stream in set(self._streams.values()):
@@ -384,14 +377,11 @@ class Worker:
 
     def _take(self) -> list[_Command] | None:
         """Commands to run before the next step, asleep while there is nothing to do; None: stop."""
-        with self._changed:
-            while not (self._inbox or self._woken or self._closing or self._engine.has_unfinished):
-                self._changed.wait()
-            if self._closing:
-                return None
-            commands, self._inbox = self._inbox, []
-            self._woken = False
-            return commands
+        has_work = self._inbox or self._closing or self._engine.has_unfinished
+        self._engine.wakeup.wait(0 if has_work else None)
+        if self._closing:
+            return None
+        return [self._inbox.popleft() for _ in range(len(self._inbox))]
 
     def _execute(self, commands: Sequence[_Command]) -> None:
         replies: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []

@@ -19,6 +19,7 @@ from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.adapters.store import AdapterStore, AdapterVersion
 from neuroada_serve.adapters.tiers import AdapterTiers
 from neuroada_serve.errors import AdapterError, AdapterFormatError, AdapterNotFoundError
+from neuroada_serve.wakeup import Wakeup
 from tests.support.bank_cases import SIZES, assert_holds, new_adapter
 from tests.support.flat import FlatBank
 
@@ -34,14 +35,15 @@ class Tiers(AdapterTiers):
     def __init__(self, room: int = 64, host_bytes: int = 1 << 20) -> None:
         self.flat = FlatBank(SIZES, size_bytes=room * SLOT_BYTES)
         self.num_originals = 0
-        self.woken = threading.Event()
+        self.wakeup = Wakeup()
+        self.wakeup.wait()  # it has been told to look, whatever there is
         super().__init__(
             self.flat,
             AdapterReader(BASE),
             self.flat.reader,
             self._zeros,
             host_bytes,
-            self.woken.set,
+            self.wakeup,
         )
         self.store = AdapterStore("base", self.forget)
 
@@ -66,7 +68,7 @@ class Tiers(AdapterTiers):
             if Readiness.COMING not in states:
                 return states
             assert time.monotonic() < deadline, states
-            self.wait(0.05)
+            self.wakeup.wait(0.05)
             self.poll()
 
     def assert_holds(self, version: AdapterVersion, adapter: Adapter) -> None:
@@ -94,7 +96,7 @@ def test_adapter_comes_up_from_disk_beside_the_engine(new_tiers, tmp_path):
     version = tiers.add_file("a", adapter, tmp_path)
     assert tiers.tier_of(version) == "disk"
     assert tiers.readiness(version) is Readiness.COMING
-    assert tiers.woken.wait(120), "its index is new: the engine's thread is called"
+    assert tiers.wakeup.wait(120), "its index is new: the engine's thread is called"
     assert tiers.settle(version) == [Readiness.READY]
     assert tiers.tier_of(version) == "device"
     tiers.assert_holds(version, adapter)

@@ -26,7 +26,6 @@ def new_sequence(prompt=(), output=(), end=(), index=0, **params) -> Sequence:
         params=sampling,
         max_tokens=99,
         end_token_ids=frozenset(end),
-        lease=None,
         detokenizer=None,
         random=new_draws(sampling, index),
         output_token_ids=list(output),

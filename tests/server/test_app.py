@@ -500,8 +500,6 @@ async def test_failure_after_the_first_token_is_an_error_event(client: Client) -
 
 async def test_engine_death_ends_every_request_and_closes_shop() -> None:
     async with serving(FakeEngine(max_num_seqs=2)) as client:
-        died = asyncio.Event()
-        client.worker.on_death = died.set
         tasks = [
             asyncio.create_task(client.complete(**ENDLESS)),
             asyncio.create_task(client.chat(**ENDLESS, stream=True)),
@@ -514,7 +512,7 @@ async def test_engine_death_ends_every_request_and_closes_shop() -> None:
         error_of(whole, 500)
         assert events(stream)[-1]["error"]["code"] == 500
         error_of(not_begun, 500)
-        assert died.is_set()
+        assert client.died.is_set()
         assert (await client.get("/health")).status_code == 503
         assert error_of(await client.complete(), 503)["type"] == "ServiceUnavailableError"
 

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from neuroada_serve.errors import (
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import FinishReason, Output, SamplingParams, TokenLogprob
+from neuroada_serve.wakeup import Wakeup
 
 BASE = "tiny/base"  # served names may hold a slash
 SINCE = 1_700_000_000
@@ -90,7 +91,7 @@ class FakeAdapters:
     `directory` is looked at by `rescan`; `poll` is what the engine's thread has to do.
     """
 
-    def __init__(self, names: Sequence[str], wake: Callable[[], None]) -> None:
+    def __init__(self, names: Sequence[str], wakeup: Wakeup) -> None:
         self.versions = {name: FakeVersion(name, digest_of(name)) for name in names}
         self.base_names = {BASE}
         self.directory: Path | None = None
@@ -101,7 +102,7 @@ class FakeAdapters:
         self._changed = threading.Condition()  # guards the versions
         self._scanned: set[str] = set()
         self._to_abort: list[FakeVersion] = []
-        self._wake = wake
+        self._wakeup = wakeup
 
     def threads_of(self, what: str) -> set[str]:
         """Names of the threads that made these calls."""
@@ -159,7 +160,7 @@ class FakeAdapters:
             if not self._wait_unleased(version, timeout_s):
                 if abort:
                     self._to_abort.append(version)
-                    self._wake()
+                    self._wakeup.notify()
                 if not abort or not self._wait_unleased(version, max(timeout_s, 1.0)):
                     version.state = "ready"
                     raise AdapterInUseError(name, version.num_leases)
@@ -176,7 +177,7 @@ class FakeAdapters:
         if mode not in ("never", "auto"):
             self._get(mode)
         self.merge_mode = mode
-        self._wake()
+        self._wakeup.notify()
 
     def rescan(self) -> Rescan:
         self._record("rescan")
@@ -313,8 +314,8 @@ class FakeEngine:
         )
         self.config = EngineConfig(max_num_seqs=max_num_seqs)
         self.max_model_len = self.base.max_model_len
-        self.on_wake: Callable[[], None] = lambda: None
-        self.adapters = FakeAdapters(adapters, lambda: self.on_wake())
+        self.wakeup = Wakeup()
+        self.adapters = FakeAdapters(adapters, self.wakeup)
         self.metrics = EngineMetrics()
         self.dies = False
         self.running: list[FakeSequence] = []

@@ -33,10 +33,13 @@ async def keep_secrets(response: httpx.Response) -> None:
 class Client(httpx.AsyncClient):
     """A client, and what is behind it."""
 
-    def __init__(self, engine: FakeEngine, worker: Worker, **options: Any) -> None:
+    def __init__(
+        self, engine: FakeEngine, worker: Worker, died: asyncio.Event, **options: Any
+    ) -> None:
         super().__init__(**options, event_hooks={"response": [keep_secrets]})
         self.engine = engine
         self.worker = worker
+        self.died = died  # the engine
 
     async def complete(self, prompt: Any = "hi", **more: Any) -> httpx.Response:
         return await self.post("/v1/completions", json={"prompt": prompt, **more})
@@ -56,11 +59,12 @@ class Client(httpx.AsyncClient):
 async def serving(engine: FakeEngine | None = None, **config: Any) -> AsyncIterator[Client]:
     engine = engine or FakeEngine()
     settings = ServerConfig(**config)
-    async with Worker(engine, settings.max_waiting) as worker:
+    died = asyncio.Event()
+    async with Worker(engine, settings.max_waiting, on_death=died.set) as worker:
         app = create_app(worker, settings)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with Client(
-            engine, worker, transport=transport, base_url="http://127.0.0.1"
+            engine, worker, died, transport=transport, base_url="http://127.0.0.1"
         ) as client:
             yield client
 
