@@ -1,4 +1,4 @@
-"""An adapter's model card: README.md in its folder, made of its config.
+"""The model card of an adapter: README.md in its folder, made from its config.
 
 A config is anybody's text. In the card its strings stand in code spans and code blocks, in table
 cells as character references, without control characters: they show as they are and are never
@@ -34,8 +34,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 
 
 def model_card(config: AdapterConfig, name: str = "my-adapter") -> str:
-    """A model card in Markdown: what the adapter is, its recipe, its scores, how to serve it, and a
-    licence for the author to fill in.
+    """Return a model card in Markdown: what the adapter is, its recipe and scores, how to serve
+    it, and a licence section for its author to fill in.
 
     Args:
         name: of the adapter, for its heading and its command lines.
@@ -51,7 +51,8 @@ def model_card(config: AdapterConfig, name: str = "my-adapter") -> str:
 
 
 def write_card(folder: Path, config: AdapterConfig) -> bool:
-    """Write an adapter folder's card, durably; False where there is one that is not ours.
+    """Write an adapter folder's card, durably; return False if there is a README.md of the
+    author's own.
 
     Of a card that is there only the part between the two comments is written anew: what its author
     has put around it stays. A README.md without them is left alone.
@@ -100,7 +101,8 @@ def _facts(config: AdapterConfig) -> str:
 
 
 def _use(config: AdapterConfig, name: str) -> str:
-    """Commands that run from the folder's parent, on a prompt of the adapter's own data."""
+    """Return commands that run from the folder's parent, with a prompt from the adapter's own
+    data."""
     base = _line(config.base_model_name_or_path)
     base = "BASE" if not base or base.startswith("-") else base
     folder = _line(name)
@@ -160,7 +162,7 @@ prompt = {text}
 
 
 def _samples(metadata: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Questions of the held-out rows and what the adapter answered, as training left them."""
+    """Return held-out questions and the adapter's answers, as training left them in the config."""
     found = metadata.get("samples")
     return [
         {key: sample[key] for key in _SAMPLE_KEYS}
@@ -209,7 +211,7 @@ def _scores(metadata: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _training_scores(scores: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Of the rows that training held out, as it left them in the config."""
+    """Return the scores on the rows that training held out, as it left them in the config."""
     rows, before, after = (scores.get(key) for key in ("heldout_rows", "before", "after"))
     if not _is_count(rows) or not isinstance(before, Mapping) or not isinstance(after, Mapping):
         return
@@ -232,7 +234,7 @@ def _training_scores(scores: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _evaluations(scores: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Of `neuroada eval --save`."""
+    """Return the scores that `neuroada eval --save` left in the config."""
     evaluated = scores.get("evaluated")
     if not isinstance(evaluated, Mapping):
         return
@@ -281,24 +283,25 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def _shown(text: str) -> str:
-    """Without control, direction and half characters; lines stay."""
+    """Return the text without control characters, direction marks and lone surrogates; lines
+    stay."""
     return "".join(c for c in text if c == "\n" or not unicodedata.category(c).startswith("C"))
 
 
 def _line(value: Any) -> str:
-    """As one line, cut to a length."""
+    """Return the text as one line, cut to a length."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     text = _shown(" ".join(text[: 4 * _MOST_CHARACTERS].split()))
     return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"
 
 
 def _literal(text: str) -> str:
-    """A string of JSON, and of Python."""
+    """Return a string literal that is valid in JSON and in Python."""
     return json.dumps(_shown(text[: 4 * _MOST_CHARACTERS]), ensure_ascii=False)
 
 
 def _code(value: Any) -> str:
-    """A code span, in which nothing has a meaning but its own fence."""
+    """Return a code span, in which nothing has a meaning but its own fence."""
     text = _line(value) or " "
     fence = "`" * (1 + max(map(len, re.findall(r"`+", text)), default=0))
     pad = " " if "`" in text else ""
@@ -306,5 +309,6 @@ def _code(value: Any) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Text for a heading or a table cell: all that might have a meaning as character references."""
+    """Return text for a heading or a table cell, with every special character as a character
+    reference."""
     return re.sub(r"[^\w \-./+%=,]|_", lambda found: f"&#{ord(found[0])};", _line(value))

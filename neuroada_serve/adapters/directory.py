@@ -1,4 +1,5 @@
-"""A directory of adapter folders, known by their headers: thousands take seconds.
+"""A directory of adapter folders, known by their headers, so that scanning thousands takes
+seconds.
 
 A folder is an adapter once both its files are whole; what is still being written, or breaks the
 format, is told and passed over. Nothing is watched: `scan` looks again when asked to.
@@ -17,7 +18,7 @@ from neuroada_serve.errors import AdapterError, UsageError
 
 @dataclass(frozen=True)
 class Scan:
-    """What a directory holds now, by folder name.
+    """The contents of an adapter directory at one time, by folder name.
 
     headers: of adapters that are new or have changed.
     unchanged: names of those that have the files they had before.
@@ -30,7 +31,8 @@ class Scan:
 
 
 class AdapterDirectory:
-    """
+    """Scan one directory for adapter folders.
+
     Raises:
         UsageError: it is no directory.
     """

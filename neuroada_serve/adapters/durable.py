@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Durable writes: after a crash a file is whole or absent."""
 
 import os
 import secrets
@@ -8,7 +8,7 @@ from neuroada_serve.errors import UsageError
 
 
 def check_writable(folder: Path, what: Path) -> None:
-    """Refuse what could not be written, before the work that it is to hold.
+    """Refuse a folder that cannot be written to, before the work whose result it should hold.
 
     Args:
         folder: which is there, or can be made.
@@ -23,7 +23,7 @@ def check_writable(folder: Path, what: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Refuse a folder that holds something, or cannot be made.
+    """Refuse a folder that is not empty or cannot be made.
 
     Raises:
         UsageError
@@ -63,11 +63,11 @@ def sync_directory(directory: Path) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a file is what `write_durably` leaves when it is killed."""
+    """Return whether a file is a temporary one that a killed `write_durably` left behind."""
     return path.match(".*.tmp-*")
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what writers that were killed have left. Nobody else may be writing there."""
+    """Delete the temporary files of killed writers. Nobody else may be writing in the folder."""
     for path in filter(is_unfinished, list(directory.glob(".*"))):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Single changed entries of a matrix, in any number a row, and adapters as rows of k of them."""
+"""Sparse changes of a matrix, entry by entry, and their conversion to rows of k."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from neuroada_serve.errors import ShapeError
 
 @dataclass(frozen=True)
 class Entries:
-    """What is added to a matrix [d_out, d_in], entry by entry, in any order.
+    """Values to add to a matrix [d_out, d_in] at single entries, in any order.
 
     row, column: [n] int64. value: [n] float. All on the CPU.
     """
@@ -28,7 +28,7 @@ class Entries:
             raise ShapeError(f"row, column and value must all be [n], have {sorted(shapes)}")
 
     def faults(self, d_out: int, d_in: int) -> list[str]:
-        """Why these are not entries of a matrix [d_out, d_in]."""
+        """Return why these are not entries of a matrix [d_out, d_in]; empty if they are."""
         found = []
         for what, places, size in (("row", self.row, d_out), ("column", self.column, d_in)):
             if len(places) and not 0 <= int(places.min()) <= int(places.max()) < size:
@@ -42,16 +42,17 @@ class Entries:
         return found
 
     def without_zeros(self) -> "Entries":
-        """Those that change something."""
+        """Return the entries whose value is not 0."""
         return self._of(self.value != 0)
 
     def largest(self, k: int) -> "Entries":
-        """The k of largest |value| in each row; ties to those that come first."""
+        """Return the k entries of largest |value| in each row; among equals the first in order."""
         order, rank = self._ranked()
         return self._of(order[rank < k])
 
     def energy_by_rank(self, ranks: int) -> Tensor:
-        """[ranks] float64: squared values of all rows' largest entries, of their second largest...
+        """Return [ranks] float64: the sum of squares over all rows of each row's largest value,
+        of its second largest, and so on.
 
         ranks: at least as many as the fullest row has.
         """
@@ -60,7 +61,8 @@ class Entries:
         return torch.zeros(ranks, dtype=torch.float64).index_add(0, rank, squares)
 
     def _ranked(self) -> tuple[Tensor, Tensor]:
-        """Their order by row and falling |value|, and the rank in its row of each in that order."""
+        """Return the order by row and falling |value|, and each entry's rank in its row in that
+        order."""
         order = self.value.abs().float().argsort(descending=True, stable=True)
         order = order[self.row[order].argsort(stable=True)]
         return order, _place_in_row(self.row[order])
@@ -69,7 +71,7 @@ class Entries:
         return int(self.row.bincount().max()) if len(self.row) else 0
 
     def energy(self) -> float:
-        """Sum of the squared values."""
+        """Return the sum of the squared values."""
         return float(self.value.double().square().sum())
 
     def _of(self, chosen: Tensor) -> "Entries":
@@ -77,14 +79,15 @@ class Entries:
 
 
 def _place_in_row(row: Tensor) -> Tensor:
-    """[n]: how many before it are in the same row; row [n] is sorted."""
+    """Return [n]: how many entries before each are in its row; row [n] is sorted."""
     counts = row.bincount()
     starts = counts.cumsum(0) - counts
     return torch.arange(len(row)) - starts[row]
 
 
 def as_rows(entries: Entries, weight: Tensor, k: int) -> ModuleBypass:
-    """Entries as rows of k, by falling |weight|, ties to the lower column: as selection has them.
+    """Return the entries as rows of k, by falling |weight|, ties to the lower column, as
+    magnitude selection orders them.
 
     Rows with fewer are filled with value 0 at the largest weights that they do not use. So entries
     at the largest weights get the very index that magnitude selection gives, which adapters share.
@@ -124,7 +127,7 @@ def as_rows(entries: Entries, weight: Tensor, k: int) -> ModuleBypass:
 
 
 def from_rows(part: ModuleBypass) -> Entries:
-    """The entries of an adapter's rows, sorted by row and column, without those of value 0."""
+    """Return the non-zero entries of an adapter's rows, sorted by row and column."""
     index, order = part.index.long().sort(dim=1)
     row = torch.arange(len(index)).repeat_interleave(index.shape[1])
     entries = Entries(row, index.flatten(), part.bypass.gather(1, order).flatten())

@@ -1,10 +1,10 @@
-"""Which stretches of a memory are taken: first fit, neighbours joined when they are freed."""
+"""A first-fit allocator of extents in one memory; neighbouring holes are joined."""
 
 from bisect import bisect_left
 
 
 class Extents:
-    """Stretches of a memory of `size` units, handed out and taken back."""
+    """Extents of a memory of `size` units, handed out and taken back."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -15,11 +15,11 @@ class Extents:
 
     @property
     def num_free(self) -> int:
-        """Units in no stretch; not necessarily in one piece."""
+        """Free units, not necessarily in one piece."""
         return self.size - self.num_taken
 
     def take(self, size: int) -> int | None:
-        """Where a stretch of this size begins; None where no hole is that large."""
+        """Return where an extent of this size begins; None if no hole is that large."""
         assert size > 0
         for at, free in enumerate(self._sizes):
             if free >= size:
@@ -35,7 +35,7 @@ class Extents:
         return None
 
     def free(self, start: int) -> None:
-        """Take a stretch back."""
+        """Take an extent back."""
         size = self._taken.pop(start)
         self.num_taken -= size
         at = bisect_left(self._starts, start)
@@ -49,7 +49,7 @@ class Extents:
             self._sizes.insert(at, size)
 
     def shrink(self, start: int, size: int) -> None:
-        """Take back what a stretch has beyond this size."""
+        """Take back the part of an extent beyond this size."""
         before = self._taken[start]
         assert 0 < size <= before
         if size < before:
@@ -58,7 +58,7 @@ class Extents:
             self.free(start + size)
 
     def close_holes(self) -> dict[int, int]:
-        """Move all stretches to the beginning, in order: old start -> new start, rising."""
+        """Move all extents to the beginning, in order; return old start -> new start, rising."""
         moves, end = {}, 0
         for start, size in sorted(self._taken.items()):
             moves[start] = end

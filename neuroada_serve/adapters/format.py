@@ -1,4 +1,4 @@
-"""Adapter files: the only place that reads, checks and writes them.
+"""The adapter file format: its types, rules and writer.
 
 An adapter is a directory of two files.
 
@@ -59,7 +59,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """What an adapter must fit: the base's name, fingerprint and adaptable modules.
+    """The base that an adapter must fit: its name, fingerprint and adaptable modules.
 
     hidden_size: what its output head takes; None where it does not matter.
     biased: those of its modules that have a bias.
@@ -90,8 +90,8 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class ModuleBypass:
-    """One module's part, on the CPU: index [d_out, k] int32, bypass [d_out, k] float, and what is
-    added to its bias, [d_out] float, where that was trained."""
+    """One module's part of an adapter, on the CPU: index [d_out, k] int32, bypass [d_out, k]
+    float, and, if its bias was trained, the [d_out] float values to add to the bias."""
 
     index: Tensor
     bypass: Tensor
@@ -108,7 +108,7 @@ class ModuleBypass:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What a file has of it, by the ending of their names."""
+        """Return its tensors by the ending of their names in a file."""
         found = {"index": self.index, "bypass": self.bypass}
         return found if self.bias is None else {**found, "bias": self.bias}
 
@@ -128,18 +128,18 @@ class Adapter:
 
     @property
     def nnz(self) -> int:
-        """Values in all modules together, biases too."""
+        """Number of values in all modules together, biases included."""
         biases = [m.bias.numel() for m in self.modules.values() if m.bias is not None]
         return sum(m.bypass.numel() for m in self.modules.values()) + sum(biases)
 
 
 def is_target(module: str, targets: tuple[str, ...]) -> bool:
-    """Whether a module's name equals one of the targets or ends with '.' and one of them."""
+    """Return whether a module's name equals a target or ends with '.' and a target."""
     return any(module == t or module.endswith(f".{t}") for t in targets)
 
 
 def target_modules(modules: Collection[str], of_base: Collection[str]) -> tuple[str, ...]:
-    """The shortest targets that name `modules` and no other module of the base, sorted.
+    """Return the shortest targets that name `modules` and no other module of the base, sorted.
 
     Those whose last part names others too are named whole.
     """
@@ -169,7 +169,7 @@ CONFIG_KEYS: dict[str, tuple[type, bool]] = {
 def table_faults(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], config: AdapterConfig, base: BaseSpec | None
 ) -> list[str]:
-    """Every fault of tensor names, dtypes and shapes; tensors: name -> (dtype, shape)."""
+    """Return every fault of tensor names, dtypes and shapes; tensors: name -> (dtype, shape)."""
     faults: list[str] = []
     parts: dict[str, set[str]] = {}
     if config.task_type == SEQ_CLS:
@@ -239,7 +239,7 @@ def _head_faults(
 
 
 def task_faults(task_type: str, labels: Sequence[Any]) -> list[str]:
-    """What is wrong with a config's task."""
+    """Return the faults of a config's task."""
     if task_type not in (CAUSAL_LM, SEQ_CLS):
         return [f"task_type is {task_type[:40]!r}; {CAUSAL_LM} and {SEQ_CLS} are served"]
     if task_type == CAUSAL_LM:
@@ -257,7 +257,7 @@ def is_regression(labels: Sequence[str]) -> bool:
 
 
 def index_faults(module: str, index: Tensor, d_in: int | None) -> list[str]:
-    """What is wrong with a module's index [d_out, k] int32."""
+    """Return the faults of a module's index [d_out, k] int32."""
     faults = []
     lowest, highest = (int(bound) for bound in index.aminmax())
     if lowest < 0:
@@ -272,12 +272,12 @@ def index_faults(module: str, index: Tensor, d_in: int | None) -> list[str]:
 
 
 def value_faults(name: str, values: Tensor) -> list[str]:
-    """What is wrong with a tensor of values."""
+    """Return the faults of a tensor of values."""
     return [] if bool(values.isfinite().all()) else [f"{name} has NaN or infinite values"]
 
 
 def base_fault(config: AdapterConfig, base: BaseSpec, allow_other_base: bool) -> str | None:
-    """Why an adapter of this config does not belong to the base."""
+    """Return why an adapter of this config does not belong to the base; None if it does."""
     if allow_other_base or config.base_fingerprint == base.fingerprint:
         return None
     return (
@@ -293,7 +293,8 @@ def base_fault(config: AdapterConfig, base: BaseSpec, allow_other_base: bool) ->
 def make_adapter(
     config: AdapterConfig, modules: Mapping[str, ModuleBypass], head: Tensor | None = None
 ) -> Adapter:
-    """An adapter from tensors in memory; its digest is that of the file `save_adapter` writes.
+    """Make an adapter from tensors in memory; its digest is that of the file `save_adapter`
+    writes.
 
     Raises:
         AdapterFormatError: the tensors break the format.
@@ -339,7 +340,7 @@ def _check_in_memory(
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
-    """Write an adapter directory, durably: no reader ever finds a file in part.
+    """Write an adapter directory, durably: no reader ever finds a partial file.
 
     Each file goes to a temporary file, is flushed to disk and renamed into place, weights before
     config. Between the two renames the new weights stand under the old config: refused where base,
@@ -360,28 +361,29 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
 
 
 def save_config(config: AdapterConfig, path: str | os.PathLike[str]) -> None:
-    """Write an adapter directory's config alone, durably. The weights there must be what it says;
-    the digest is theirs and does not change."""
+    """Write only an adapter directory's config, durably. It must describe the weights that are
+    there; the digest is the weights' and does not change."""
     write_durably(Path(path) / CONFIG_FILE, _config_json(config).encode())
 
 
 def adapter_files(adapter: Adapter) -> tuple[bytes, bytes]:
-    """What `save_adapter` writes: the weights file and the config file."""
+    """Return the bytes of the weights file and of the config file that `save_adapter` writes."""
     header, data = _header_and_data(adapter.config, adapter.modules, adapter.head)
     return header + data, _config_json(adapter.config).encode()
 
 
 def file_digest(header: bytes, data_sha256: str) -> str:
-    """What identifies a weights file: sha256 over its header, length included, and the 32 bytes of
-    its data's sha256. So it is known without the data where the header says data_sha256."""
+    """Return the digest of a weights file: sha256 over its header, length included, and its
+    data's sha256 (32 bytes). If the header says data_sha256, the digest is known without reading
+    the data."""
     return hashlib.sha256(header + bytes.fromhex(data_sha256)).hexdigest()
 
 
 def _header_and_data(
     config: AdapterConfig, modules: Mapping[str, ModuleBypass], head: Tensor | None
 ) -> tuple[bytes, bytes]:
-    """The safetensors file, cut behind its header. Written here because the library orders metadata
-    at random, and equal adapters should have equal digests."""
+    """Return the safetensors file, split behind its header. The library orders metadata at
+    random, and equal adapters should have equal digests, so it is written here."""
     highest = max(int(part.index.max()) for part in modules.values())
     column_dtype = torch.uint16 if highest < UINT16_COLUMNS else torch.int32
     tensors: dict[str, Tensor] = {} if head is None else {HEAD: head.contiguous()}
@@ -412,7 +414,7 @@ def _sha256(data: bytes) -> str:
 
 
 def weights_metadata(config: AdapterConfig) -> dict[str, str]:
-    """What a weights file repeats of its config."""
+    """Return the part of a config that its weights file repeats."""
     return {
         "format": "neuroada",
         "format_version": str(config.format_version),

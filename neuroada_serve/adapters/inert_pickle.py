@@ -1,4 +1,4 @@
-"""Pickles read as data: nothing in them is ever run.
+"""A reader of pickles as data: nothing in them is ever run.
 
 `pickle` builds whatever a file names, so a file can run any program. Here the few instructions that
 tensors and containers need are carried out on plain Python values, and a name in the file only
@@ -35,7 +35,7 @@ class InertPickleError(Exception):
 
 
 class Stateful:
-    """Stands for an object that the pickle gives a state."""
+    """A stand-in for an object to which the pickle gives a state."""
 
     state: object = None
 
@@ -48,7 +48,7 @@ class _Name:
 
 
 def read_pickle(data: bytes, functions: Mapping[str, Callable[..., object] | None]) -> Any:
-    """The value that a pickle describes.
+    """Return the value that a pickle describes.
 
     Args:
         data: the pickle.

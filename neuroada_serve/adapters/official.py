@@ -1,4 +1,4 @@
-"""Runs of the method's official code (arXiv:2510.18940), read without trusting them.
+"""A reader of the official code's runs (arXiv:2510.18940) that does not trust them.
 
 A run's folder holds args.json, positions.npy and tunable_para/state_dict_tunable.pt; runs on GLUE
 have the last in checkpoint folders instead. Per module M, M.weight_new [n] has the values and
@@ -37,7 +37,7 @@ _MOST_NAMED = 5  # tensors that a refusal names
 
 @dataclass(frozen=True)
 class OfficialRun:
-    """What a run trained.
+    """The result of one training run.
 
     modules: by name. args: of args.json; empty where there is none.
     biases: [d_out] what trained biases had become, by module, all of them among modules.
@@ -136,7 +136,7 @@ def _read_args(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _read_values(file: Path, source: str) -> dict[str, Tensor]:
-    """M.weight_new and M.bias by name."""
+    """Return M.weight_new and M.bias by name."""
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a broken file
@@ -198,7 +198,7 @@ def _shared_columns(module: str, value: Tensor, columns: Tensor, source: str) ->
 
 
 def _read_indices(file: Path, source: str) -> Tensor:
-    """[modules, k] int64."""
+    """Return indices.npy, [modules, k] int64."""
     try:
         with file.open("rb") as opened:
             array = np.lib.format.read_array(opened, allow_pickle=False)
@@ -213,7 +213,8 @@ def _read_indices(file: Path, source: str) -> Tensor:
 
 
 def _read_positions(file: Path, source: str) -> dict[str, Tensor]:
-    """Name of a weight -> [n, 2] int64. The file is an array of one object, a pickled dict."""
+    """Return name of a weight -> [n, 2] int64. The file is an array of one object, a pickled
+    dict."""
     data = file.read_bytes()
     opened = io.BytesIO(data)
     try:
@@ -246,7 +247,8 @@ def _read_positions(file: Path, source: str) -> dict[str, Tensor]:
 
 
 class _Array(Stateful):
-    """What becomes an array of objects. state: version, shape, dtype, order, [objects]."""
+    """A stand-in that becomes an array of objects. state: version, shape, dtype, order,
+    [objects]."""
 
 
 def _only_object(array: object) -> object:
@@ -259,7 +261,7 @@ def _only_object(array: object) -> object:
 
 
 def _storage(data: object) -> Tensor:
-    """The elements of a tensor, from a file in the file: [elements], flat."""
+    """Return the elements of a tensor from a file inside the file: [elements], flat."""
     if not isinstance(data, bytes):
         raise InertPickleError("a tensor's elements are not bytes")
     try:
@@ -272,7 +274,7 @@ def _storage(data: object) -> Tensor:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: object) -> Tensor:
-    """A tensor of a storage's elements."""
+    """Return a tensor made from a storage's elements."""
     if not (isinstance(storage, Tensor) and isinstance(size, tuple) and isinstance(stride, tuple)):
         raise InertPickleError("a tensor has no shape")
     if not all(type(n) is int and 0 <= n < 2**48 for n in (offset, *size, *stride)):

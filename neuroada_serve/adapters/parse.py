@@ -1,4 +1,4 @@
-"""Bytes of adapter files to what they say: the config, and the table of tensors of a header.
+"""A parser of adapter files: the config, and the table of tensors in a weights file's header.
 
 Files are hostile input: JSON is read strictly, sizes are bounded, and no tensor is made of anything
 here. All faults of a stage are reported together.
@@ -39,8 +39,8 @@ _DTYPE_BYTES = INDEX_DTYPES | BYPASS_DTYPES
 
 @dataclass(frozen=True)
 class TensorSpan:
-    """Where one tensor lies in a weights file: dtype by its safetensors name, bytes start..stop - 1
-    of the file."""
+    """The place of one tensor in a weights file: its dtype by its safetensors name, and bytes
+    start..stop - 1 of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -100,7 +100,8 @@ def parse_config(data: bytes, source: str) -> AdapterConfig:
 def _parse_header(
     header_bytes: bytes, file_size: int
 ) -> tuple[dict[str, TensorSpan], dict[str, str], list[str]]:
-    """Tensor table and metadata of a safetensors file, or the faults that keep it unread.
+    """Return the tensor table and metadata of a safetensors file, or the faults that keep it
+    unread.
 
     Args:
         header_bytes: the start of the file, up to where its tensors begin.
@@ -181,7 +182,7 @@ def check_header(
     base: BaseSpec | None,
     source: str,
 ) -> Mapping[str, TensorSpan]:
-    """The tensors that a weights file has, by its header.
+    """Return the tensors that a weights file holds, by its header.
 
     Raises:
         AdapterFormatError
@@ -204,8 +205,8 @@ def check_header(
 
 
 def _strict_json(data: bytes, what: str) -> tuple[dict[str, Any], list[str]]:
-    """A JSON object that can be written again: keys once, finite numbers, Unicode text. Else
-    empty, and the fault."""
+    """Parse a JSON object that can be written again: no key twice, finite numbers, Unicode text.
+    Returns an empty dict and the fault otherwise."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         parsed = dict(pairs)
@@ -245,7 +246,7 @@ def _strict_json(data: bytes, what: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _other_format(data: bytes) -> str:
-    """Names the format of a file that is not what it should be, where its first bytes tell."""
+    """Name the format of a file that is not the expected one, if its first bytes tell."""
     known = {
         b"PK": "a zip archive, such as torch.save or np.savez write",
         b"\x80": "a pickle",

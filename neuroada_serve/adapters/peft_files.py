@@ -1,4 +1,4 @@
-"""PEFT's adapters of single weights: SHiRA in and out, Super-Tuning in.
+"""PEFT's adapters of single weights: SHiRA is read and written, Super-Tuning is read.
 
 An adapter's folder holds adapter_config.json and adapter_model.safetensors. Per module M,
 base_model.model.M. and
@@ -33,7 +33,7 @@ _MOST_NAMED = 5  # tensors that a refusal names
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """An adapter as PEFT saved it: its config, and tensors by module and kind."""
+    """An adapter as PEFT saved it: its config, and its tensors by module and kind."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -41,7 +41,7 @@ class PeftFiles:
 
 
 def read_peft(folder: Path, peft_type: str, kinds: tuple[str, ...]) -> PeftFiles:
-    """The files of a PEFT adapter.
+    """Read the files of a PEFT adapter.
 
     Args:
         folder: the adapter's.
@@ -111,7 +111,7 @@ def read_peft(folder: Path, peft_type: str, kinds: tuple[str, ...]) -> PeftFiles
 
 
 def read_shira(folder: Path) -> tuple[dict[str, Entries], Mapping[str, Any]]:
-    """A SHiRA adapter's entries by module, and its config.
+    """Read a SHiRA adapter: its entries by module, and its config.
 
     Raises:
         AdapterNotFoundError, AdapterFormatError: see `read_peft`; or tensors that disagree.
@@ -191,7 +191,8 @@ def write_shira(adapter: Adapter, base: BaseSpec, folder: Path) -> int:
 
 
 def _filled_up(places: Tensor, count: int, size: int) -> Tensor:
-    """[count] int64: these of range(size), and others evenly from the rest; ascending."""
+    """Return [count] int64: these numbers of range(size), and others spread evenly over the
+    rest; ascending."""
     free = torch.ones(size, dtype=torch.bool)
     free[places] = False
     rest = free.nonzero().flatten()
@@ -204,7 +205,8 @@ def _filled_up(places: Tensor, count: int, size: int) -> Tensor:
 
 
 def read_supertuning(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor | None]], PeftFiles]:
-    """A Super-Tuning adapter's values [n] and flat places [n] int64 by module; its files.
+    """Read a Super-Tuning adapter: its values [n] and flat places [n] int64 by module, and its
+    files.
 
     Places are None where the adapter was saved without them; `largest_places` finds them.
 
@@ -233,7 +235,6 @@ def read_supertuning(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor | Non
 
 
 def largest_places(weight: Tensor, count: int, largest: bool) -> Tensor:
-    """Flat places [count] of the largest, or smallest, |weight|, in PEFT's own order: the i-th
-    value belongs to the i-th. Which of equal weights come first is torch's choice, as it is there.
-    """
+    """Return the flat places [count] of the largest, or smallest, |weight| in PEFT's own order:
+    the i-th value belongs to the i-th place. Ties are broken as torch breaks them, as PEFT does."""
     return weight.abs().flatten().topk(count, largest=largest).indices

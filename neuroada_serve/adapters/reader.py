@@ -1,4 +1,4 @@
-"""Adapter directories in: files are hostile input.
+"""A reader of adapter directories, which are hostile input.
 
 They are opened without following a link out of `root`, read into memory, and checked before a
 tensor is made of them. The config, the header, the table of tensors and the values are checked one
@@ -53,7 +53,8 @@ _MOST_CHECKED = 64  # headers kept as checked, at most MAX_HEADER_BYTES each
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """What an adapter's files say of themselves, checked; the values are not read yet.
+    """An adapter known by its config and its weights file's header, both checked; its values are
+    not read yet.
 
     digest: of the weights file, see `file_digest`; where the header does not say data_sha256, the
         data was read for it.
@@ -71,28 +72,28 @@ class AdapterHeader:
 
     @property
     def modules(self) -> list[str]:
-        """Names of the modules that it has, sorted."""
+        """Names of its modules, sorted."""
         return sorted({name.rpartition(".")[0] for name in self.tensors if name != HEAD})
 
     @property
     def nnz(self) -> int:
-        """Values in all modules together, biases too."""
+        """Number of values in all modules together, biases included."""
         kinds = (".bypass", ".bias")
         return sum(math.prod(t.shape) for name, t in self.tensors.items() if name.endswith(kinds))
 
     @property
     def size_bytes(self) -> int:
-        """Of the weights file."""
+        """Size of the weights file."""
         return self.stamp[-_STAMP_FIELDS]
 
     @property
     def source(self) -> str:
-        """How messages call it."""
+        """The name that messages give it."""
         return repr(self.path.name)
 
 
 class AdapterReader:
-    """Reads adapter directories for one base. Safe in any thread.
+    """Read adapter directories for one base. Safe in any thread.
 
     Args:
         base: what adapters are checked against; None checks them by themselves.
@@ -108,7 +109,7 @@ class AdapterReader:
         self._configs: dict[tuple[object, ...], AdapterConfig] = {}
 
     def header(self, path: str | os.PathLike[str], root: Path | None = None) -> AdapterHeader:
-        """Check an adapter's config and the header of its weights file.
+        """Check an adapter's config and its weights file's header.
 
         Args:
             path: the adapter's directory.
@@ -153,7 +154,8 @@ class AdapterReader:
         )
 
     def data(self, header: AdapterHeader) -> tuple[bytes, list[str]]:
-        """The bytes of the weights file, read anew, and a fault where they do not match its header.
+        """Read the bytes of the weights file anew; also return a fault if they do not match its
+        header.
 
         Raises:
             AdapterNotFoundError, AdapterFormatError: the file has gone, is no longer the one that
@@ -178,7 +180,7 @@ class AdapterReader:
         ]
 
     def adapter(self, header: AdapterHeader) -> Adapter:
-        """The whole adapter, its values checked.
+        """Read the whole adapter and check its values.
 
         Raises:
             AdapterNotFoundError, AdapterFormatError.
@@ -265,7 +267,7 @@ def load_adapter(
 
 
 def _resolved_within(path: Path, root: Path) -> str | None:
-    """The path without links; None where it leads out of root, or nowhere."""
+    """Return the path without links; None if it leads out of root, or nowhere."""
     try:
         resolved, inside = os.path.realpath(path), os.path.realpath(root)
     except (OSError, ValueError):  # a NUL in the name
@@ -274,7 +276,7 @@ def _resolved_within(path: Path, root: Path) -> str | None:
 
 
 def _open_file(path: Path, limit: int, root: Path | None, source: str) -> BufferedReader:
-    """A regular file of at most `limit` bytes, opened for reading."""
+    """Open a regular file of at most `limit` bytes for reading."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         if root is None:
@@ -303,7 +305,7 @@ def _open_file(path: Path, limit: int, root: Path | None, source: str) -> Buffer
 
 
 def _read_whole(file: BufferedReader, source: str) -> bytes:
-    """All bytes of a file opened at its start; as many as it had when it was opened."""
+    """Read all bytes of a file opened at its start; as many as it had when it was opened."""
     size = os.fstat(file.fileno()).st_size
     data = file.read(size + 1)
     if len(data) != size:
@@ -317,7 +319,7 @@ def _stamp(file: BufferedReader) -> tuple[int, int, int]:
 
 
 def adapter_stamp(path: Path) -> tuple[int, ...]:
-    """`AdapterHeader.stamp` of the files in an adapter directory just now.
+    """Return the present `AdapterHeader.stamp` of the files in an adapter directory.
 
     Raises:
         OSError: they are not there.
@@ -334,7 +336,7 @@ def _sha256(data: memoryview) -> str:
 
 
 def _rest_sha256(file: BufferedReader) -> str:
-    """Of the bytes that are still to be read."""
+    """Return the sha256 of the bytes that are still to be read."""
     digest = hashlib.sha256()
     while part := file.read(1 << 20):
         digest.update(part)
@@ -342,7 +344,8 @@ def _rest_sha256(file: BufferedReader) -> str:
 
 
 def _most_bytes(config: AdapterConfig, base: BaseSpec) -> int:
-    """No valid weights file for this base is larger: the header, 8 bytes an entry, 4 a bias."""
+    """Return the size that no valid weights file for this base exceeds: the header, 8 bytes an
+    entry, 4 a bias."""
     rows = sum(d_out for d_out, _ in base.shapes.values())
     widest = max(d_in for _, d_in in base.shapes.values())
     head = len(config.labels) * (base.hidden_size or widest) * 4

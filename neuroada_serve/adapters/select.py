@@ -1,4 +1,4 @@
-"""Which inputs each neuron keeps.
+"""Selections: which inputs each neuron keeps.
 
 Magnitude selection (NeuroAda, arXiv:2510.18940): the k columns of largest |W| in each row. It looks
 at the base alone, so every adapter of one base shares one index, and the index of a smaller k is
@@ -18,7 +18,7 @@ _CHUNK_ENTRIES = 1 << 22  # rows are handled a few at a time: 32 MiB of sort key
 
 @dataclass(frozen=True)
 class Selection:
-    """The inputs that a layer's neurons keep.
+    """The inputs that each neuron of a layer keeps.
 
     index: [d_out, k] int32 columns, distinct within a row.
     trained: [d_out, k] bool, the entries that are selected; the others only fill their rows up to
@@ -40,12 +40,13 @@ class Selection:
 
     @property
     def nnz(self) -> int:
-        """Entries selected."""
+        """Number of selected entries."""
         return self.index.numel() if self.trained is None else int(self.trained.sum())
 
 
 def magnitude_index(weight: Tensor, k: int) -> Tensor:
-    """Columns of the k largest |weight| of each row, largest first, ties to the lower column.
+    """Return the columns of the k largest |weight| of each row, largest first, ties to the lower
+    column.
 
     The tie rule makes the result the same on every device and torch version; plain topk leaves it
     open, and bf16 rows often tie.
@@ -65,7 +66,8 @@ def magnitude_index(weight: Tensor, k: int) -> Tensor:
 
 
 def smallest_index(weight: Tensor, k: int) -> Tensor:
-    """Columns of the k smallest |weight| of each row, smallest first, ties to the lower column.
+    """Return the columns of the k smallest |weight| of each row, smallest first, ties to the
+    lower column.
 
     Arguments and result as of `magnitude_index`.
     """
@@ -75,7 +77,8 @@ def smallest_index(weight: Tensor, k: int) -> Tensor:
 
 
 def random_index(d_out: int, d_in: int, k: int, seed: int) -> Tensor:
-    """k columns of each row at random, [d_out, k] int32 on the CPU: the same for any device.
+    """Return k random columns of each row, [d_out, k] int32 on the CPU, the same for every
+    device.
 
     Raises:
         ShapeError: k is outside 1..d_in.
@@ -90,7 +93,8 @@ def random_index(d_out: int, d_in: int, k: int, seed: int) -> Tensor:
 def _largest(
     shape: Sequence[int], k: int, weight: Tensor, key: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Columns of the k largest keys of each row; key: some rows of the weight -> [rows, d_in]."""
+    """Return the columns of the k largest keys of each row; key: some rows of the weight ->
+    [rows, d_in]."""
     d_out, d_in = shape
     if not 1 <= k <= d_in:
         raise ShapeError(f"k={k} must be within 1..d_in, and a weight here has d_in={d_in}")
@@ -103,7 +107,8 @@ def _largest(
 
 
 def magnitude_order(weight: Tensor, index: Tensor) -> Tensor:
-    """What brings the columns of an index into the order that `magnitude_index` gives.
+    """Return the permutation that brings the columns of an index into the order of
+    `magnitude_index`.
 
     Args:
         weight: [d_out, d_in].
@@ -117,7 +122,7 @@ def magnitude_order(weight: Tensor, index: Tensor) -> Tensor:
 
 
 def _sort_key(weight: Tensor, columns: Tensor) -> Tensor:
-    """int64, larger for the larger |weight|, and for the lower of equal ones' columns, int64."""
+    """Return int64 keys, larger for the larger |weight|, and among equals for the lower column."""
     # |W| as float32 has a sign bit of 0, so its bits order as its values do; the inverted column
     # below them breaks ties.
     magnitude = weight.abs().float().contiguous()

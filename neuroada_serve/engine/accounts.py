@@ -1,5 +1,4 @@
-"""What everyone has had and has: parties, and within each the parties that share what it gets. Pure
-Python.
+"""Fair-share accounting: what each party has been given, in a tree of parties. Pure Python.
 
 Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024; S-LoRA
 has them per adapter), at any number of levels: whoever has the lowest counter goes first, and is
@@ -16,7 +15,7 @@ _MOST_SILENT = 4096  # parties kept of those who ask for nothing just now
 
 @dataclass(eq=False)
 class Party:
-    """One of those who share alike.
+    """A party that shares with its siblings.
 
     weight: of its share.
     counter: costs of what it was given, for its weight.
@@ -35,7 +34,7 @@ class Party:
 
 
 def charge(line: Iterable[Party], cost: float) -> None:
-    """A request of these parties was given something."""
+    """Charge these parties for what one of their requests was given."""
     for party in line:
         party.counter += cost / party.weight
 
@@ -55,7 +54,7 @@ class Accounts:
         self._silent: OrderedDict[tuple[str, ...], Party] = OrderedDict()  # longest silent first
 
     def enter(self, path: tuple[str, ...]) -> list[Party]:
-        """One more request of a party is present; the parties on the way to it, from the root."""
+        """Count one more present request of a party; return the parties from the root to it."""
         line = [self.root]
         self.root.num_present += 1
         for level, name in enumerate(path):
@@ -68,7 +67,7 @@ class Accounts:
         return line
 
     def leave(self, path: tuple[str, ...]) -> None:
-        """One request less of a party is present."""
+        """Count one present request of a party less."""
         line = [self.root]
         for name in path:
             line.append(line[-1].parties[name])

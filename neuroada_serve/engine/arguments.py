@@ -1,4 +1,5 @@
-"""What callers give to `LLM`, in one shape: prompts, one of each thing for each of them."""
+"""The arguments of `LLM`'s methods in one shape: one prompt, parameter set and adapter name per
+request."""
 
 import operator
 import os
@@ -18,7 +19,7 @@ Folder = str | os.PathLike[str]
 
 
 def prompt_list(prompts: Prompt | Seq[Prompt]) -> list[tuple[str | None, list[int] | None]]:
-    """(text, token ids) of each prompt. One that is given as text has None for its ids.
+    """Return (text, token ids) of each prompt; the ids are None for a prompt given as text.
 
     Raises:
         RequestError: something is no prompt.
@@ -72,7 +73,7 @@ def _token_ids(ids: Any) -> list[int]:
 
 
 def conversation_list(messages: Any) -> list[list[Mapping[str, Any]]]:
-    """Each conversation, where one or several are given.
+    """Return the conversations as a list, whether one or several were given.
 
     Raises:
         RequestError: something is no conversation.
@@ -93,7 +94,7 @@ def conversation_list(messages: Any) -> list[list[Mapping[str, Any]]]:
 
 
 def params_list(params: Any, num: int) -> list[SamplingParams]:
-    """One SamplingParams per prompt.
+    """Return one SamplingParams per prompt.
 
     Raises:
         UsageError: there are more or fewer than prompts, or something is none.
@@ -107,7 +108,7 @@ def params_list(params: Any, num: int) -> list[SamplingParams]:
 
 
 def adapter_list(adapters: Any, num: int) -> list[str | None]:
-    """The name of each prompt's adapter or mix.
+    """Return the name of each prompt's adapter or mix.
 
     Raises:
         UsageError: there are more or fewer than prompts, or something is no name.
@@ -123,7 +124,7 @@ def adapter_list(adapters: Any, num: int) -> list[str | None]:
 
 
 def adapter_name(adapter: Any) -> str:
-    """The name of an adapter, or of a mix given by its weights.
+    """Return the name of an adapter, or of a mix given by its weights.
 
     Raises:
         UsageError: it is neither.
@@ -143,7 +144,7 @@ def adapter_name(adapter: Any) -> str:
 
 
 def adapters_by_name(adapters: Any) -> dict[str, Folder | Adapter]:
-    """What to load under which name; folders without one get their own.
+    """Return the folder to load under each name; folders given without a name keep their own.
 
     Raises:
         UsageError: two have one name, or something is no folder.
@@ -172,7 +173,8 @@ def adapters_by_name(adapters: Any) -> dict[str, Folder | Adapter]:
 
 
 def _one_each(value: Any, num: int, single: Any) -> list[Any] | None:
-    """One for each of `num`, where one for all or a list is given; None where it is neither."""
+    """Return one value for each of `num`, from a list or from one for all; None if it is
+    neither."""
     if isinstance(value, single):
         return [value] * num
     return list(value) if isinstance(value, Seq) and not isinstance(value, bytes) else None

@@ -1,4 +1,4 @@
-"""What is refused before it is queued."""
+"""Checks of a request before it is queued."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,8 @@ from neuroada_serve.request import SamplingParams
 
 
 def check_prompt(token_ids: Sequence[int], max_model_len: int, vocab_size: int) -> None:
-    """
+    """Refuse a prompt that the engine cannot run.
+
     Raises:
         RequestError: the prompt is empty, too long, or holds ids outside the vocabulary.
     """
@@ -26,7 +27,8 @@ def check_prompt(token_ids: Sequence[int], max_model_len: int, vocab_size: int) 
 
 
 def check_ids(params: SamplingParams, vocab_size: int) -> None:
-    """
+    """Refuse parameters whose token ids the engine cannot use.
+
     Raises:
         RequestError: a parameter names ids outside the vocabulary.
     """

@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time, up to a stop string.
+"""Incremental detokenizer: token ids to text, one token at a time, up to a stop string.
 
 A token costs the same however long the text is, and whatever the stop strings are.
 """
@@ -13,8 +13,8 @@ _TAIL = 8  # of them, so many may be those of a last character
 
 
 class _StopString:
-    """One stop string, and how much of it the text ends with (Knuth, Morris and Pratt). The table
-    of borders grows as far as the text has ever matched: nothing is made up front."""
+    """A stop string, and how much of it the text ends with (Knuth, Morris and Pratt). The table
+    of borders grows only as far as the text has ever matched."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -27,7 +27,7 @@ class _StopString:
         return self._shorter() if self.matched == len(self.text) else self.matched
 
     def read(self, new: str) -> int | None:
-        """Go on by new text; where in it the stop string first ends, if it does."""
+        """Continue with new text; return where in it the stop string first ends, if it does."""
         if not self.matched and self.text[0] not in new:
             return None
         stop, found = self.text, None
@@ -45,7 +45,7 @@ class _StopString:
         return self._borders[self.matched - 1]
 
     def _extend(self) -> None:
-        """Know the border of what has matched."""
+        """Extend the table by the border of the text matched so far."""
         last = self.matched - 1
         if last < len(self._borders):
             return
@@ -57,7 +57,7 @@ class _StopString:
 
 @dataclass
 class Detokenizer:
-    """Turns a growing answer into text.
+    """Turn a growing list of token ids into text.
 
     Text is given out when it can no longer change: not while it may be the beginning of a stop
     string, nor inside a character whose bytes are not all there.
@@ -100,7 +100,7 @@ class Detokenizer:
         return self._read_and_keep(new, may_stop)
 
     def take(self, final: bool) -> str:
-        """The text that is new since the last call and can no longer change; all of it if final."""
+        """Return the new text that can no longer change; all of it if final."""
         if final and self.stop_reason is None:
             self._text += self._new_text()
             self._decoded = len(self._ids)
@@ -110,15 +110,15 @@ class Detokenizer:
         return new
 
     def _new_text(self) -> str:
-        """What the tokens say that are not in the text yet."""
+        """Return the text of the tokens that are not in the text yet."""
         if self._decoded == len(self._ids):
             return ""
         before, after = self._decode(0, self._decoded), self._decode(0, len(self._ids))
         return after[len(before) :]
 
     def _settle(self, may_stop: bool) -> bool:
-        """Where a long row of tokens makes no whole character, and never may, take all but its end
-        into the text: it would be decoded again with every token."""
+        """Take all but the end of a long run of tokens that makes no whole character, and never
+        may, into the text, so that it is not decoded again with every token."""
         if (len(self._ids) - self._decoded) % _MOST_PENDING:
             return False
         whole = self._decode(0, len(self._ids))
@@ -159,5 +159,5 @@ class Detokenizer:
         return True
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Return the length of the longest end of the text that begins a stop string."""
         return max((stop.held_back for stop in self._stops), default=0)

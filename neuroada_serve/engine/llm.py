@@ -1,4 +1,4 @@
-"""The offline front door: a model, its adapters, and batches of prompts in plain Python."""
+"""The offline front door: one model, its adapters, and batches of prompts from Python."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -124,12 +124,12 @@ class LLM:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the loaded adapters."""
+        """Names of the loaded adapters, sorted."""
         return self.engine.adapters.names
 
     @property
     def merged(self) -> str | None:
-        """Name of the merged adapter."""
+        """Name of the merged adapter; None if none is."""
         return self.engine.merged
 
     def load_adapter(self, name: str, adapter: Folder | Adapter, replace: bool = False) -> None:
@@ -154,7 +154,7 @@ class LLM:
             adapters.bring_in(name)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; unmerged first if it is merged."""
+        """Unload an adapter; unmerge it first if it is merged."""
         self.engine.adapters.remove(name)
 
     def merge(self, adapter: str | Mapping[str, float]) -> None:
@@ -162,11 +162,12 @@ class LLM:
         self.engine.adapters.merge(adapter_name(adapter))
 
     def unmerge(self) -> None:
-        """Give the base weights back, bit for bit."""
+        """Restore the base weights, bit for bit."""
         self.engine.adapters.unmerge()
 
     def base_digest(self) -> str:
-        """sha256 of the weights as they are now; the base's own while nothing is merged."""
+        """Return the sha256 of the weights as they are now: the base's own while nothing is
+        merged."""
         return self.engine.base_digest()
 
     # --- generation --------------------------------------------------------------------------
@@ -226,7 +227,7 @@ class LLM:
         *,
         use_tqdm: UseTqdm = True,
     ) -> list[ClassifyOutput]:
-        """What classifiers make of prompts, all in one batch.
+        """Classify prompts, all in one batch.
 
         Args:
             prompts: as for `generate`.
@@ -251,7 +252,7 @@ class LLM:
         ]
 
     def _encoded(self, prompts: Prompt | Seq[Prompt]) -> tuple[list[str | None], list[list[int]]]:
-        """Texts, where there are, and token ids of prompts."""
+        """Return the texts, if given, and the token ids of prompts."""
         batch = prompt_list(prompts)
         base = self.engine.base
         ids = [encode_text(base, text or "") if ids is None else ids for text, ids in batch]
@@ -265,7 +266,7 @@ class LLM:
         use_tqdm: UseTqdm,
         on_output: Callable[[Output], None] | None,
     ) -> list[list[Output]]:
-        """All outputs of each prompt's request."""
+        """Return all outputs of each prompt's request."""
         request_ids = [f"llm-{self._num_requests + i}" for i in range(len(prompts))]
         self._num_requests += len(prompts)
         collected: dict[str, list[Output]] = {request_id: [] for request_id in request_ids}

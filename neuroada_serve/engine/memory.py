@@ -1,4 +1,4 @@
-"""Memory of the engine: how much the prefix cache has, and who ends where a step finds none."""
+"""Memory of the engine: the prefix cache's share, and which request ends when a step runs out."""
 
 import torch
 
@@ -14,7 +14,7 @@ _PREFIX_BYTES_CPU = 512 << 20
 
 
 def prefix_cache_bytes(config: EngineConfig, device: torch.device) -> int:
-    """As configured, or the device's default."""
+    """Return the prefix cache's bytes: the configured number, or the device's default."""
     if config.prefix_cache_memory is not None:
         return config.prefix_cache_memory
     if device.type == "cuda":
@@ -23,15 +23,16 @@ def prefix_cache_bytes(config: EngineConfig, device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory was asked for and not given."""
+    """Return whether an exception says that an allocation failed."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error) for said in _NO_MEMORY)
 
 
 def most_demanding(schedule: Schedule, cache: KVCache) -> Sequence:
-    """Who asks for most memory in a step: the longest of those for whom the cache must grow, or,
-    where it need not, who has most tokens to compute, on the longest context."""
+    """Return the sequence that asks for most memory in a step: the longest of those for whom the
+    cache must grow, or, if it need not, the one with most tokens to compute, on the longest
+    context."""
 
     def demand(work: tuple[Sequence, int]) -> tuple[bool, int]:
         sequence, num_tokens = work
@@ -47,7 +48,7 @@ def most_demanding(schedule: Schedule, cache: KVCache) -> Sequence:
 
 
 def describe_need(sequence: Sequence, error: BaseException) -> str:
-    """What a client is told whose request ends for want of memory."""
+    """Return the message for a client whose request ends for lack of memory."""
     reason = str(error) if isinstance(error, CacheMemoryError) else "its step found no memory"
     return (
         f"this request of {len(sequence.prompt_token_ids)} prompt tokens and "

@@ -1,4 +1,4 @@
-"""What is in the weights: brought in line with the merge mode, between two steps."""
+"""Merge control: keeps the weights in line with the merge mode, between two steps."""
 
 import logging
 import time
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Mode:
-    """What to have in the weights: what the policy says, or an adapter, or nothing.
+    """The wanted content of the weights: what the policy says, one adapter, or nothing.
 
     An adapter may be named never or auto: only `MergeControl.merge` can mean that one.
     """
@@ -33,7 +33,8 @@ class _Mode:
 
 
 class MergeControl:
-    """Merges and unmerges. For the engine's thread, but for `mode`, `set_mode` and `version`.
+    """Merge and unmerge adapters. For the engine's thread only, except `mode`, `set_mode` and
+    `version`.
 
     Args:
         mode: never, auto, or the name of an adapter, which may come later.
@@ -65,7 +66,7 @@ class MergeControl:
 
     @property
     def mode(self) -> str:
-        """never, auto, or the name of the adapter to keep merged."""
+        """The mode: never, auto, or the name of the adapter to keep merged."""
         mode = self._mode
         return "auto" if mode.policy is not None else mode.name or "never"
 
@@ -75,16 +76,16 @@ class MergeControl:
 
     @property
     def version(self) -> AdapterVersion | None:
-        """What is in the weights."""
+        """The adapter version that is in the weights, or None."""
         merged = self._merged
         return None if merged is None else merged.version
 
     def set_mode(self, mode: str) -> None:
-        """Takes effect with the next `bring_in_line`."""
+        """Set the mode. It takes effect with the next `bring_in_line`."""
         self._mode = self._new_mode(mode)
 
     def bring_in_line(self, loads: Callable[[], Iterable[Load]]) -> None:
-        """Merge what the mode wants, if all it takes is there; what is not there is asked for.
+        """Merge what the mode wants if everything it takes is there; request what is not.
 
         Args:
             loads: tokens still to come, by adapter.
@@ -126,8 +127,8 @@ class MergeControl:
                 self._refused.add(wanted)
 
     def merge(self, name: str) -> None:
-        """Write an adapter, or a mix, into the weights now, and keep it there; a merged one is
-        swapped out.
+        """Write an adapter, or a mix, into the weights now, and keep it there; swap out a merged
+        one.
 
         Raises:
             AdapterNotFoundError
@@ -156,7 +157,7 @@ class MergeControl:
         self._mode = _Mode(name=name)
 
     def unmerge(self) -> None:
-        """Give the base weights back, bit for bit, and keep them so."""
+        """Restore the base weights, bit for bit, and keep them so."""
         self._mode = _Mode()
         self.put_back()
 

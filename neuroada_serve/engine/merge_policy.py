@@ -1,4 +1,4 @@
-"""Which adapter is worth having in the weights. Pure Python.
+"""The merge policy: which adapter is worth having in the weights. Pure Python.
 
 A token costs what its adapter adds: its entries, once. With A merged, tokens of A cost nothing, and
 every other token also takes A out again. So merging pays when nearly all requests that run are of
@@ -43,7 +43,7 @@ class Version(Protocol):
 
 @dataclass(frozen=True)
 class Load:
-    """Tokens that are still to come of one request, with an adapter or the base: None."""
+    """The tokens still to come of one request, with an adapter or, with None, the base."""
 
     version: Version | None
     num_tokens: int
@@ -51,7 +51,7 @@ class Load:
 
 
 class MergePolicy:
-    """Chooses for one device.
+    """Choose what to merge, for one device.
 
     Args:
         device: "cpu" or "cuda".
@@ -65,13 +65,14 @@ class MergePolicy:
         self._computed: Callable[[float], float] = lanes_computed if device == "cpu" else float
 
     def observe_switch(self, num_entries: int, duration_s: float) -> None:
-        """A merge or unmerge wrote so many entries in so long: later ones are expected to."""
+        """Record how long a merge or unmerge of so many entries took; later ones are expected to
+        take as long."""
         measured_ns = 1e9 * duration_s / max(1, num_entries)
         measured_ns = min(measured_ns, _MOST_SLOWER * self._write_ns)
         self._write_ns += _SMOOTHING * (measured_ns - self._write_ns)
 
     def choose(self, loads: Iterable[Load], merged: Version | None) -> Version | None:
-        """What to have in the weights from now on.
+        """Choose what to have in the weights from now on.
 
         Args:
             loads: of all running and waiting requests.
@@ -96,7 +97,7 @@ class MergePolicy:
         return min(dict.fromkeys([merged, None, *mix]), key=cost_ns)  # of equals the first
 
     def _step_ns(self, lanes: dict[Version | None, float], merged: Version | None) -> float:
-        """What adapters add to a step with so many tokens of each.
+        """Return what adapters add to a step with so many tokens of each.
 
         Adapters of as many entries have, as good as always, one index, and are computed together.
         """
@@ -122,13 +123,13 @@ class MergePolicy:
         )
 
     def _switch_ns(self, before: Version | None, after: Version | None) -> float:
-        """At most: adapters of one index swap with half of it."""
+        """Return the longest that a switch takes: adapters of one index swap in half of it."""
         return self._write_ns * sum(v.nnz for v in (before, after) if v is not None)
 
 
 def lanes_computed(lanes: float) -> float:
-    """What the CPU's kernels compute for so many tokens. A mean that lies about FEW_LANES is on
-    either side of it from step to step."""
+    """Return the lanes that the CPU's kernels compute for so many tokens. A mean near FEW_LANES
+    is on either side of it from step to step."""
     whole, left = divmod(lanes, LANES)
     part = min(1.0, max(0.0, (left - FEW_LANES + 1) / 2))
     return LANES * whole + left + part * (LANES - left)

@@ -1,4 +1,5 @@
-"""Which beginnings of requests have their keys and values kept, block by block. Pure Python.
+"""The prefix cache's index: which beginnings of prompts have their KV kept, block by block. Pure
+Python.
 
 A block is known by a chain of sha256: what the KV depends on besides the tokens (the base, the
 adapter's digest, the tenant's salt) first, then each block's tokens. So a hit is the same tokens at
@@ -23,7 +24,8 @@ class _Block:
 
 
 class PrefixCache:
-    """Places for `num_blocks` blocks of KV; says which to copy from and to, and copies nothing."""
+    """An index of `num_blocks` blocks of KV. It says which to copy from and to, and copies
+    nothing."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -37,7 +39,8 @@ class PrefixCache:
         return len(self._blocks)
 
     def find(self, root: bytes, token_ids: Sequence[int]) -> list[int]:
-        """Numbers of the blocks that hold the beginning of these tokens, as many as there are.
+        """Return the numbers of the blocks that hold the beginning of these tokens, as many as
+        there are.
 
         They stay until `release`d. At least one token is left to compute.
         """
@@ -55,13 +58,13 @@ class PrefixCache:
         return found
 
     def release(self, root: bytes, token_ids: Sequence[int], num_blocks: int) -> None:
-        """The blocks that `find` gave are copied."""
+        """Release the blocks that `find` returned, once they are copied."""
         for key in _chain(root, token_ids, num_blocks):
             self._blocks[key].num_readers -= 1
 
     def keep(self, root: bytes, token_ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Have all whole blocks of these tokens: (place among them, number) of those that are new,
-        which the caller fills before anybody else is served."""
+        """Keep all whole blocks of these tokens; return (place among them, number) of the new
+        ones, which the caller fills before any other request is served."""
         keys = _chain(root, token_ids, len(token_ids) // BLOCK_TOKENS)
         new = []
         for place, key in enumerate(keys):
@@ -97,7 +100,7 @@ class PrefixCache:
 
 
 def prefix_root(fingerprint: str, adapter_digest: str | None, salt: str) -> bytes:
-    """What a request's KV depends on, its tokens aside."""
+    """Return a digest of everything that a request's KV depends on except its tokens."""
     said = f"{fingerprint} {adapter_digest or 'base'} {len(salt)} {salt}"
     return hashlib.sha256(said.encode()).digest()
 

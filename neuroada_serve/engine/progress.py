@@ -1,4 +1,4 @@
-"""A progress bar over prompts, as vLLM draws it."""
+"""A progress bar over prompts, drawn as vLLM draws it."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ UseTqdm = bool | Callable[..., Any]
 
 
 class Progress:
-    """Counts answered prompts and tokens, and shows them in a bar that tqdm draws.
+    """Count answered prompts and tokens, and show them in a tqdm bar.
 
     Args:
         use_tqdm: True shows a bar where somebody may see it: stderr is a terminal, or this is a
@@ -39,7 +39,7 @@ class Progress:
             )
 
     def see(self, outputs: Sequence[Output]) -> None:
-        """Count what one step gave."""
+        """Count the outputs of one step."""
         if self._bar is None:
             return
         done = 0

@@ -1,4 +1,4 @@
-"""The next token of each sequence from its logits.
+"""The sampler: the next token of each sequence from its logits.
 
 All rows of a step go through one pass on the logits' device; parameters become tensors, and a row
 costs only what its own parameters ask for. In the usual case the host waits once, for the tokens.
@@ -31,8 +31,8 @@ _BELOW_ONE = 1 - 2**-53  # times a sum this stays below the sum, so that a draw 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One token; logprob and top (id, logprob) are natural logs of the model's own distribution,
-    before penalties and temperature, and None / empty unless asked for."""
+    """A sampled token. logprob and top (id, logprob) are natural logs of the model's own
+    distribution, before penalties and temperature; None / empty unless asked for."""
 
     token_id: int
     logprob: float | None = None
@@ -40,14 +40,14 @@ class Sampled:
 
 
 class Draws:
-    """The random numbers of one choice; they do not depend on batch or device."""
+    """The random numbers of one choice. They do not depend on batch or device."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator("cpu").manual_seed(seed % 2**63)
         self._returned: float | None = None
 
     def next(self) -> float:
-        """A number in [0, 1)."""
+        """Return the next number in [0, 1)."""
         uniform, self._returned = self._returned, None
         if uniform is None:
             uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
@@ -59,14 +59,15 @@ class Draws:
 
 
 def new_draws(params: SamplingParams, index: int) -> Draws | None:
-    """Of choice `index`; None where nothing is drawn."""
+    """Return the random numbers of choice `index`; None if it draws none."""
     if params.greedy:
         return None
     return Draws(secrets.randbits(63) if params.seed is None else params.seed + index)
 
 
 def score(logits: Tensor, token_ids: Seq[int], num_top: int) -> list[Sampled]:
-    """The logprob of given tokens, and of the num_top most likely ones, per row of logits."""
+    """Return the logprob of given tokens, and of the num_top most likely ones, per row of
+    logits."""
     logprobs = logits.log_softmax(-1)
     wanted = torch.tensor(token_ids, device=logits.device).unsqueeze(1)
     own = logprobs.gather(1, wanted).squeeze(1).tolist()
@@ -102,7 +103,7 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
 def _sample(
     logits: Tensor, sequences: Seq[Sequence], uniforms: dict[int, float]
 ) -> list[Sampled | None]:
-    """The same; `uniforms` gets the random numbers by row."""
+    """Sample as `sample` does; `uniforms` gets the random numbers by row."""
     # 1. Every row's best token; a nan or an infinity is the best of its row.
     chosen = _argmax(logits)  # (num_sequences)
     finite = logits.gather(1, chosen.unsqueeze(1)).squeeze(1).isfinite()
@@ -148,7 +149,7 @@ def _is_penalised(params: SamplingParams) -> bool:
 
 
 def _is_adjusted(sequence: Sequence) -> bool:
-    """Whether the next token is chosen from other logits than the model's."""
+    """Return whether the next token is chosen from other logits than the model's."""
     params = sequence.params
     too_short = len(sequence.output_token_ids) < params.min_tokens
     return _is_penalised(params) or bool(params.logit_bias) or too_short
@@ -190,7 +191,7 @@ def _adjust_(logits: Tensor, sequences: Seq[Sequence], adjusted: Seq[int]) -> No
 
 
 class _Entries:
-    """Single logits of many rows and values for each of them, gathered on the host."""
+    """Single logits of many rows and a value for each, gathered on the host."""
 
     def __init__(self) -> None:
         self._rows: list[Any] = []
@@ -206,7 +207,7 @@ class _Entries:
         self._values.append(values)
 
     def on(self, device: torch.device) -> tuple[Any, ...]:
-        """((rows, ids), values, ...), each [num_entries]."""
+        """Return ((rows, ids), values, ...) on a device, each [num_entries]."""
         at = tuple(
             torch.from_numpy(np.concatenate(parts)).to(device) for parts in (self._rows, self._ids)
         )
@@ -218,7 +219,7 @@ class _Entries:
 
 
 def _num_candidates(params: SamplingParams, vocab: int, nucleus: int) -> int:
-    """How many tokens to put in order for a draw; 0: none, any token is drawn by its id.
+    """Return how many tokens to sort for a draw; 0: none, any token is drawn by its id.
 
     Follows from a row's own parameters, or its draws would depend on the rows beside it.
     """
@@ -276,7 +277,7 @@ def _draw_(
 
 
 def _weigh_(rows: Tensor, temperature: Tensor) -> Tensor:
-    """Logits to weights, in place: probabilities, times a constant of the row.
+    """Turn logits into weights, in place: probabilities times a constant of the row.
 
     The best token weighs 1. Measured from it, the lowest temperatures give -inf and 0, never nan.
     """
@@ -286,7 +287,7 @@ def _weigh_(rows: Tensor, temperature: Tensor) -> Tensor:
 
 
 def _draw_from_all(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens of weights [num_rows, vocab] by the inverse of their running sum."""
+    """Draw tokens from weights [num_rows, vocab] by the inverse of their running sum."""
     blocks = _blocks(weights)  # (num_rows, num_blocks, size)
     sums = blocks.sum(-1).double()
     cumulative = sums.cumsum(-1)
@@ -303,7 +304,8 @@ def _draw_from_all(weights: Tensor, uniform: Tensor) -> Tensor:
 def _draw_from_best(
     weights: Tensor, num: int, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tokens among the num that weigh most, and whether these hold all that top_p keeps.
+    """Draw tokens from the num of largest weight; return them, and whether these hold all that
+    top_p keeps.
 
     Parameters are [num_rows, 1].
     """
@@ -327,7 +329,7 @@ def _draw_from_best(
 
 
 def _position(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Where in each row the running sum first exceeds the target: [num_rows, 1]."""
+    """Return where the running sum of each row first exceeds the target: [num_rows, 1]."""
     at = torch.searchsorted(cumulative, target, right=True)
     return at.clamp(max=cumulative.shape[1] - 1)  # rows that are not finite
 
@@ -336,19 +338,19 @@ def _position(cumulative: Tensor, target: Tensor) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> Tensor:
-    """[num_rows, num_blocks, size], a view."""
+    """Return a view [num_rows, num_blocks, size]."""
     num_rows, vocab = rows.shape
     size = math.gcd(vocab, _BLOCK)
     return rows.view(num_rows, vocab // size, size)
 
 
 def _pick(blocks: Tensor, at: Tensor) -> Tensor:
-    """One block of each row, [num_rows, size]; at is [num_rows, 1]."""
+    """Return one block of each row, [num_rows, size]; at is [num_rows, 1]."""
     return blocks.gather(1, at.unsqueeze(2).expand(-1, -1, blocks.shape[2])).squeeze(1)
 
 
 def _argmax(rows: Tensor) -> Tensor:
-    """The best token of each row; nan counts as the best."""
+    """Return the best token of each row; nan counts as the best."""
     blocks = _blocks(rows)
     block = blocks.amax(-1).argmax(-1, keepdim=True)
     token = _pick(blocks, block).argmax(-1, keepdim=True)
@@ -356,7 +358,7 @@ def _argmax(rows: Tensor) -> Tensor:
 
 
 def _topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row and their ids."""
+    """Return the k largest values of each row and their ids."""
     blocks = _blocks(rows)
     num_blocks, size = blocks.shape[1:]
     if k * 4 >= num_blocks or size == 1:

@@ -1,4 +1,4 @@
-"""What single tokens are called where probabilities are reported: by their own bytes.
+"""Names of single tokens in reported probabilities, made of their own bytes.
 
 A token may be a piece of a character, or several; decoded alone it would read as U+FFFD, and all
 such tokens alike. OpenAI's name for it is used: bytes:\\xf0\\x9f.
@@ -12,7 +12,7 @@ from neuroada_serve.request import TokenLogprob, name_of_bytes
 
 
 class TokenNames:
-    """Names of a tokenizer's tokens, which `request.bytes_of_name` turns back into bytes.
+    """Name a tokenizer's tokens; `request.bytes_of_name` turns the names back into bytes.
 
     Args:
         tokenizer: of transformers. Of one without a decoder whose form is known, names are what it
@@ -30,14 +30,14 @@ class TokenNames:
         self._added = {i: str(t) for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items()}
 
     def __call__(self, token_id: int) -> str:
-        """The token's text where it has one, leading space included; else its bytes."""
+        """Return the token's text if it has one, leading space included; else its bytes."""
         name = self._names.get(token_id)
         if name is None:
             name = self._names[token_id] = self._name(token_id)
         return name
 
     def describe(self, token: Sampled, text_offset: int = 0) -> TokenLogprob:
-        """A token that was scored."""
+        """Return a scored token with its name and bytes."""
         assert token.logprob is not None
         top = tuple((i, self(i), logprob) for i, logprob in token.top)
         return TokenLogprob(token.token_id, self(token.token_id), token.logprob, top, text_offset)
@@ -61,7 +61,7 @@ class TokenNames:
 
 
 def _decoder_steps(tokenizer: Any) -> dict[str, str]:
-    """Kinds of the steps of a tokenizer's decoder; of some, what stands for a space."""
+    """Return the kinds of steps of a tokenizer's decoder, and for some what stands for a space."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         return {}
@@ -76,8 +76,8 @@ def _decoder_steps(tokenizer: Any) -> dict[str, str]:
 
 
 def _bytes_of_char() -> dict[str, int]:
-    """Byte-level BPE writes bytes as characters: those that can be printed as themselves, the
-    others as the next ones from 256 on."""
+    """Return byte-level BPE's alphabet: each byte that can be printed stands for itself, the
+    others are written as the characters from 256 on."""
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printed]
     return {chr(b): b for b in printed} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Attention of decoding sequences on CUDA: Triton kernels that read lengths on the device.
+"""Decode attention on CUDA: Triton kernels that read lengths on the device.
 
 One query token a sequence reads its whole context, so the step is bound by the cache's bytes. The
 heads that share keys are computed together, and long contexts are split over several programs
@@ -37,12 +37,13 @@ _TILE_BYTES = 16384
 
 
 def runs_on(tensor: Tensor) -> bool:
-    """Whether the kernels run on this tensor: on CUDA, or anywhere in Triton's interpreter."""
+    """Return whether the kernels run on this tensor: on CUDA, or anywhere in Triton's
+    interpreter."""
     return HAS_TRITON and (tensor.is_cuda or INTERPRETED)
 
 
 def fits_decode(head_dim: int, group: int) -> bool:
-    """Whether `decode_attention` knows this head size and this many heads per kv head."""
+    """Return whether `decode_attention` supports this head size and this many heads per kv head."""
     return head_dim <= _MAX_HEAD_DIM and group <= _MAX_GROUP
 
 
@@ -135,13 +136,14 @@ def decode_attention(
 
 
 def num_splits(n: int, kv_heads: int) -> int:
-    """How many programs share one sequence's context: enough to fill the GPU; a power of two."""
+    """Return how many programs share one sequence's context: enough to fill the GPU; a power of
+    two."""
     wanted = max(1, _PROGRAMS // max(1, n * kv_heads))
     return min(_MAX_SPLITS, 1 << (wanted.bit_length() - 1))
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not smaller."""
+    """Return the smallest power of two that is not smaller."""
     return 1 << (number - 1).bit_length()
 
 
@@ -170,7 +172,7 @@ def _write_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """All kv heads of one token."""
+    """Write all kv heads of one token."""
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + t).to(tl.int64)
     position = tl.load(positions + t).to(tl.int64)
@@ -209,7 +211,7 @@ def _attention_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ) -> None:
-    """One part of one sequence's context, for the GROUP heads that share a kv head."""
+    """Compute one part of one sequence's context, for the GROUP heads that share a kv head."""
     t = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -274,7 +276,7 @@ def _combine_kernel(
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    """One head of one sequence: its parts, each by its share of the softmax."""
+    """Combine the parts of one head of one sequence, each by its share of the softmax."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
