@@ -4,9 +4,8 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,11 +45,14 @@ class Evaluation:
 
 
 class Run:
-    """What happens around the steps: scores, the best values, checkpoints, the adapter.
+    """Scores, the best values, checkpoints and the adapter of a loop's steps.
 
     before: the base's score. evaluations: so far.
     best_step: the step with the lowest held-out loss; without held-out rows the last.
     samples: answers to a few held-out rows, once the run is finished.
+
+    Args:
+        searched: the learning rates tried, where the run has searched for its own.
     """
 
     def __init__(
@@ -61,17 +63,22 @@ class Run:
         layers: Layers,
         head: ClassHead | None,
         config: TrainConfig,
-        out: Path,
+        loop: Loop,
+        plan: Plan,
+        checkpoints: Checkpoints,
+        searched: LearningRates | None,
+        before: Score | None,
         notify: Notify,
         improvements: Improvements | None = None,
     ) -> None:
         self._base, self._data, self._layers, self._head = base, data, layers, head
         self._values = values_of(layers)
         self._data_name = data_name
-        self._config, self._out = config, out
+        self._config, self._loop, self._plan = config, loop, plan
+        self._checkpoints, self._searched = checkpoints, searched
         self._improvements, self._notify = improvements, notify
         self._processes = current()
-        self.before: Score | None = None
+        self.before = before
         self.evaluations: list[Evaluation] = []
         self.best_step = 0
         self.baseline = baseline_of(base, data)
@@ -89,31 +96,24 @@ class Run:
         best = {name: checkpoint.tensors.get(f"{name}.best") for name in (*self._values, HEAD)}
         self._best = {name: values for name, values in best.items() if values is not None}
 
-    def begin(
-        self, loop: Loop, plan: Plan, checkpoints: Checkpoints, searched: LearningRates | None
-    ) -> None:
-        """Take part in the steps of a loop. It ends after the step, saved, where `interrupted` of
-        the run says so."""
-        self._loop, self._checkpoints, self._searched = loop, checkpoints, searched
-        self._plan = plan
-        self.interrupted: Callable[[], bool] = lambda: False
-        if searched is not None:
-            self._config = replace(self._config, lr=searched.best)
-
     # --- after every step ------------------------------------------------------------------------
 
-    def after_step(self) -> bool:
-        """Score, keep, save, as the step asks for; whether to stop."""
+    def after_step(self, interrupted: Callable[[], bool]) -> bool:
+        """Score, keep and save as the step asks for; whether to stop.
+
+        Raises:
+            KeyboardInterrupt: after the step is saved, where `interrupted` says so.
+        """
         done, config = self._loop.done, self._config
         if done == self._loop.course.end or done % self._plan.eval_steps == 0:
             self._evaluate(done)
             if self._plan.is_open and self._loop.course.may_end_early and self._patience_is_over:
                 self._decline()
         saves = config.save_steps and self._processes.is_first
-        interrupted = self.interrupted() and not self.is_over
-        if saves and (self.is_over or interrupted or done % config.save_steps == 0):
+        ends = interrupted() and not self.is_over
+        if saves and (self.is_over or ends or done % config.save_steps == 0):
             self._save()
-        if interrupted:
+        if ends:
             raise KeyboardInterrupt
         return self.is_over
 
@@ -147,7 +147,9 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         with self._rounded():
-            found = self.score("the adapter", step + 1)
+            found = score_heldout(
+                self._base, self._data, self._config, self._notify, "the adapter", step + 1
+            )
             if found is None:
                 return
             known = [one.score.loss for one in self.evaluations]
@@ -172,28 +174,6 @@ class Run:
         self._checkpoints.save(Checkpoint(here.step, {**here.tensors, **best}, state))
 
     # --- scores and values -----------------------------------------------------------------------
-
-    def score(self, what: str, next_step: int) -> Score | None:
-        """Of the held-out rows, by the values as they are; None without any.
-
-        Raises:
-            UsageError: the loss is not a number.
-        """
-        if not self._data.heldout:
-            return None
-        self._notify(f"Scoring {what} on {len(self._data.heldout)} held-out rows.")
-        found = Score(math.nan, math.nan)
-        if self._processes.is_first:
-            found = score(
-                self._base.model,
-                self._data.heldout,
-                self._config.batch_size,
-                self._base.eos_token_ids,
-            )
-        found = Score(*self._processes.of_first(astuple(found), self._base.device))
-        if not math.isfinite(found.loss):
-            raise diverged(next_step, self._config.peak_lr)
-        return found
 
     @property
     def after(self) -> Score | None:
@@ -361,3 +341,28 @@ def figure_name(labels: Sequence[str]) -> str:
     if is_regression(labels):
         return "pearson"
     return "accuracy" if labels else "exact_match"
+
+
+def score_heldout(
+    base: BaseModel,
+    data: TrainingData,
+    config: TrainConfig,
+    notify: Notify,
+    what: str,
+    next_step: int,
+) -> Score | None:
+    """The score of the held-out rows by the values as they are; None without any.
+
+    Raises:
+        UsageError: the loss is not a number.
+    """
+    if not data.heldout:
+        return None
+    notify(f"Scoring {what} on {len(data.heldout)} held-out rows.")
+    processes, found = current(), Score(math.nan, math.nan)
+    if processes.is_first:
+        found = score(base.model, data.heldout, config.batch_size, base.eos_token_ids)
+    found = Score(*processes.of_first(astuple(found), base.device))
+    if not math.isfinite(found.loss):
+        raise diverged(next_step, config.peak_lr)
+    return found

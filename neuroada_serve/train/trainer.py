@@ -44,7 +44,7 @@ from neuroada_serve.train.processes import current
 from neuroada_serve.train.publish import Improvements, Publisher, publish_or_tell
 from neuroada_serve.train.quantize import quantize_
 from neuroada_serve.train.rows import Data
-from neuroada_serve.train.run import Evaluation, Run, figure_name
+from neuroada_serve.train.run import Evaluation, Run, figure_name, score_heldout
 from neuroada_serve.train.samples import Baseline, Sample
 from neuroada_serve.train.score import Score, packs
 from neuroada_serve.train.selection import k_of_modules, select
@@ -176,7 +176,6 @@ def train_adapter(
         )
         if head is not None:  # attaching has frozen it with the rest
             head.requires_grad_(True)
-        run = Run(base, loaded, data.name, layers, head, config, out, notify, improvements)
         if config.packing and not packs(base.model):
             raise UsageError(
                 "rows of a packed batch see each other in this base's attention; train without "
@@ -185,13 +184,13 @@ def train_adapter(
 
         # 2. Where it begins: anew, with a learning rate sought for, or where it was interrupted.
         searched: LearningRates | None = None
+        before: Score | None = None
         if resumed is not None:
             if resumed.state["lr_search"] is not None:
                 searched = LearningRates(**resumed.state["lr_search"])
-            run.restore(resumed)
             notify(f"Going on from step {resumed.step}, from {checkpoints.folder}.")
         else:
-            run.before = run.score("the base", 1)
+            before = score_heldout(base, loaded, config, notify, "the base", 1)
             if config.lr == "auto":
                 searched = find_learning_rate(base.model, layers, loaded, config, notify, head)
         if searched is not None:
@@ -201,9 +200,11 @@ def train_adapter(
         plan = plan_of(config, len(loaded.train), len(loaded.heldout), processes.size)
         course = Course(config, plan.steps, plan.is_open)
         loop = Loop(base.model, layers, loaded.train, config, plan.steps, head, course)
+        of_steps = (loop, plan, checkpoints, searched, before, notify, improvements)
+        run = Run(base, loaded, data.name, layers, head, config, *of_steps)
         if resumed is not None:
             loop.restore(resumed)
-        run.begin(loop, plan, checkpoints, searched)
+            run.restore(resumed)
         biases = [v for name, v in values_of(layers).items() if name.endswith(".bias")]
         count = sum(selections[name].nnz for name in layers) + sum(map(len, biases))
         notify(f"Training {count:,} values, lr {config.peak_lr:.2g}, {plan.words()}.")
@@ -213,9 +214,9 @@ def train_adapter(
         started = time.perf_counter()
         if not run.is_over:  # it may have been interrupted just before the adapter was written
             # Of several processes one could stop a step before the others: they stop at once.
-            if processes.size == 1:
-                run.interrupted = stack.enter_context(between_steps(notify))
-            loop.run(run.after_step, notify)
+            alone = processes.size == 1
+            interrupted = stack.enter_context(between_steps(notify)) if alone else lambda: False
+            loop.run(lambda: run.after_step(interrupted), notify)
         seconds = time.perf_counter() - started
         adapter = run.finish()
 
