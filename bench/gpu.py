@@ -70,7 +70,8 @@ from neuroada_serve.ops.triton_bypass import (
     bypass_tile,
     restore_entries_,
 )
-from neuroada_serve.request import CLASSIFY, SamplingParams
+from neuroada_serve.request import SamplingParams
+from neuroada_serve.tasks import Classify
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -438,7 +439,7 @@ def check_classifier(report: Report) -> None:
     texts = new_runner(engine, 8, 64).run(schedule, None).logits.clone()
     for sequence in running:
         sequence.num_computed = 0
-    running[2].params = CLASSIFY
+    running[2].task = Classify(("no", "yes"))
     step = new_runner(engine, 8, 64).run(schedule, None)
     assert step.hidden is not None
     source = engine.adapters.store.get("k2-1").source

@@ -19,6 +19,7 @@ from neuroada_serve.options import (
     weights,
     words,
 )
+from neuroada_serve.tasks import TaskType, task_of
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 PROMPT_BLOCK = 32  # tokens that the prefix cache keeps together
@@ -323,7 +324,7 @@ class TrainConfig:
         "Longer rows: skip leaves them out, cut takes their prompt's beginning off; both counted.",
         "Rows",
     )
-    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = option(
+    task_type: TaskType = option(
         "CAUSAL_LM",
         "CAUSAL_LM learns to write answers; SEQ_CLS to classify plain texts, with a head of its "
         "own: a row's label is its class, or a number (see --labels).",
@@ -465,7 +466,7 @@ class TrainConfig:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
         if self.warmup_ratio >= 1:
             raise UsageError(f"warmup_ratio must be below 1, got {self.warmup_ratio}")
-        if self.labels and self.task_type != "SEQ_CLS":
+        if self.labels and not task_of(self.task_type, self.labels).pools:
             raise UsageError("labels are a classifier's; give --task-type SEQ_CLS too")
         if not 0 < self.head_lr <= 1:
             raise UsageError(f"head_lr must be above 0 and at most 1, got {self.head_lr}")

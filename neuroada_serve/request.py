@@ -9,8 +9,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import get_args
 
 from neuroada_serve.errors import RequestError
+from neuroada_serve.tasks import GENERATE, AskedAs, Task
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -52,7 +54,8 @@ class SamplingParams:
     logprobs: None, or how many alternatives to report per answered token; prompt_logprobs likewise
         for every prompt token but the first.
     ignore_eos: go on past the model's end token.
-    classify: answer with the probabilities of a classifier's labels, and no token; see CLASSIFY.
+    task: "generate" answers with tokens; any other must be what the adapter is for, see
+        `tasks.Task.asked_as`, and gives no token.
 
     Raises:
         RequestError: names the field and its allowed range.
@@ -77,7 +80,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
-    classify: bool = False
+    task: AskedAs = "generate"
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
@@ -92,8 +95,11 @@ class SamplingParams:
         for name in _INTEGERS:
             if (value := getattr(self, name)) is not None and not isinstance(value, int):
                 raise RequestError(f"{name} must be an integer, got {value!r}", name)
-        if self.classify and (self.n, self.max_tokens) != (1, 1):
-            raise RequestError("classify goes with n=1 and max_tokens=1", "classify")
+        if self.task not in get_args(AskedAs):
+            known = ", ".join(get_args(AskedAs))
+            raise RequestError(f"task must be one of {known}, got {self.task!r}", "task")
+        if self.task != "generate" and (self.n, self.max_tokens) != (1, 1):
+            raise RequestError(f"{self.task} goes with n=1 and max_tokens=1", "task")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}", "min_tokens"
@@ -176,7 +182,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 _INTEGERS = ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs")
 
 
-CLASSIFY = SamplingParams(classify=True, max_tokens=1, temperature=0.0)
+CLASSIFY = SamplingParams(task="classify", max_tokens=1, temperature=0.0)
 
 
 def name_of_bytes(data: bytes) -> str:
@@ -240,8 +246,8 @@ class Output:
     num_cached_tokens: int = 0  # of the prompt, that needed no computing
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0  # so far, this choice
-    labels: tuple[str, ...] = ()  # of a classifier
-    probs: tuple[float, ...] = ()  # theirs, in the same order
+    task: Task = GENERATE
+    values: tuple[float, ...] = ()  # what `task` has decoded; empty where it generates
 
     @property
     def finished(self) -> bool:
@@ -262,8 +268,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class ClassifyOutput:
-    """What a classifier makes of one text: probs of its labels, in their order; of a regression,
-    which has one label, the number itself."""
+    """A classifier's answer to one prompt: probs of its labels, in their order. A regression has
+    one label, and probs is the number itself."""
 
     prompt_token_ids: tuple[int, ...]
     adapter: str

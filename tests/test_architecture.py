@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "neuroada_serve"
 # Lower floors first; within a floor a room imports only from rooms earlier in the list.
 # A name stands for a module or for all modules of a package that are not listed themselves.
 FLOORS: list[list[str]] = [
-    ["errors", "options", "config", "request", "metrics", "intervals", "wakeup"],
+    ["errors", "tasks", "options", "config", "request", "metrics", "intervals", "wakeup"],
     [
         "plots",
         "ops",

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from neuroada_serve.adapters.durable import write_durably
-from neuroada_serve.adapters.format import AdapterConfig, is_regression
+from neuroada_serve.adapters.format import AdapterConfig
 from neuroada_serve.config import ADAPTER_NAME, DEMO, DEMO_HUB_ID
 from neuroada_serve.intervals import wilson
+from neuroada_serve.tasks import CardCase, Task
 
 CARD_FILE = "README.md"
 
@@ -40,8 +41,8 @@ def model_card(config: AdapterConfig, name: str = "my-adapter") -> str:
     Args:
         name: of the adapter, for its heading and its command lines.
     """
-    task = "text-classification" if config.labels else "text-generation"
-    front = f"---\nlibrary_name: neuroada-serve\npipeline_tag: {task}\ntags: [neuroada]\n"
+    tag = config.task.pipeline_tag
+    front = f"---\nlibrary_name: neuroada-serve\npipeline_tag: {tag}\ntags: [neuroada]\n"
     base = config.base_model_name_or_path
     base = DEMO_HUB_ID if base == DEMO else base
     if _HUB_ID.fullmatch(base):
@@ -76,7 +77,7 @@ def write_card(folder: Path, config: AdapterConfig) -> bool:
 
 def _made_part(config: AdapterConfig, name: str) -> str:
     metadata = config.metadata
-    parts = [_facts(config), _use(config, name), *_examples(metadata), *_scores(metadata)]
+    parts = [_facts(config), _use(config, name), *_examples(metadata), *_scores(config)]
     parts += _recipe(metadata)
     return "\n\n".join([_BEGIN, *parts, _END])
 
@@ -91,9 +92,8 @@ def _facts(config: AdapterConfig) -> str:
         f"- selection: {_code(config.selection)}",
         f"- modules: {_code(', '.join(config.target_modules))}",
     ]
-    if config.labels:
-        task = "regression of" if is_regression(config.labels) else "classification, labels"
-        lines.append(f"- task: {task} {_code(', '.join(config.labels))}")
+    if summary := config.task.summary():
+        lines.append(f"- task: {summary} {_code(', '.join(config.labels))}")
     return "\n".join(lines)
 
 
@@ -111,53 +111,35 @@ def _use(config: AdapterConfig, name: str) -> str:
     recipe = config.metadata.get("recipe")
     is_plain = isinstance(recipe, Mapping) and recipe.get("prompt_format") == "plain"
     samples = _samples(config.metadata)
-    prompt = samples[0]["question"] if samples else "A text." if config.labels else "What to ask."
+    prompt = samples[0]["question"] if samples else config.task.example
     text, model = _literal(prompt), _literal(served)
-    params = ""
-    if config.labels:
-        first = f"neuroada classify {flag} {shlex.quote(_line(prompt))}"
-        route, fields = "classify", f'"input": {text}'
-        call = f"llm.classify(prompt, {model})\nprint(answer.label, answer.probs)"
-    elif is_plain:
-        first = f"neuroada chat --plain {flag}"
-        route, fields = "completions", f'"temperature": 0, "max_tokens": 64, "prompt": {text}'
-        call = f"llm.generate(prompt, params, {model})\nprint(answer.text)"
-    else:
-        first = f"neuroada chat {flag}"
-        route, fields = (
-            "chat/completions",
-            f'"temperature": 0, "messages": [{{"role": "user", "content": {text}}}]',
-        )
-        message = '{"role": "user", "content": prompt}'
-        call = f"llm.chat([{message}], params, {model})\nprint(answer.text)"
-    imports = "from neuroada_serve import LLM"
-    if not config.labels:
-        imports += ", SamplingParams"
-        params = "params = SamplingParams(temperature=0, max_tokens=64)\n"
-    body = f'{{"model": {model}, {fields}}}'.replace("'", "\\u0027")
+    case = CardCase(flag, shlex.quote(_line(prompt)), model, text, is_plain)
+    usage = config.task.usage(case)
+    imports = "LLM, SamplingParams" if usage.params else "LLM"
+    body = f'{{"model": {model}, {usage.fields}}}'.replace("'", "\\u0027")
     return f"""## Use
 
 In the terminal, from the folder that has this one in it:
 
 ```bash
-{first}
+{usage.command}
 ```
 
 Over HTTP; the adapter's name is the `model` of a request:
 
 ```bash
 neuroada serve {flag}
-curl -s http://127.0.0.1:8000/v1/{route} -H 'Content-Type: application/json' -d '{body}'
+curl -s http://127.0.0.1:8000/v1/{usage.route} -H 'Content-Type: application/json' -d '{body}'
 ```
 
 In Python:
 
 ```python
-{imports}
+from neuroada_serve import {imports}
 
 llm = LLM({_literal(base)}, adapters={{{model}: {_literal(f"./{folder}")}}})
 prompt = {text}
-{params}[answer] = {call}
+{usage.params}[answer] = {usage.call}
 ```"""
 
 
@@ -195,11 +177,11 @@ def _recipe(metadata: Mapping[str, Any]) -> Iterator[str]:
     yield "## Training\n\n" + "\n".join(lines)
 
 
-def _scores(metadata: Mapping[str, Any]) -> Iterator[str]:
-    scores = metadata.get("scores")
+def _scores(config: AdapterConfig) -> Iterator[str]:
+    scores = config.metadata.get("scores")
     if not isinstance(scores, Mapping):
         return
-    rows = [*_training_scores(scores), *_evaluations(scores)][:_MOST_ENTRIES]
+    rows = [*_training_scores(scores, config.task), *_evaluations(scores)][:_MOST_ENTRIES]
     if not rows:
         return
     lines = ["| data | rows | score | base | adapter |", "|---|---|---|---|---|"]
@@ -210,20 +192,16 @@ def _scores(metadata: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _training_scores(scores: Mapping[str, Any]) -> Iterator[list[str]]:
+def _training_scores(scores: Mapping[str, Any], task: Task) -> Iterator[list[str]]:
     """Return the scores on the rows that training held out, as it left them in the config."""
     rows, before, after = (scores.get(key) for key in ("heldout_rows", "before", "after"))
     if not _is_count(rows) or not isinstance(before, Mapping) or not isinstance(after, Mapping):
         return
-    by = scores.get("exact_match_by")
+    by = scores.get(f"{task.figure}_by")
     how = f" ({_cell(by)})" if isinstance(by, str) else ""
-    loss = "loss per row" if "accuracy" in after else "loss per answer token"
-    loss = "mean squared error" if "pearson" in after else loss
     for key, words, is_share in (
-        ("loss", loss, False),
-        ("exact_match", f"exact match{how}", True),
-        ("accuracy", "accuracy", True),
-        ("pearson", "Pearson's correlation", False),
+        ("loss", task.loss, False),
+        (task.figure, f"{task.figure_words}{how}", task.figure_is_share),
     ):
         if _is_number(before.get(key)) and _is_number(after.get(key)):
             cells = [

@@ -4,15 +4,14 @@ An adapter is a directory of two files.
 
 adapter_config.json
     peft_type "NEUROADA", format_version 1, base_model_name_or_path, base_fingerprint (64 hex
-    digits), k, selection, target_modules (module names or their endings), task_type ("CAUSAL_LM" or
-    "SEQ_CLS"), labels (of SEQ_CLS: the classes' names, in order; one alone is the name of a number
-    that is learnt, a regression), metadata.
+    digits), k, selection, target_modules (module names or their endings), task_type and labels (see
+    `tasks.py`), metadata.
 adapter_model.safetensors
     per target module M: M.index [d_out, k] uint16 or int32, the input columns each neuron keeps,
     distinct within a row; M.bypass [d_out, k] bfloat16, float16 or float32, their values.
     M.bias [d_out], same dtypes, where M has a bias that was trained: what is added to it.
-    Of SEQ_CLS also score.weight [labels, hidden_size], same dtypes: the classes' logits are its
-    product with what the base's output head would see at the text's last token.
+    Where the task has a head also score.weight [rows, hidden_size], same dtypes: its product with
+    what the base's output head would see at the text's last token is decoded by the task.
     `__metadata__` repeats format, format_version and base_fingerprint; data_sha256 is that of all
     bytes behind the header, so that the header alone tells which adapter it is.
 
@@ -23,7 +22,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from neuroada_serve.adapters.durable import write_durably
 from neuroada_serve.errors import AdapterFormatError, ShapeError, UsageError
+from neuroada_serve.tasks import CAUSAL_LM, Task, TaskType, task_faults, task_of
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -41,9 +41,7 @@ MAX_HEADER_BYTES = 1 << 20
 UINT16_COLUMNS = 1 << 16
 DATA_SHA256 = "data_sha256"
 
-CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"  # peft's names
 HEAD = "score.weight"
-MAX_LABELS = 1000
 MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 INDEX_DTYPES = {"U16": 2, "I32": 4}
@@ -81,11 +79,16 @@ class AdapterConfig:
     k: int
     target_modules: tuple[str, ...]
     selection: str = "magnitude"
-    task_type: str = CAUSAL_LM
+    task_type: TaskType = CAUSAL_LM
     peft_type: str = "NEUROADA"
     format_version: int = FORMAT_VERSION
     metadata: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
+
+    @property
+    def task(self) -> Task:
+        """What the adapter is for."""
+        return task_of(self.task_type, self.labels)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Adapter:
     """One adapter in memory. Immutable.
 
     digest: of its weights file, see `file_digest`.
-    head: [labels, hidden_size] float on the CPU, of SEQ_CLS.
+    head: [rows, hidden_size] float on the CPU, where its task has one.
     """
 
     config: AdapterConfig
@@ -172,7 +175,7 @@ def table_faults(
     """Return every fault of tensor names, dtypes and shapes; tensors: name -> (dtype, shape)."""
     faults: list[str] = []
     parts: dict[str, set[str]] = {}
-    if config.task_type == SEQ_CLS:
+    if config.task.head_rows:
         tensors = dict(tensors)
         faults += _head_faults(tensors.pop(HEAD, None), config, base)
     for name, (dtype, shape) in tensors.items():
@@ -227,31 +230,18 @@ def _head_faults(
     head: tuple[str, tuple[int, ...]] | None, config: AdapterConfig, base: BaseSpec | None
 ) -> list[str]:
     if head is None:
-        return [f"{HEAD} is missing; task_type {SEQ_CLS} needs it"]
+        return [f"{HEAD} is missing; task_type {config.task_type} needs it"]
     dtype, shape = head
     if dtype not in BYPASS_DTYPES:
         return [f"{HEAD} has dtype {dtype}, allowed: {', '.join(BYPASS_DTYPES)}"]
-    hidden = None if base is None else base.hidden_size
-    if len(shape) != 2 or shape[0] != len(config.labels) or shape[1] != (hidden or shape[1]):
+    hidden, rows = None if base is None else base.hidden_size, config.task.head_rows
+    if len(shape) != 2 or shape[0] != rows or shape[1] != (hidden or shape[1]):
         wanted = "hidden_size" if hidden is None else hidden
-        return [f"{HEAD} has shape {list(shape)}, expected [{len(config.labels)}, {wanted}]"]
+        return [f"{HEAD} has shape {list(shape)}, expected [{rows}, {wanted}]"]
     return []
 
 
-def task_faults(task_type: str, labels: Sequence[Any]) -> list[str]:
-    """Return the faults of a config's task."""
-    if task_type not in (CAUSAL_LM, SEQ_CLS):
-        return [f"task_type is {task_type[:40]!r}; {CAUSAL_LM} and {SEQ_CLS} are served"]
-    if task_type == CAUSAL_LM:
-        return [f"labels are for task_type {SEQ_CLS}"] if labels else []
-    if not 1 <= len(labels) <= MAX_LABELS:
-        return [f"there are {len(labels)} labels, {SEQ_CLS} takes 1 to {MAX_LABELS}"]
-    if not all(isinstance(label, str) and label.strip() for label in labels):
-        return ["labels must be texts, none empty"]
-    return ["labels names one twice"] if len(set(labels)) < len(labels) else []
-
-
-def is_regression(labels: Sequence[str]) -> bool:
+def is_regression(labels: Collection[str]) -> bool:
     """Whether a classifier gives a number instead of classes."""
     return len(labels) == 1
 

@@ -26,10 +26,10 @@ from neuroada_serve.adapters.format import (
     AdapterConfig,
     BaseSpec,
     table_faults,
-    task_faults,
     weights_metadata,
 )
 from neuroada_serve.errors import AdapterFormatError
+from neuroada_serve.tasks import task_faults
 
 MAX_TENSORS = 8192
 SAID_SHA256 = re.compile(rb'"data_sha256": ?"([0-9a-f]{64})"')

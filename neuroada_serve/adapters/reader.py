@@ -348,5 +348,5 @@ def _most_bytes(config: AdapterConfig, base: BaseSpec) -> int:
     entry, 4 a bias."""
     rows = sum(d_out for d_out, _ in base.shapes.values())
     widest = max(d_in for _, d_in in base.shapes.values())
-    head = len(config.labels) * (base.hidden_size or widest) * 4
+    head = config.task.head_rows * (base.hidden_size or widest) * 4
     return 8 + MAX_HEADER_BYTES + rows * (min(config.k, widest) * 8 + 4) + head

@@ -31,6 +31,7 @@ from neuroada_serve.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
 )
+from neuroada_serve.tasks import GENERATE, Task
 
 MAX_MIXED = 8  # adapters in one mix
 MAX_WEIGHT = 100.0  # of an adapter in a mix, either sign
@@ -78,10 +79,10 @@ class AdapterVersion:
         self.head: Any = None
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """A classifier's; empty for an adapter that answers in text."""
+    def task(self) -> Task:
+        """What it is for."""
         source = self.source
-        return source.config.labels if isinstance(source, AdapterHeader | Adapter) else ()
+        return source.config.task if isinstance(source, AdapterHeader | Adapter) else GENERATE
 
     @property
     def is_mix(self) -> bool:
@@ -334,8 +335,9 @@ class AdapterStore:
         if weights is None:
             return self._get(name)
         mix = Mix(tuple((self._get(part), weight) for part, weight in weights.items()))
-        if classifiers := [part.name for part, _ in mix.parts if part.labels]:
-            raise AdapterError(f"{classifiers[0]!r} is a classifier, which cannot be mixed")
+        for part, _ in mix.parts:
+            if part.task.head_rows:
+                raise AdapterError(f"{part.name!r} is a {part.task.noun}, which cannot be mixed")
         version = self._mixes.get(mix)
         if version is None:
             said = "+".join(f"{part.digest}:{weight!r}" for part, weight in mix.parts)

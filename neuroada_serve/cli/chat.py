@@ -149,10 +149,10 @@ class Conversation:
             lease = self._llm.engine.adapters.store.acquire(name)
         except AdapterNotFoundError as error:
             raise UsageError(f"{error}; `/use {BASE}` for the base alone") from error
-        labels = lease.version.labels
+        task = lease.version.task
         lease.release()
-        if labels:
-            raise UsageError(f"{name} is a classifier; `neuroada classify` asks it")
+        if task.pools:
+            raise UsageError(f"{name} is a {task.noun}; `{task.command}` asks it")
         self.adapter = name
 
     def _list_adapters(self) -> None:

@@ -94,7 +94,7 @@ def _eval(
             notify=notify,
             **vars(engine),
         )
-    classifiers = [name for name in folders if llm.engine.adapters.store.get(name).labels]
+    classifiers = [name for name in folders if llm.engine.adapters.store.get(name).task.pools]
     if classifiers:
         from neuroada_serve.evaluation.classifiers import evaluate_classifiers
 

@@ -192,7 +192,7 @@ class AdapterPlane:
             is_pinned=version.is_pinned,
             is_merged=self.merged_version is version,
             since=version.since,
-            labels=version.labels,
+            labels=version.task.labels,
         )
 
     # --- any thread: changes -----------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from neuroada_serve.errors import RequestError
 from neuroada_serve.request import SamplingParams
+from neuroada_serve.tasks import Task, noun_of
 
 
 def check_prompt(token_ids: Sequence[int], max_model_len: int, vocab_size: int) -> None:
@@ -37,18 +38,19 @@ def check_ids(params: SamplingParams, vocab_size: int) -> None:
             raise RequestError(f"{param} has token ids outside [0, {vocab_size})", param)
 
 
-def check_task(params: SamplingParams, adapter: str | None, labels: Sequence[str]) -> None:
+def check_task(params: SamplingParams, adapter: str | None, task: Task) -> None:
     """
     Args:
-        labels: of the adapter, if it is a classifier.
+        task: of the adapter; GENERATE for the base.
 
     Raises:
-        RequestError: text is asked of a classifier, or a class of what is none.
+        RequestError: something else is asked for than that task.
     """
+    if params.task == task.asked_as:
+        return
     name = "the base" if adapter is None else f"adapter {adapter!r}"
-    if params.classify and not labels:
-        raise RequestError(f"{name} is no classifier; it answers in text", "model")
-    if labels and not params.classify:
-        raise RequestError(
-            f"{name} is a classifier; ask it through /v1/classify, or `neuroada classify`", "model"
-        )
+    if not task.pools:
+        raise RequestError(f"{name} is no {noun_of(params.task)}; it answers in text", "model")
+    raise RequestError(
+        f"{name} is a {task.noun}; ask it through {task.route}, or `{task.command}`", "model"
+    )

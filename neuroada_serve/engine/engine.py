@@ -5,13 +5,13 @@ do is in `AdapterPlane`.
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from torch import Tensor
 
-from neuroada_serve.adapters.format import is_regression
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.adapter_plane import AdapterPlane
 from neuroada_serve.engine.checks import check_ids, check_prompt, check_task
@@ -38,6 +38,7 @@ from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.merge import weights_digest
 from neuroada_serve.model.rotary import fix_rotation
 from neuroada_serve.request import FinishReason, Output, SamplingParams, TokenLogprob
+from neuroada_serve.tasks import GENERATE
 from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class Engine:
 
         Raises:
             RequestError: a prompt is empty, too long, or holds ids outside the vocabulary.
-                Or text is asked of a classifier, or a class of what is none.
+                Or something else is asked for than the adapter's task.
             AdapterNotFoundError: no adapter of this name.
             AdapterError: the mix is not written as one.
         """
@@ -181,7 +182,8 @@ class Engine:
                 raise RequestError(f"request id {request_id!r} is in use", "request_id")
         lease = None if adapter is None else self.adapters.store.acquire(adapter)
         try:
-            check_task(params, adapter, () if lease is None else lease.version.labels)
+            task = GENERATE if lease is None else lease.version.task
+            check_task(params, adapter, task)
             eos = frozenset() if params.ignore_eos else self.base.eos_token_ids
             end_token_ids = eos.union(params.stop_token_ids)
             for request_id, prompt in zip(request_ids, prompts, strict=True):
@@ -202,6 +204,7 @@ class Engine:
                         client=client,
                         cache_salt=cache_salt,
                         lease=None if lease is None else lease.share(),
+                        task=task,
                     )
                     self._scheduler.add(sequence)
         finally:
@@ -291,8 +294,8 @@ class Engine:
             c.num_tokens for c in schedule.prefills if not c.sequence.num_preempted
         )
         for row, (sequence, token) in enumerate(zip(step.sequences, chosen, strict=True)):
-            if sequence.params.classify and step.hidden is not None:
-                outputs.append(self._classify(sequence, step.hidden[row]))
+            if sequence.task.pools and step.hidden is not None:
+                outputs.append(self._pool(sequence, step.hidden[row]))
             elif token is None:
                 outputs.append(self._fail(sequence, "the model gave non-finite logits"))
             else:
@@ -442,21 +445,22 @@ class Engine:
             return self._end(sequence, reason, (token_id,), logprobs, stop_reason)
         return self._output(sequence, (token_id,), logprobs)
 
-    def _classify(self, sequence: Sequence, hidden: Tensor) -> Output:
-        """End a sequence with the probabilities of its classifier's labels, or its number.
+    def _pool(self, sequence: Sequence, hidden: Tensor) -> Output:
+        """End a sequence with what its task makes of a hidden state.
 
         Args:
             hidden: [hidden_size] what the output head sees at the prompt's last token.
         """
-        version = sequence.version
-        assert version is not None
-        logits = version.head @ hidden.float()
-        if not bool(logits.isfinite().all()):
-            return self._fail(sequence, "the classifier gave non-finite logits")
+        version, task = sequence.version, sequence.task
+        outputs = hidden.float()
+        if version is not None and version.head is not None:
+            outputs = version.head @ outputs
+        numbers: list[float] = outputs.tolist()
+        if not all(map(math.isfinite, numbers)):
+            return self._fail(sequence, f"the {task.noun} gave non-finite values")
         self._keep_prefix(sequence)
         output = self._end(sequence, FinishReason.STOP)
-        probs = logits if is_regression(version.labels) else logits.softmax(0)
-        return replace(output, labels=version.labels, probs=tuple(probs.tolist()))
+        return replace(output, task=task, values=task.decode(numbers))
 
     def _end(
         self,

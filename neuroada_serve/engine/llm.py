@@ -247,7 +247,7 @@ class LLM:
                 raise EngineError(last.error or "the request was ended")
             outputs.append(last)
         return [
-            ClassifyOutput(tuple(prompt), str(o.adapter), o.labels, o.probs, o.adapter_digest)
+            ClassifyOutput(tuple(prompt), str(o.adapter), o.task.labels, o.values, o.adapter_digest)
             for prompt, o in zip(ids, outputs, strict=True)
         ]
 

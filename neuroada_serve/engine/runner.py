@@ -45,7 +45,7 @@ class StepLogits:
 
     sequences: list[Sequence]
     logits: Tensor  # [num_sequences, vocab] float32
-    # [num_sequences, hidden_size], what the output head sees; None where nobody asks for a class
+    # [num_sequences, hidden_size], what the output head sees; None where no task pools
     hidden: Tensor | None
     prompts: list[PromptLogits]  # of the sequences that ask for prompt logprobs
 
@@ -155,7 +155,7 @@ class ModelRunner:
         in_weights = self._resident(merged)
 
         # 2. One forward; the output head sees only the tokens that are sampled from or scored.
-        classifies = any(sequence.params.classify for sequence in sampled)
+        pools = any(sequence.task.pools for sequence in sampled)
         seen: list[Tensor] = []
         kept = self._tensor(last_tokens + [token for _, _, tokens in scored for token in tokens])
         decoder = self._cpu_decoder
@@ -166,12 +166,12 @@ class ModelRunner:
         ):
             inputs = Tokens(self._tensor(ids), step.positions, step.slots, max(positions) + 1)
             logits = decoder.run(inputs, kept, residents, in_weights)
-            if classifies:
+            if pools:
                 seen.append(decoder.seen_by_head(len(kept))[None])
         else:
             batch = self._bank.batch(residents, in_weights, runs=not self._deterministic)
             with self._context.forward_batch(batch, num_decodes), ExitStack() as stack:
-                if classifies:
+                if pools:
                     head = self._base.model.get_output_embeddings()
                     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
                     stack.callback(hook.remove)
@@ -189,7 +189,7 @@ class ModelRunner:
         for sequence, first, tokens in scored:
             prompts.append(PromptLogits(sequence, first, logits[row : row + len(tokens)]))
             row += len(tokens)
-        hidden = seen[0][0, : len(sampled)] if classifies else None
+        hidden = seen[0][0, : len(sampled)] if pools else None
         return StepLogits(sampled, logits[: len(sampled)], hidden, prompts)
 
     def release(self) -> None:

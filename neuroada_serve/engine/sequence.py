@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from neuroada_serve.request import SamplingParams, TokenLogprob
+from neuroada_serve.tasks import GENERATE, Task
 
 if TYPE_CHECKING:
     from neuroada_serve.adapters.store import AdapterVersion, Lease
@@ -42,6 +43,7 @@ class Sequence:
     lease: the adapter version that it was admitted with; None runs on the base.
     max_tokens: most new tokens, already bounded by the model length.
     end_token_ids: tokens that end the answer.
+    task: of its adapter.
     """
 
     request_id: str
@@ -51,6 +53,7 @@ class Sequence:
     max_tokens: int
     end_token_ids: frozenset[int]
     detokenizer: Any
+    task: Task = GENERATE
     biases: Any = None  # logit_bias as the sampler keeps it
     random: Any = None  # the sampler's draws; None where nothing is drawn
     tenant: str = ""

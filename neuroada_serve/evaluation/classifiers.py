@@ -56,7 +56,7 @@ def evaluate_classifiers(
             text does not fit; names the row.
         EngineError: a request failed.
     """
-    labels = {name: llm.engine.adapters.store.get(name).labels for name in adapters}
+    labels = {name: llm.engine.adapters.store.get(name).task.labels for name in adapters}
     regressions = [name for name in adapters if is_regression(labels[name])]
     if len(regressions) not in (0, len(adapters)):
         other = next(name for name in adapters if name not in regressions)

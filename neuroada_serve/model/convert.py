@@ -276,7 +276,8 @@ def export_shira(source: ModelSource, adapter: Path, out: Path) -> int:
     base = _loaded(source)
     loaded = load_adapter(adapter, base.spec)
     if loaded.head is not None:
-        raise AdapterError(f"adapter {adapter.name!r} is a classifier; PEFT's SHiRA has no head")
+        noun = loaded.config.task.noun
+        raise AdapterError(f"adapter {adapter.name!r} is a {noun}; PEFT's SHiRA has no head")
     if any(part.bias is not None for part in loaded.modules.values()):
         raise AdapterError(f"adapter {adapter.name!r} has biases; PEFT's SHiRA has none")
     for name, module in adaptable_modules(base.model).items():

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from neuroada_serve.adapters.durable import check_new_folder
-from neuroada_serve.adapters.format import Adapter, is_regression
+from neuroada_serve.adapters.format import Adapter
 from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.adapters.values import ValuesReader
 from neuroada_serve.errors import UsageError
@@ -82,8 +82,7 @@ def _with_head(base: BaseModel, adapter: Adapter) -> Any:
     config = copy.deepcopy(base.model.config)
     config.id2label = dict(enumerate(adapter.config.labels))
     config.label2id = {label: i for i, label in enumerate(adapter.config.labels)}
-    regression = is_regression(adapter.config.labels)
-    config.problem_type = "regression" if regression else "single_label_classification"
+    config.problem_type = adapter.config.task.problem_type
     tokenizer = base.tokenizer
     pad = tokenizer.pad_token_id
     # By it transformers finds a text's last token in a batch.

@@ -254,8 +254,7 @@ class ChatAnswer(Answer):
 
 
 class ClassifyAnswer:
-    """The reply of /v1/classify: vLLM's object, and the labels that its probabilities are of. Of a
-    regression, as there, probs is the number."""
+    """The reply of /v1/classify: vLLM's object, with the labels beside it."""
 
     def __init__(self, model: str, num_prompt_tokens: int, num_inputs: int) -> None:
         self.id = f"classify-{uuid.uuid4().hex}"
@@ -277,12 +276,7 @@ class ClassifyAnswer:
         """The reply, once every input has its output."""
         found = [output for output in self._outputs if output is not None]
         data = [
-            {
-                "index": index,
-                "label": output.labels[output.probs.index(max(output.probs))],
-                "probs": list(output.probs),
-                "num_classes": len(output.labels),
-            }
+            {"index": index} | output.task.reply(output.values)
             for index, output in enumerate(found)
         ]
         return {
@@ -291,7 +285,7 @@ class ClassifyAnswer:
             "created": self._created,
             "model": self._model,
             "system_fingerprint": found[0].adapter_digest,
-            "labels": list(found[0].labels),
+            **found[0].task.heading(),
             "data": data,
             "usage": {
                 "prompt_tokens": self._num_prompt_tokens,

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from neuroada_serve.adapters.format import SEQ_CLS, is_regression, task_faults
+from neuroada_serve.adapters.format import is_regression
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, RequestError
 from neuroada_serve.model.loader import BaseModel
@@ -29,6 +29,7 @@ from neuroada_serve.model.prompt import (
     renders_chats,
 )
 from neuroada_serve.model.quiet import quiet_transformers
+from neuroada_serve.tasks import SEQ_CLS, task_faults
 from neuroada_serve.train.labels import sorted_labels
 from neuroada_serve.train.rows import Data, Faults, counted, place
 from neuroada_serve.train.shapes import Row, read_rows

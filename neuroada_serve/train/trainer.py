@@ -21,7 +21,6 @@ from neuroada_serve.adapters.durable import (
 )
 from neuroada_serve.adapters.format import (
     CONFIG_FILE,
-    SEQ_CLS,
     WEIGHTS_FILE,
     Adapter,
     save_adapter,
@@ -30,6 +29,7 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.model.loader import BaseModel, adaptable_modules, with_model_len
 from neuroada_serve.model.quiet import quiet_transformers
+from neuroada_serve.tasks import SEQ_CLS
 from neuroada_serve.train.bypass import bypass_training
 from neuroada_serve.train.checkpoint import Checkpoints, checkpoint_folder
 from neuroada_serve.train.classify import class_head

@@ -5,6 +5,7 @@ import pytest
 from neuroada_serve.engine.checks import check_ids, check_prompt, check_task
 from neuroada_serve.errors import RequestError
 from neuroada_serve.request import CLASSIFY, SamplingParams
+from neuroada_serve.tasks import GENERATE, Classify, Regress
 
 
 @pytest.mark.parametrize(
@@ -36,10 +37,14 @@ def test_ids_outside_the_vocabulary_are_refused_by_field(fields):
     assert raised.value.param in fields
 
 
-def test_text_and_classes_are_asked_of_those_who_have_them():
-    check_task(SamplingParams(), None, ())
-    check_task(CLASSIFY, "reviews", ("bad", "good"))
-    with pytest.raises(RequestError, match="the base is no classifier"):
-        check_task(CLASSIFY, None, ())
-    with pytest.raises(RequestError, match="'reviews' is a classifier"):
-        check_task(SamplingParams(), "reviews", ("bad", "good"))
+def test_each_task_is_asked_for_what_it_gives():
+    reviews = Classify(("bad", "good"))
+    check_task(SamplingParams(), None, GENERATE)
+    check_task(CLASSIFY, "reviews", reviews)
+    check_task(CLASSIFY, "stars", Regress(("stars",)))
+    with pytest.raises(RequestError, match="the base is no classifier; it answers in text"):
+        check_task(CLASSIFY, None, GENERATE)
+    with pytest.raises(RequestError, match="'reviews' is a classifier; ask it through /v1/class"):
+        check_task(SamplingParams(), "reviews", reviews)
+    with pytest.raises(RequestError, match="'stars' is a regression; ask it through /v1/classify"):
+        check_task(SamplingParams(), "stars", Regress(("stars",)))

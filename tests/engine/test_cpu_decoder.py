@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from neuroada_serve import LLM, SamplingParams
-from neuroada_serve.adapters.format import SEQ_CLS, make_adapter
+from neuroada_serve.adapters.format import make_adapter
 from neuroada_serve.engine import cpu_decoder
 from neuroada_serve.engine.cpu_decoder import CpuDecoder, known_decoder
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.ops import cpu_bypass, cpu_forward, cpu_vectors, matrix
+from neuroada_serve.tasks import SEQ_CLS
 from tests.support.decoder_sizes import SIZES
 from tests.support.tiny import FAMILIES, VOCAB, adapter_for, plain_merged, save_tiny_model
 

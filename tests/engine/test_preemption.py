@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neuroada_serve import SamplingParams
-from neuroada_serve.adapters.format import SEQ_CLS, make_adapter
+from neuroada_serve.adapters.format import make_adapter
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.sequence import LEAST_PROGRESS
@@ -17,6 +17,7 @@ from neuroada_serve.errors import AdapterInUseError
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.request import CLASSIFY, FinishReason, Output
 from neuroada_serve.server.worker import Stream, Worker
+from neuroada_serve.tasks import SEQ_CLS
 from tests.support.tiny import random_adapter, save_tiny_model
 
 PROMPT = list(range(20, 90))

@@ -169,7 +169,7 @@ def test_texts_beside_classes_are_as_they_are_alone(source):
             if kind == "text":
                 together[int(number)] += output.token_ids
             else:
-                probs[int(number)] = output.probs
+                probs[int(number)] = output.values
                 assert output.finished
                 assert not output.token_ids
     assert [tuple(ids) for ids in together] == alone

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from neuroada_serve.adapters.format import SEQ_CLS, Adapter, make_adapter
+from neuroada_serve.adapters.format import Adapter, make_adapter
+from neuroada_serve.tasks import SEQ_CLS
 from tests.support.tiny import random_adapter
 
 LABELS = ("bad", "fair", "good")
