@@ -27,34 +27,63 @@ class _Choice:
 
 
 class Answer(ABC):
-    """One reply under way. Each output goes once, in order, to `add` or to `chunks`."""
+    """A reply under construction, from the outputs of one request."""
 
     id_prefix: ClassVar[str]
+
+    def __init__(self, model: str, num_prompt_tokens: int) -> None:
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+        self._num_prompt_tokens = num_prompt_tokens
+
+    @abstractmethod
+    def add(self, index: int, output: Output) -> None:
+        """Add an output of choice, or input, `index`; each output once, in order."""
+
+    @abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """The reply as one object, once every choice has finished."""
+
+    @property
+    def summary(self) -> str:
+        """For the log."""
+        return f"model={self._model!r} prompt_tokens={self._num_prompt_tokens}"
+
+
+class GenerationAnswer(Answer):
+    """A reply of generated text. Each output goes once, in order, to `add` or to `chunks`."""
+
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
 
     def __init__(
         self, request: GenerationRequest, model: str, num_prompt_tokens: int, num_choices: int
     ) -> None:
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model = model
+        super().__init__(model, num_prompt_tokens)
         self._request = request
-        self._num_prompt_tokens = num_prompt_tokens
         self._choices = [_Choice() for _ in range(num_choices)]
         self._endings: dict[int, dict[str, Any]] = {}
         self._adapter_digest: str | None = None
         self._num_cached_tokens = [0] * num_choices
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the client asked for server-sent events."""
+        return bool(self._request.stream)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the client asked for `usage_chunk` at the end of a stream."""
+        return self._request.include_usage
+
     def add(self, index: int, output: Output) -> None:
-        """Keep what an output adds to choice `index`, for `whole`."""
         choice = self._choices[index]
         choice.texts.append(output.text)
         choice.logprobs += self._tokens(choice, output)
         self._count(index, output)
 
     def whole(self) -> dict[str, Any]:
-        """The reply to a request without stream, once every choice has finished."""
         choices = [
             {"index": index}
             | self._message("".join(choice.texts))
@@ -73,7 +102,7 @@ class Answer(ABC):
         self._count(index, output)
         choice.started = True
         usage: dict[str, Any] = {}
-        if self._request.include_usage:
+        if self.include_usage:
             usage = {"usage": self._usage() if self._request.continuous_usage else None}
 
         def chunk(part: dict[str, Any], ending: dict[str, Any]) -> dict[str, Any]:
@@ -86,12 +115,11 @@ class Answer(ABC):
 
     @property
     def summary(self) -> str:
-        """For the log."""
-        usage = self._usage()
-        return (
-            f"model={self._model!r} prompt_tokens={usage['prompt_tokens']} "
-            f"completion_tokens={usage['completion_tokens']}"
-        )
+        return f"{super().summary} completion_tokens={self._num_output_tokens}"
+
+    @property
+    def _num_output_tokens(self) -> int:
+        return sum(choice.num_output_tokens for choice in self._choices)
 
     def _count(self, index: int, output: Output) -> None:
         self._choices[index].num_output_tokens = output.num_output_tokens
@@ -147,16 +175,9 @@ class Answer(ABC):
         }
 
     def _usage(self) -> dict[str, Any]:
-        num_output_tokens = sum(choice.num_output_tokens for choice in self._choices)
-        return {
-            "prompt_tokens": self._num_prompt_tokens,
-            "completion_tokens": num_output_tokens,
-            "total_tokens": self._num_prompt_tokens + num_output_tokens,
-            # Of each prompt once, as in prompt_tokens: of its first choice.
-            "prompt_tokens_details": {
-                "cached_tokens": sum(self._num_cached_tokens[:: self._request.n or 1])
-            },
-        }
+        # Each prompt counts once, as in prompt_tokens: by its first choice.
+        num_cached_tokens = sum(self._num_cached_tokens[:: self._request.n or 1])
+        return _usage(self._num_prompt_tokens, self._num_output_tokens, num_cached_tokens)
 
 
 @dataclass(frozen=True)
@@ -188,7 +209,7 @@ class _Echoed:
         return replace(token, text_offset=offset)
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(GenerationAnswer):
     """The reply of /v1/completions; `echoes` has one for each choice."""
 
     id_prefix = "cmpl"
@@ -227,7 +248,7 @@ class CompletionAnswer(Answer):
         }
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(GenerationAnswer):
     """The reply of /v1/chat/completions."""
 
     id_prefix = "chatcmpl"
@@ -253,27 +274,19 @@ class ChatAnswer(Answer):
         }
 
 
-class ClassifyAnswer:
+class ClassifyAnswer(Answer):
     """The reply of /v1/classify: vLLM's object, with the labels beside it."""
 
+    id_prefix = "classify"
+
     def __init__(self, model: str, num_prompt_tokens: int, num_inputs: int) -> None:
-        self.id = f"classify-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._model = model
-        self._num_prompt_tokens = num_prompt_tokens
+        super().__init__(model, num_prompt_tokens)
         self._outputs: list[Output | None] = [None] * num_inputs
 
-    @property
-    def summary(self) -> str:
-        """For the log."""
-        return f"model={self._model!r} prompt_tokens={self._num_prompt_tokens}"
-
     def add(self, index: int, output: Output) -> None:
-        """Keep the output of input `index`."""
         self._outputs[index] = output
 
     def whole(self) -> dict[str, Any]:
-        """The reply, once every input has its output."""
         found = [output for output in self._outputs if output is not None]
         data = [
             {"index": index} | output.task.reply(output.values)
@@ -287,15 +300,21 @@ class ClassifyAnswer:
             "system_fingerprint": found[0].adapter_digest,
             **found[0].task.heading(),
             "data": data,
-            "usage": {
-                "prompt_tokens": self._num_prompt_tokens,
-                "completion_tokens": 0,
-                "total_tokens": self._num_prompt_tokens,
-                "prompt_tokens_details": {
-                    "cached_tokens": sum(output.num_cached_tokens for output in found)
-                },
-            },
+            "usage": _usage(
+                self._num_prompt_tokens, 0, sum(output.num_cached_tokens for output in found)
+            ),
         }
+
+
+def _usage(
+    num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int
+) -> dict[str, Any]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+    }
 
 
 _NO_ENDING = {"finish_reason": None, "stop_reason": None}

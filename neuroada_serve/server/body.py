@@ -17,14 +17,15 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
+from neuroada_serve.server.failure import ClientClosed, Failure
+from neuroada_serve.server.state import state_of
+
 MAX_CONTAINERS = 8_192  # objects and lists
 MAX_STRINGS = 65_536  # and names of fields
 MAX_ITEMS = 262_144  # token ids, above all
 _FEW_PARTS = 8_192  # fewer than any bound: not looked at more closely
 _SMALL_BYTES = 32_768  # milliseconds at worst
 _NOTICING_TURNS = 3  # of the event loop, in which it hears that a client left behind its body
-CLIENT_CLOSED_REQUEST = 499  # nginx's number
-CLIENT_CLOSED = "the client closed its side of the connection before it had its answer"
 
 
 def parse_body(body: bytes) -> Any:
@@ -67,11 +68,12 @@ class _BoundedRequest(Request):
         if len(body) <= _SMALL_BYTES:
             return parse_body(body)
         # One at a time: the event loop has its turn between any two.
-        async with self.app.state.parsing:
+        server = await state_of(self)
+        async with server.parsing:
             for _ in range(_NOTICING_TURNS):
                 await asyncio.sleep(0)
             if await self.is_disconnected():
-                raise HTTPException(CLIENT_CLOSED_REQUEST, CLIENT_CLOSED)
+                raise ClientClosed
             return await anyio.to_thread.run_sync(parse_body, body)
 
 
@@ -85,3 +87,10 @@ class BoundedRoute(APIRoute):
             return await handle(_BoundedRequest(request.scope, request.receive))
 
         return handle_bounded
+
+
+async def require_json(request: Request) -> None:
+    """Refuse what a web page of another origin could send without asking."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Failure(400, f"Content-Type must be application/json, not {kind[:80]!r}")

@@ -39,6 +39,19 @@ _TYPES = {
 }
 
 
+class ClientClosed(HTTPException):
+    """The client has closed its side of the connection; it may still read this, see connection.py.
+
+    An HTTPException, the only kind that FastAPI lets out of a request's `json()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            499,  # nginx's number
+            "the client closed its side of the connection before it had its answer",
+        )
+
+
 @dataclass(eq=False)
 class Failure(Exception):
     """An error reply. Its message is read by clients: no paths, no text of foreign exceptions."""

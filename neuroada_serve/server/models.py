@@ -4,9 +4,6 @@ import difflib
 import time
 from typing import Any
 
-import anyio.to_thread
-from fastapi import FastAPI
-
 from neuroada_serve.config import ServerConfig
 from neuroada_serve.errors import AdapterError, AdapterNotFoundError
 from neuroada_serve.server.failure import Failure
@@ -26,16 +23,36 @@ class Models:
 
     def __init__(self, worker: Worker, config: ServerConfig) -> None:
         self._worker = worker
-        self._base_names = config.served_model_name or (worker.base.spec.name,)
-        worker.adapters.reserve(self._base_names)
-
-    @property
-    def base_names(self) -> tuple[str, ...]:
-        return self._base_names
+        self.base_names = config.served_model_name or (worker.base.spec.name,)
+        self._started = int(time.time())
+        worker.adapters.reserve(self.base_names)
 
     def shown(self, adapter: str | None) -> str:
         """The model's name in an answer."""
-        return self._base_names[0] if adapter is None else adapter
+        return self.base_names[0] if adapter is None else adapter
+
+    def is_reserved(self, name: str) -> bool:
+        """Whether no adapter may have this name."""
+        return name in self.base_names or name == self._worker.base.spec.name
+
+    def base_card(self, name: str) -> dict[str, Any]:
+        """The base under one of its names, as /v1/models describes it."""
+        return self._card(name, self._started, parent=None)
+
+    def adapter_card(self, name: str, since: int) -> dict[str, Any]:
+        """An adapter that is served since then, in Unix seconds, as /v1/models describes it."""
+        return self._card(name, since, parent=self.base_names[0])
+
+    def _card(self, name: str, created: int, parent: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "neuroada-serve",
+            "root": name,
+            "parent": parent,
+            "max_model_len": self._worker.max_model_len,
+        }
 
     def adapter_of(self, model: str | None) -> str | None:
         """The adapter, or mix, that `model` names; None, and only None or a name of the base, is
@@ -44,7 +61,7 @@ class Models:
         Raises:
             Failure: 404; it lists the names that there are, or those nearest.
         """
-        if model is None or model in self._base_names:
+        if model is None or model in self.base_names:
             return None
         try:
             self._worker.adapters.check_model(model)
@@ -55,7 +72,7 @@ class Models:
         return model
 
     def _unknown(self, model: str, why: str) -> Failure:
-        names = [*self._base_names, *sorted(self._worker.adapters.names)]
+        names = [*self.base_names, *sorted(self._worker.adapters.names)]
         if len(names) <= _MOST_LISTED:
             known = f"Available: {', '.join(names)}."
         else:
@@ -71,34 +88,3 @@ def _nearest(model: str, names: list[str]) -> list[str]:
         n for n in names if n[:1].lower() == model[:1].lower() and abs(len(n) - len(model)) < 9
     ]
     return difflib.get_close_matches(model, alike[:_MOST_COMPARED], _MOST_SUGGESTED)
-
-
-def add_models(app: FastAPI, worker: Worker, models: Models) -> None:
-    """Add the routes that list them."""
-    started = int(time.time())
-
-    def card(name: str, created: int, is_base: bool) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "neuroada-serve",
-            "root": name,
-            "parent": None if is_base else models.base_names[0],
-            "max_model_len": worker.max_model_len,
-        }
-
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        """The base model, and every adapter that can be requested now."""
-        found = await anyio.to_thread.run_sync(worker.adapters.describe)
-        cards = [card(name, started, True) for name in models.base_names]
-        cards += [card(a.name, a.since, False) for a in found if a.state == "ready"]
-        return {"object": "list", "data": cards}
-
-    @app.get("/v1/models/{model:path}")  # a base's name may hold a slash
-    async def get_model(model: str) -> dict[str, Any]:
-        adapter = models.adapter_of(model)
-        if adapter is None:
-            return card(model, started, True)
-        return card(adapter, worker.adapters.describe_one(adapter).since, False)

@@ -4,15 +4,17 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from starlette.responses import StreamingResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from neuroada_serve.errors import NeuroAdaError, Unavailable
 from neuroada_serve.request import FinishReason, Output
-from neuroada_serve.server.answer import Answer, ClassifyAnswer
-from neuroada_serve.server.failure import Failure
+from neuroada_serve.server.answer import Answer, GenerationAnswer
+from neuroada_serve.server.failure import ClientClosed, Failure
 from neuroada_serve.server.worker import Stream
 
 logger = logging.getLogger(__name__)
@@ -20,8 +22,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """Result of `work`; None if the client leaves first, which cancels the work."""
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, which is cancelled if the client leaves first.
+
+    Raises:
+        ClientClosed: the client has left.
+    """
 
     async def left() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -30,44 +36,60 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
     working, leaving = asyncio.create_task(work), asyncio.create_task(left())
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if not working.done():
+            raise ClientClosed
+        return working.result()
     finally:
         working.cancel()
         leaving.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def collect(stream: Stream, answer: Answer | ClassifyAnswer) -> dict[str, Any]:
-    """The whole reply.
+async def reply(http: Request, stream: Stream, answer: Answer) -> Response:
+    """The reply to a request whose prompts the engine has accepted: a JSON object, or
+    server-sent events if the client asked for them. The stream is closed at its end.
 
     Raises:
-        Failure, Unavailable, EngineError: a choice could not be finished.
+        ClientClosed: the client has left before its reply has begun.
+        Failure, Unavailable, EngineError: a choice could not be finished; of a reply in events,
+            before its first.
     """
+    if isinstance(answer, GenerationAnswer) and answer.is_streamed:
+        try:
+            await unless_disconnected(http.receive, _begun(stream))
+        except BaseException:
+            stream.close()
+            raise
+        return EventStream(stream, answer)
+    try:
+        body = await unless_disconnected(http.receive, _whole(stream, answer))
+    finally:
+        stream.close()
+    return JSONResponse(body)
+
+
+async def _begun(stream: Stream) -> None:
+    """Wait for the first output: a request that fails at once gets an error's status, not a stream
+    with an error in it."""
+    first = await stream.first()
+    if isinstance(first, NeuroAdaError):
+        raise first
+    _check(first)
+
+
+async def _whole(stream: Stream, answer: Answer) -> dict[str, Any]:
     async for index, output in stream:
         _check(output)
         answer.add(index, output)
     return answer.whole()
 
 
-async def begun(stream: Stream) -> Stream:
-    """The stream, once its first output is there.
-
-    Raises:
-        Failure, Unavailable, EngineError: that says that nothing will come.
-    """
-    first = await stream.first()
-    if isinstance(first, NeuroAdaError):
-        raise first
-    _check(first)
-    return stream
-
-
 class EventStream(StreamingResponse):
     """A reply in chunks; a failure under way becomes an error event before [DONE]."""
 
-    def __init__(self, stream: Stream, answer: Answer, include_usage: bool) -> None:
+    def __init__(self, stream: Stream, answer: GenerationAnswer) -> None:
         super().__init__(
-            _events(stream, answer, include_usage),
+            _events(stream, answer),
             headers={"Cache-Control": "no-cache"},
             media_type="text/event-stream",
         )
@@ -76,18 +98,19 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Not StreamingResponse's own way: it may notice a lost client only when it next sends.
         try:
-            await unless_disconnected(receive, self.stream_response(send))
+            with suppress(ClientClosed):
+                await unless_disconnected(receive, self.stream_response(send))
         finally:
             self._stream.close()
 
 
-async def _events(stream: Stream, answer: Answer, include_usage: bool) -> AsyncIterator[bytes]:
+async def _events(stream: Stream, answer: GenerationAnswer) -> AsyncIterator[bytes]:
     try:
         async for index, output in stream:
             _check(output)
             for chunk in answer.chunks(index, output):
                 yield _event(_to_json(chunk))
-        if include_usage:
+        if answer.include_usage:
             yield _event(_to_json(answer.usage_chunk()))
     except Exception as error:
         if not isinstance(error, Failure | NeuroAdaError):

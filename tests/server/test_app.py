@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import os
+import pkgutil
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from neuroada_serve.adapters.format import CONFIG_FILE
 from neuroada_serve.config import ServerConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.request import SamplingParams
+from neuroada_serve.server import routes
+from neuroada_serve.server.app import ROUTERS
+from neuroada_serve.server.body import BoundedRoute, require_json
 from neuroada_serve.server.serve import serve
 from tests.support.fake_engine import BASE, SINCE, FakeEngine, digest_of
 from tests.support.serving import (
@@ -53,6 +58,23 @@ def anyio_backend() -> str:
 async def client() -> AsyncIterator[Client]:
     async with serving() as client:
         yield client
+
+
+# --- routers ---------------------------------------------------------------------------------
+
+
+def test_every_module_of_routes_is_served() -> None:
+    names = [f"{routes.__name__}.{module.name}" for module in pkgutil.iter_modules(routes.__path__)]
+    assert {id(import_module(name).router) for name in names} == set(map(id, ROUTERS))
+
+
+def test_every_route_bounds_its_body_and_every_post_requires_json() -> None:
+    for router in ROUTERS:
+        assert router.routes
+        for route in router.routes:
+            assert isinstance(route, BoundedRoute)
+            required = [dependency.dependency for dependency in route.dependencies]
+            assert route.methods == {"GET"} or require_json in required, route.path
 
 
 # --- shapes ----------------------------------------------------------------------------------
