@@ -1,4 +1,4 @@
-"""What README's commands write is not offered to the next commit."""
+"""What commands of README and docs/ write is not offered to the next commit."""
 
 import re
 import subprocess
@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.pages import BLOCKS, PROSE, ROOT
+
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no checkout of git")
 
 
 def written() -> set[str]:
-    """Everything that a command of README's blocks is told to write, as one path each."""
-    readme = (ROOT / "README.md").read_text()
-    fence = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    said = [*fence.findall(readme), *re.findall(r"`([^`]+)`", fence.sub("", readme))]
+    """Everything that a command of a page is told to write, as one path each."""
+    said = [*(block.text for block in BLOCKS), *re.findall(r"`([^`]+)`", PROSE)]
     found = re.findall(r"--out ([\w./-]+)", "\n".join(said))
     return {path for path in found if path != "DIR" and not path.startswith("bench/results/")}
 
@@ -24,7 +23,7 @@ def is_ignored(path: str) -> bool:
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
-def test_what_readme_writes_is_ignored():
+def test_what_commands_of_pages_write_is_ignored():
     paths = written()
     assert {"served/team", "my-triage", "rows", "merged", "results.json"} <= paths
     for path in paths:

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -17,8 +16,8 @@ from neuroada_serve.cli.flags import flags_of, long_name, shown_default, variabl
 from neuroada_serve.cli.main import app
 from neuroada_serve.config import EngineConfig, ServerConfig, TrainConfig
 from neuroada_serve.evaluation.settings import EvalSettings
+from tests.support.pages import ROOT, TEXT, block_with
 
-README = (Path(__file__).resolve().parent.parent.parent / "README.md").read_text()
 # Command -> settings of which all fields are flags, and others of which some are.
 SETTINGS = {
     "serve": ((ServerConfig, EngineConfig), ()),
@@ -124,7 +123,7 @@ def test_llm_takes_the_engines_fields_with_their_defaults():
         assert own[name].default == getattr(ServerConfig(), name)
 
 
-def test_readme_names_only_flags_and_variables_that_exist():
+def test_pages_name_only_flags_and_variables_that_exist():
     flags = {
         flag
         for command in commands().values()
@@ -133,10 +132,11 @@ def test_readme_names_only_flags_and_variables_that_exist():
     }
     of_others = {"--index-url", "--no-binary", "--no-deps"}  # pip's
     of_others |= {"--nproc-per-node", "--llama-8b"}  # torchrun's, a benchmark's
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
+    of_others |= {"--strict", "--rm"}  # mkdocs', docker's
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", TEXT))
     variables = {variable(c, f) for c in ALL for f in flags_of(c)}
     assert named - flags - {"--help"} == of_others
-    found = set(re.findall(r"\bNEUROADA_[A-Z_]*[A-Z]\b", README))
+    found = set(re.findall(r"\bNEUROADA_[A-Z_]*[A-Z]\b", TEXT))
     assert found - variables - {"NEUROADA_CACHE", "NEUROADA_CONFIG"} == set()
 
 
@@ -260,9 +260,9 @@ def test_wrong_flag_is_refused_by_name(served):
     assert "NEUROADA_MAX_NUM_BATCHED_TOKENS (512) must be at least --max-num-seqs (600)" in said
 
 
-def test_readmes_file_is_taken(served, tmp_path, monkeypatch):
-    (file,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent.parent)
+def test_the_file_on_the_page_is_taken(served, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file = block_with("max-num-seqs", "yaml")
     model, adapters, engine, _ = served("--port", "0", file=file)
     assert (model, list(adapters), engine.max_num_seqs) == ("demo", ["sql", "json"], 32)
 

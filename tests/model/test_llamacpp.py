@@ -1,4 +1,4 @@
-"""A GGUF file answers here as it answers in llama.cpp: `pytest -m llamacpp`, see README."""
+"""A GGUF file answers here as in llama.cpp: `pytest -m llamacpp`, see docs/development.md."""
 
 import pytest
 import torch
