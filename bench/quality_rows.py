@@ -19,7 +19,7 @@ from torch import Tensor
 from neuroada_serve.errors import DataError
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.quiet import quiet_transformers
-from neuroada_serve.train.data import encode_row
+from neuroada_serve.train.examples import encode_row
 from neuroada_serve.train.shapes import Row
 
 _WINDOW = 4  # batches whose rows are sorted by length together

@@ -53,9 +53,9 @@ from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.benchmark.report import environment, progress_bar
 from neuroada_serve.model.loader import adaptable_modules
 from neuroada_serve.plots import BLUE, GREY, new_panels, png
+from neuroada_serve.train.batches import predict
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
 from neuroada_serve.train.recompute import Recompute, set_recompute
-from neuroada_serve.train.score import answer_logits
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,8 +212,8 @@ class Job:
 
     def step(self) -> None:
         if self._method.way == "neuroada" and not self._method.all_positions:
-            logits, targets, _ = answer_logits(self._model, self._batch)
-            loss = F.cross_entropy(logits, targets)
+            found = predict(self._model, self._batch)
+            loss = F.cross_entropy(found.logits, found.targets)
         else:
             loss = self._model(**self._batch, use_cache=False).loss
         loss.backward()

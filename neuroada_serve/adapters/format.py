@@ -241,11 +241,6 @@ def _head_faults(
     return []
 
 
-def is_regression(labels: Collection[str]) -> bool:
-    """Whether a classifier gives a number instead of classes."""
-    return len(labels) == 1
-
-
 def index_faults(module: str, index: Tensor, d_in: int | None) -> list[str]:
     """Return the faults of a module's index [d_out, k] int32."""
     faults = []

@@ -79,7 +79,7 @@ def _eval(
         raise UsageError("--no-base leaves nothing to score; name an --adapter")
 
     from neuroada_serve.evaluation import report
-    from neuroada_serve.evaluation.run import evaluate
+    from neuroada_serve.evaluation.tasks import common_task, evaluate_task
 
     if plain:
         settings = replace(settings, prompt_format="plain")
@@ -94,14 +94,8 @@ def _eval(
             notify=notify,
             **vars(engine),
         )
-    classifiers = [name for name in folders if llm.engine.adapters.store.get(name).task.pools]
-    if classifiers:
-        from neuroada_serve.evaluation.classifiers import evaluate_classifiers
-
-        if others := [name for name in folders if name not in classifiers]:
-            raise UsageError(
-                f"{classifiers[0]} is a classifier and {others[0]} is not; score them apart"
-            )
+    task = common_task(llm, list(folders))
+    if task.pools:
         for flag, given in (
             ("--metric", settings.metrics),
             ("--answer-key", settings.answer_key),
@@ -110,16 +104,12 @@ def _eval(
             ("--max-tokens", settings.max_tokens),
         ):
             if given is not None:
-                raise UsageError(f"{flag} is for answers in text; {classifiers[0]} is a classifier")
+                name = next(iter(folders))
+                raise UsageError(f"{flag} is for answers in text; {name} is a {task.noun}")
         base = False  # it has no head for these labels
-        with interrupted(lambda: _UNSCORED):
-            found = evaluate_classifiers(
-                llm, rows, classifiers, settings.limit, settings.columns, console=err, notify=notify
-            )
-    else:
-        asked = [*([None] if base else []), *folders]
-        with interrupted(lambda: _UNSCORED):
-            found = evaluate(llm, rows, asked, settings, console=err, notify=notify)
+    asked = [*([None] if base else []), *folders]
+    with interrupted(lambda: _UNSCORED):
+        found = evaluate_task(llm, rows, asked, settings, console=err, notify=notify)
     subjects = [*([report.BASE] if base else []), *folders]
     if out_file is not None:
         written = report.write_results(found, subjects, model, rows, out_file, notify)

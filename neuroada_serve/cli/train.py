@@ -115,8 +115,6 @@ def train(
             )
     if not processes.is_first:
         return
-    from neuroada_serve.train.run import figure_name
-
     baseline = report.baseline
     if report.before is not None and report.after is not None:
         constant = [] if baseline is None else [f"always {baseline.answer!r}"]
@@ -124,7 +122,7 @@ def train(
         for name, before, after, known in (
             ("loss", report.before.loss, report.after.loss, baseline and baseline.loss),
             (
-                figure_name(report.adapter.config.labels).replace("_", " "),
+                report.adapter.config.task.figure.replace("_", " "),
                 report.before.figure,
                 report.after.figure,
                 baseline and baseline.figure,

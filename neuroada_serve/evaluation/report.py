@@ -43,11 +43,10 @@ def score_table(evaluation: Evaluation, subjects: Sequence[str], title: str) -> 
     """One line for each score of each subject."""
     table = Table("score", "model", "value", "95 % interval", title=title)
     names = evaluation.results[0].scores
-    losses = "loss per row" if "accuracy" in names else "loss per answer token"
     for name in names:
         for subject, result in zip(subjects, evaluation.results, strict=True):
             score = result.scores[name]
-            words = losses if name == "loss" else name.replace("_", " ")
+            words = evaluation.task.loss if name == "loss" else name.replace("_", " ")
             digits = 4 if name == "loss" else 3
             interval = f"{score.low:.{digits}f} to {score.high:.{digits}f}"
             last = subject == subjects[-1]

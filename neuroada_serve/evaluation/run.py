@@ -22,7 +22,8 @@ from neuroada_serve.intervals import wilson
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.prompt import renders_chats
 from neuroada_serve.request import FinishReason, Output, RequestOutput, SamplingParams
-from neuroada_serve.train.data import encode_prompt, encode_row
+from neuroada_serve.tasks import GENERATE, Task
+from neuroada_serve.train.examples import encode_prompt, encode_row
 from neuroada_serve.train.labels import sorted_labels
 from neuroada_serve.train.rows import Data, place
 
@@ -97,11 +98,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of a run. metrics: as chosen. results: one per subject, in order."""
+    """The results of a run. metrics: as chosen. results: one per subject, in order."""
 
     rows: int
     metrics: tuple[str, ...]
     results: tuple[Result, ...]
+    task: Task = GENERATE
 
 
 def default_metrics(questions: Sequence[Question]) -> tuple[str, ...]:

@@ -23,15 +23,16 @@ from neuroada_serve.adapters.select import Selection
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.model.quiet import quiet_bitsandbytes
+from neuroada_serve.train.batches import collate, collate_packed, predict
 from neuroada_serve.train.bypass import BypassedLinear
 from neuroada_serve.train.checkpoint import Checkpoint
-from neuroada_serve.train.classify import ClassHead
-from neuroada_serve.train.data import Example
 from neuroada_serve.train.ending import Course
+from neuroada_serve.train.examples import Example
+from neuroada_serve.train.head import TaskHead
 from neuroada_serve.train.inplace import InplaceLinear
+from neuroada_serve.train.objectives import Objective
 from neuroada_serve.train.processes import Processes, current, unlaunched
 from neuroada_serve.train.recompute import set_recompute
-from neuroada_serve.train.score import answer_logits, answer_loss, collate, collate_packed
 
 with quiet_bitsandbytes():
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -124,9 +125,10 @@ class Loop:
     Args:
         model: with `layers` attached.
         layers: whose values are trained, from what they are.
-        head: a classifier's, trained with them.
         examples: to train on.
+        objective: what to learn from them.
         steps: optimizer steps of the whole run, at most.
+        head: of the task, trained with the layers.
         course: of the learning rate, see `train.ending`; by default that of so many steps.
     """
 
@@ -135,9 +137,10 @@ class Loop:
         model: Any,
         layers: Layers,
         examples: Sequence[Example],
+        objective: Objective,
         config: TrainConfig,
         steps: int,
-        head: ClassHead | None = None,
+        head: TaskHead | None = None,
         course: Course | None = None,
     ) -> None:
         self._trained = values_of(layers)
@@ -146,6 +149,7 @@ class Loop:
             self._trained[HEAD] = head.weight
             groups.append({"params": [head.weight], "lr": config.head_lr})
         self._model, self._layers, self._examples = model, layers, examples
+        self._objective = objective
         self._config, self._steps = config, steps
         self._processes = current()
         self.losses: list[float] = []  # nats per answer token, one a step
@@ -220,6 +224,7 @@ class Loop:
                 optimizers=(self._optimizer, self._scheduler),
                 batches=self.batches,
                 losses=self.losses,
+                objective=self._objective,
                 packing=config.packing,
                 values=list(self._trained.values()),
                 processes=self._processes,
@@ -304,13 +309,14 @@ def diverged(step: int, lr: float) -> UsageError:
 
 
 class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """transformers' Trainer with our batches and a loss over answer tokens alone."""
+    """transformers' Trainer with our batches and the objective's loss."""
 
     def __init__(
         self,
         *,
         batches: LengthGroupedBatches,
         losses: list[float],
+        objective: Objective,
         packing: bool,
         values: Sequence[nn.Parameter],
         processes: Processes,
@@ -320,6 +326,7 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.model_accepts_loss_kwargs = True  # so it counts the answer tokens of a whole step
         self._batches = batches
         self._collate = collate_packed if packing else collate
+        self._objective = objective
         self._losses = losses  # grows by one each step
         self._sum, self._batches_seen = 0.0, 0  # of the step under way
         self._values, self._processes = values, processes
@@ -353,8 +360,8 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         num_items_in_batch: Any = None,
     ) -> Tensor:
         """The batch's share of the mean loss per answer token, or row, of the whole step."""
-        logits, targets, _ = answer_logits(model, inputs)
-        loss: Tensor = answer_loss(logits, targets) / num_items_in_batch
+        found = predict(model, inputs)
+        loss: Tensor = self._objective.loss(found) / num_items_in_batch
         value = loss.item()
         if not math.isfinite(value):
             raise diverged(len(self._losses) + 1, self.args.learning_rate)

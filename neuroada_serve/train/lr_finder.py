@@ -9,8 +9,9 @@ import torch
 
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
-from neuroada_serve.train.classify import ClassHead
-from neuroada_serve.train.data import Example, TrainingData
+from neuroada_serve.train.data import TrainingData
+from neuroada_serve.train.examples import Example
+from neuroada_serve.train.head import TaskHead
 from neuroada_serve.train.loop import Layers, Loop, Notify, values_of
 from neuroada_serve.train.processes import current
 from neuroada_serve.train.score import score
@@ -38,11 +39,11 @@ def find_learning_rate(
     data: TrainingData,
     config: TrainConfig,
     notify: Notify,
-    head: ClassHead | None = None,
+    head: TaskHead | None = None,
 ) -> LearningRates:
     """Try learning rates around the default for 20 steps each; values are 0 before and after.
 
-    A classifier's head learns at its own rate with each, and begins anew.
+    A task's head learns at its own rate with each, and begins anew.
 
     Each is a whole small run, with warm-up and decline, of the same batches; what counts is the
     loss of held-out rows, or of training rows where none are held out.
@@ -56,10 +57,10 @@ def find_learning_rate(
     losses: list[float | None] = []
     for lr in tried:
         once = replace(config, lr=lr)
-        loop = Loop(model, layers, data.train, once, _STEPS, head)
+        loop = Loop(model, layers, data.train, data.objective, once, _STEPS, head)
         try:
             loop.run(lambda: False, lambda message: None, f"lr {lr:.2g}")
-            loss = score(model, rows, config.batch_size).loss
+            loss = score(model, rows, config.batch_size, data.objective).loss
         except UsageError:
             loss = math.nan
         [loss] = current().of_first([loss], next(model.parameters()).device)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from neuroada_serve.plots import BLUE, LIGHT_BLUE, LIGHT_RED, RED, new_figure, plain, png
+from neuroada_serve.tasks import GENERATE, Task
 from neuroada_serve.train.score import Score
 
 if TYPE_CHECKING:
@@ -16,19 +17,19 @@ def loss_curve(
     evaluations: Sequence[tuple[int, Score]],
     kept: int,
     title: str,
-    figure_name: str = "exact_match",
+    task: Task = GENERATE,
 ) -> bytes:
     """A PNG of the training loss per step, smoothed, and of the held-out loss.
 
     Args:
-        losses: nats per answer token, one a step.
+        losses: of the training rows, one a step.
         before: the base's held-out score, drawn at step 0.
         evaluations: (step, held-out score).
         kept: the step whose values are the adapter's.
-        figure_name: what `Score.figure` is; "pearson" says that the loss is a squared error.
+        task: says what the losses and `Score.figure` are.
     """
     figure, axes = new_figure()
-    words = figure_name.replace("_", " ")
+    words = task.figure.replace("_", " ")
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color=LIGHT_BLUE, linewidth=1, label="training, each step")
     axes.plot(steps, smoothed(losses), color=BLUE, linewidth=2, label="training, smoothed")
@@ -48,15 +49,14 @@ def loss_curve(
             zorder=3,
             label=when and f"held out, {when}: {score.loss:.3f} ({words} {score.figure:.2f})",
         )
-    what = "mean squared error" if figure_name == "pearson" else "loss (nats per answer token)"
-    axes.set(xlabel="step", ylabel=what, title=plain(title))
+    axes.set(xlabel="step", ylabel=task.loss_axis, title=plain(title))
     axes.set_xlim(0, len(losses))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return png(figure)
 
 
-def learning_rate_plot(searched: "LearningRates") -> bytes:
+def learning_rate_plot(searched: "LearningRates", task: Task = GENERATE) -> bytes:
     """A PNG of the loss by learning rate."""
     figure, axes = new_figure()
     known = [
@@ -74,7 +74,7 @@ def learning_rate_plot(searched: "LearningRates") -> bytes:
     axes.set(
         xscale="log",
         xlabel="peak learning rate",
-        ylabel=f"{searched.scored} loss after {searched.steps} steps (nats per answer token)",
+        ylabel=f"{searched.scored} {task.loss_axis} after {searched.steps} steps",
     )
     axes.set_xticks(searched.tried, [f"{lr:.2g}" for lr in searched.tried])
     axes.minorticks_off()  # their labels lie on top of each other within a factor of ten

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from importlib.metadata import version
@@ -16,16 +16,15 @@ from neuroada_serve.adapters.format import (
     Adapter,
     AdapterConfig,
     ModuleBypass,
-    is_regression,
     make_adapter,
     target_modules,
 )
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.train.checkpoint import Checkpoint, Checkpoints
-from neuroada_serve.train.classify import ClassHead
 from neuroada_serve.train.data import TrainingData
 from neuroada_serve.train.ending import Plan, reason, rise, scores_without_fall
+from neuroada_serve.train.head import TaskHead
 from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, values_of
 from neuroada_serve.train.lr_finder import LearningRates
 from neuroada_serve.train.processes import current
@@ -61,7 +60,7 @@ class Run:
         data: TrainingData,
         data_name: str,
         layers: Layers,
-        head: ClassHead | None,
+        head: TaskHead | None,
         config: TrainConfig,
         loop: Loop,
         plan: Plan,
@@ -244,7 +243,7 @@ class Run:
             target_modules=target_modules(parts, self._base.spec.shapes),
             selection=self._config.selection,
             task_type=self._config.task_type,
-            labels=self._data.labels,
+            labels=self._data.task.labels,
             metadata=self._metadata(),
         )
         return make_adapter(config, parts, self._best.get(HEAD))
@@ -270,7 +269,6 @@ class Run:
 
     def _recipe(self) -> dict[str, Any]:
         config, report = self._config, self._data.report
-        chats = config.prompt_format == "chat" and self._base.has_chat_template
         recipe = {
             "data": self._data_name,
             "rows": report.rows,
@@ -291,7 +289,7 @@ class Run:
             "max_length": config.max_length,
             "seed": config.seed,
             "dtype": str(self._base.dtype).removeprefix("torch."),
-            "prompt_format": "chat" if chats else "plain",
+            "prompt_format": self._data.objective.prompt_format,
             "versions": {n: version(n) for n in ("neuroada-serve", "torch", "transformers")},
         }
         if self._plan.is_open:
@@ -314,7 +312,7 @@ class Run:
             if getattr(config, name) != getattr(plain, name):
                 recipe[name] = getattr(config, name)
         if self._head is not None:
-            recipe |= {"head_lr": config.head_lr, "prompt_format": "plain"}
+            recipe["head_lr"] = config.head_lr
         if self._searched is not None:
             recipe["lr_search"] = asdict(self._searched)
         return recipe
@@ -324,23 +322,16 @@ class Run:
         if self.before is not None and self.after is not None:
             scores["before"] = asdict(self.before)
             scores["after"] = asdict(self.after)
-            name = figure_name(self._data.labels)
+            name, by = self._data.task.figure, self._data.objective.figure_by
             for score in (scores["before"], scores["after"]):
                 score[name] = score.pop("figure")
-            if self._head is None:
-                scores["exact_match_by"] = "teacher forcing"
+            if by is not None:
+                scores[f"{name}_by"] = by
             if self.baseline is not None:
                 of_baseline = {"loss": self.baseline.loss, name: self.baseline.figure}
                 known = {key: value for key, value in of_baseline.items() if value is not None}
                 scores["baseline"] = {"answer": self.baseline.answer, **known}
         return scores
-
-
-def figure_name(labels: Sequence[str]) -> str:
-    """What `Score.figure` is, for a task of these labels."""
-    if is_regression(labels):
-        return "pearson"
-    return "accuracy" if labels else "exact_match"
 
 
 def score_heldout(
@@ -361,7 +352,7 @@ def score_heldout(
     notify(f"Scoring {what} on {len(data.heldout)} held-out rows.")
     processes, found = current(), Score(math.nan, math.nan)
     if processes.is_first:
-        found = score(base.model, data.heldout, config.batch_size, base.eos_token_ids)
+        found = score(base.model, data.heldout, config.batch_size, data.objective)
     found = Score(*processes.of_first(astuple(found), base.device))
     if not math.isfinite(found.loss):
         raise diverged(next_step, config.peak_lr)

@@ -35,10 +35,11 @@ from neuroada_serve.adapters.select import (
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, UsageError, listed_faults
 from neuroada_serve.model.loader import is_transposed
-from neuroada_serve.train.data import Example
+from neuroada_serve.train.batches import collate, predict
+from neuroada_serve.train.examples import Example
 from neuroada_serve.train.loop import Notify
+from neuroada_serve.train.objectives import Objective
 from neuroada_serve.train.quantize import dense_weight
-from neuroada_serve.train.score import answer_logits, answer_loss, collate
 
 _SUM_BYTES = 2 << 30  # of dense gradient sums held at a time
 _MATRIX_MOST = 4  # times k; bench/LOG.md has what it cuts off
@@ -71,6 +72,7 @@ def select(
     model: Any,
     modules: Mapping[str, Any],
     examples: Sequence[Example],
+    objective: Objective,
     config: TrainConfig,
     notify: Notify,
 ) -> dict[str, Selection]:
@@ -80,6 +82,7 @@ def select(
         model: the base, nothing attached; left as it is.
         modules: of the model, by name.
         examples: to train on; gradients are of the first `config.selection_rows`.
+        objective: its loss gives the gradients.
 
     Raises:
         DataError: the index file does not fit; names the faults.
@@ -92,7 +95,7 @@ def select(
     if config.selection == "gradient":
         rows = examples[: config.selection_rows]
         notify(f"Selecting by the gradient of {len(rows)} rows.")
-        found = gradient_indices(model, modules, rows, width, config.batch_size)
+        found = gradient_indices(model, modules, rows, objective, width, config.batch_size)
     elif config.selection == "custom":
         assert config.index_file is not None
         found = _from_file(config.index_file, modules, width)
@@ -137,6 +140,7 @@ def gradient_indices(
     model: Any,
     modules: Mapping[str, Any],
     examples: Sequence[Example],
+    objective: Objective,
     k: int,
     batch_size: int,
     sum_bytes: int = _SUM_BYTES,
@@ -162,8 +166,8 @@ def gradient_indices(
             for start in range(0, len(examples), batch_size):
                 batch = collate(examples[start : start + batch_size])
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                logits, targets, _ = answer_logits(model, batch)
-                torch.autograd.backward(answer_loss(logits, targets) / len(targets))
+                found = predict(model, batch)
+                torch.autograd.backward(objective.loss(found) / len(found.targets))
                 for name, module in group.items():
                     sums[name] += module.weight.grad
                     module.weight.grad = None

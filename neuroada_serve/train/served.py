@@ -10,8 +10,8 @@ from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.adapters.select import Selection
 from neuroada_serve.errors import AdapterError
 from neuroada_serve.model.loader import BaseModel, adaptable_modules
-from neuroada_serve.train.classify import class_head
 from neuroada_serve.train.data import TrainingData
+from neuroada_serve.train.head import task_head
 from neuroada_serve.train.inplace import inplace_training
 from neuroada_serve.train.score import Score, score
 
@@ -28,11 +28,11 @@ def adapter_at(folder: Path, base: BaseModel, digest: str) -> Adapter | None:
 def score_of_adapter(
     base: BaseModel, adapter: Adapter, data: TrainingData, batch_size: int
 ) -> Score | None:
-    """Its score on the held-out rows; None where it is of another task or has other labels.
+    """Score an adapter on the held-out rows; None where it is of another task.
 
     The base's weights change meanwhile, and have their original bits afterwards.
     """
-    if tuple(adapter.config.labels) != data.labels or not data.heldout:
+    if adapter.config.task != data.task or not data.heldout:
         return None
     modules: dict[str, Any] = adaptable_modules(base.model)
     modules = {name: modules[name] for name in adapter.modules}
@@ -42,7 +42,7 @@ def score_of_adapter(
     }
     biased = any(part.bias is not None for part in adapter.modules.values())
     with (
-        class_head(base.model, len(data.labels), 0) as head,
+        task_head(base.model, data.task.head_rows, 0) as head,
         inplace_training(base.model, modules, selections, biased) as layers,
         torch.no_grad(),
     ):
@@ -53,4 +53,4 @@ def score_of_adapter(
                 layer.bias_value.copy_(bias)
         if head is not None and adapter.head is not None:
             head.weight.copy_(adapter.head)
-        return score(base.model, data.heldout, batch_size)
+        return score(base.model, data.heldout, batch_size, data.objective)

@@ -29,24 +29,26 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.model.loader import BaseModel, adaptable_modules, with_model_len
 from neuroada_serve.model.quiet import quiet_transformers
-from neuroada_serve.tasks import SEQ_CLS
+from neuroada_serve.tasks import task_of
+from neuroada_serve.train.batches import packs
 from neuroada_serve.train.bypass import bypass_training
 from neuroada_serve.train.checkpoint import Checkpoints, checkpoint_folder
-from neuroada_serve.train.classify import class_head
 from neuroada_serve.train.data import DataReport, TrainingData, load_data
 from neuroada_serve.train.ending import Course, plan_of
+from neuroada_serve.train.head import task_head
 from neuroada_serve.train.inplace import inplace_training
 from neuroada_serve.train.interrupt import between_steps
 from neuroada_serve.train.loop import Layers, Loop, Notify, selections_of, values_of
 from neuroada_serve.train.lr_finder import LearningRates, find_learning_rate
+from neuroada_serve.train.objectives import Baseline
 from neuroada_serve.train.plot import learning_rate_plot, loss_curve
 from neuroada_serve.train.processes import current
 from neuroada_serve.train.publish import Improvements, Publisher, publish_or_tell
 from neuroada_serve.train.quantize import quantize_
 from neuroada_serve.train.rows import Data
-from neuroada_serve.train.run import Evaluation, Run, figure_name, score_heldout
-from neuroada_serve.train.samples import Baseline, Sample
-from neuroada_serve.train.score import Score, packs
+from neuroada_serve.train.run import Evaluation, Run, score_heldout
+from neuroada_serve.train.samples import Sample
+from neuroada_serve.train.score import Score
 from neuroada_serve.train.selection import k_of_modules, select
 from neuroada_serve.train.served import adapter_at, score_of_adapter
 
@@ -162,9 +164,9 @@ def train_adapter(
         modules = quantize_(base.model, modules, config.quantize)
     with ExitStack() as stack:
         stack.enter_context(quiet_transformers())
-        head = stack.enter_context(class_head(base.model, len(loaded.labels), config.seed))
+        head = stack.enter_context(task_head(base.model, loaded.task.head_rows, config.seed))
         if resumed is None:
-            selections = select(base.model, modules, loaded.train, config, notify)
+            selections = select(base.model, modules, loaded.train, loaded.objective, config, notify)
             modules = {name: modules[name] for name in selections}
             processes.share_(one.index for one in selections.values())
         else:
@@ -199,7 +201,8 @@ def train_adapter(
         # 3. The steps.
         plan = plan_of(config, len(loaded.train), len(loaded.heldout), processes.size)
         course = Course(config, plan.steps, plan.is_open)
-        loop = Loop(base.model, layers, loaded.train, config, plan.steps, head, course)
+        of_rows = (loaded.train, loaded.objective)
+        loop = Loop(base.model, layers, *of_rows, config, plan.steps, head, course)
         of_steps = (loop, plan, checkpoints, searched, before, notify, improvements)
         run = Run(base, loaded, data.name, layers, head, config, *of_steps)
         if resumed is not None:
@@ -242,13 +245,12 @@ def train_adapter(
         save_adapter(adapter, out)
         title = f"{out.name}: {base.spec.name}, k={config.k_words}, lr {config.peak_lr:.2g}"
         points = [(one.step, one.score) for one in run.evaluations]
-        figure = figure_name(loaded.labels)
-        curve = loss_curve(loop.losses, run.before, points, run.best_step, title, figure)
+        curve = loss_curve(loop.losses, run.before, points, run.best_step, title, loaded.task)
         write_durably(out / LOSS_FILE, curve)
         write_durably(out / LOG_FILE, run.log().encode())
         write_card(out, adapter.config)
         if searched is not None:
-            write_durably(out / LR_FILE, learning_rate_plot(searched))
+            write_durably(out / LR_FILE, learning_rate_plot(searched, loaded.task))
     except OSError as error:
         raise UsageError(
             f"the adapter cannot be written to {out}: {error.strerror}; make room, and the same "
@@ -299,7 +301,7 @@ def _identity(base: BaseModel, data: TrainingData, config: TrainConfig) -> dict[
     of_run["index_file"] = None if config.index_file is None else str(config.index_file)
     return of_run | {
         "rows": rows.hexdigest()[:16],
-        "labels": list(data.labels),
+        "labels": list(data.task.labels),
         "base": base.spec.fingerprint,
         "weights": str(base.dtype),
         "device": base.device.type,
@@ -354,7 +356,7 @@ def _is_adapter_folder(folder: Path) -> bool:
 
 def _check_fits(base: BaseModel, config: TrainConfig) -> None:
     k_of = k_of_modules(base.spec.shapes, config)
-    if config.task_type == SEQ_CLS and base.spec.hidden_size is None:
+    if task_of(config.task_type, config.labels).pools and base.spec.hidden_size is None:
         raise UsageError(f"base {base.spec.name!r} has no linear output head to replace")
     if config.tune_bias and not base.spec.biased & k_of.keys():
         raise UsageError(

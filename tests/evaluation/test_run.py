@@ -17,7 +17,7 @@ from neuroada_serve.errors import AdapterError, DataError, UsageError
 from neuroada_serve.evaluation import report
 from neuroada_serve.evaluation.questions import read_questions
 from neuroada_serve.evaluation.run import EvalSettings, default_metrics, evaluate
-from neuroada_serve.train.data import encode_row
+from neuroada_serve.train.examples import encode_row
 from tests.support.tiny import plain_merged, random_adapter, save_tiny_model
 
 BOOLQ = [

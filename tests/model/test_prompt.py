@@ -27,7 +27,8 @@ from neuroada_serve.model.source import resolve_model
 from neuroada_serve.request import SamplingParams
 from neuroada_serve.server.app import create_app
 from neuroada_serve.server.worker import Worker
-from neuroada_serve.train.data import encode_row, load_data
+from neuroada_serve.train.data import load_data
+from neuroada_serve.train.examples import encode_row
 from neuroada_serve.train.shapes import Row
 from tests.support.chat_forms import FORMS, load_form, save_form
 from tests.support.tiny import random_adapter, save_tiny_model, tiny_tokenizer

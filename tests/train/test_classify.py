@@ -14,10 +14,11 @@ from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, load_base
-from neuroada_serve.train.classify import class_head
-from neuroada_serve.train.data import Example, encode_labelled, load_data
+from neuroada_serve.train.batches import collate, predict
+from neuroada_serve.train.data import load_data
+from neuroada_serve.train.examples import Example
+from neuroada_serve.train.head import task_head
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
-from neuroada_serve.train.score import answer_logits, collate
 from neuroada_serve.train.shapes import read_rows
 from neuroada_serve.train.trainer import train_adapter
 from tests.support.command import run
@@ -62,12 +63,12 @@ def test_gradients_are_those_of_transformers_own_classifier(family, tmp_path):
     rows = [Example((5, 6, 7), (2,)), Example((9, 8, 7, 6, 5), (0,)), Example((4,), (1,))]
     modules = adaptable_modules(model)
     selections = magnitude_selections(modules, 3)
-    with class_head(model, 3, seed=1) as head, inplace_training(model, modules, selections) as ours:
+    with task_head(model, 3, seed=1) as head, inplace_training(model, modules, selections) as ours:
         head.double().requires_grad_(True)
         head.weight.data.mul_(50)
         # float32 is the head's own; here all is float64
         head.forward = lambda x: setattr(head, "output", F.linear(x, head.weight)) or head.output
-        logits, targets, _ = answer_logits(model, collate(rows))
+        logits, targets, _ = predict(model, collate(rows))
         assert logits.shape == (3, 3)
         loss = F.cross_entropy(head_output := logits.double(), targets)
         loss.backward()
@@ -118,7 +119,7 @@ def test_a_classifier_learns_and_serves_what_was_scored(base, data, tmp_path):
     rows = read_rows(data).rows[:5]
     texts = llm.classify([row.text.removesuffix("\n") for row in rows], "mood")
     for row, output in zip(rows, texts, strict=True):
-        assert output.prompt_token_ids == encode_labelled(base, row, ("bad", "good")).prompt_ids
+        assert output.prompt_token_ids == loaded.objective.encode(base, row).prompt_ids
         assert output.label == row.answer
 
 

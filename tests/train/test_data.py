@@ -12,7 +12,8 @@ from neuroada_serve.adapters.format import BaseSpec
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError
 from neuroada_serve.model.loader import BaseModel
-from neuroada_serve.train.data import encode_prompt, encode_row, load_data, split_rows
+from neuroada_serve.train.data import load_data, split_rows
+from neuroada_serve.train.examples import encode_prompt, encode_row
 from neuroada_serve.train.shapes import Row
 
 END = 3

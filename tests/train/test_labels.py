@@ -45,8 +45,8 @@ def test_the_classes_of_training_and_scoring_are_in_their_order(tmp_path):
     rows = [{"text": f"t{n}", "label": n % 12} for n in range(48)]
     path = write(tmp_path, *rows)
     loaded = load_data(base, path, TrainConfig(task_type="SEQ_CLS", prompt_format="plain"))
-    assert loaded.labels == tuple(str(n) for n in range(12))
-    assert read_questions(path)[0].options == loaded.labels
+    assert loaded.task.labels == tuple(str(n) for n in range(12))
+    assert read_questions(path)[0].options == loaded.task.labels
 
 
 def test_answers_of_a_classifier_are_labels_in_every_shape(tmp_path):
@@ -54,7 +54,7 @@ def test_answers_of_a_classifier_are_labels_in_every_shape(tmp_path):
     answers = [" pos", "pos", "neg"]
     path = write(tmp_path, *[{"prompt": f"p{a}", "completion": a} for a in answers])
     loaded = load_data(base, path, TrainConfig(task_type="SEQ_CLS", eval_fraction=0))
-    assert loaded.report.classes == (("neg", 1), ("pos", 2))
+    assert loaded.report.answers == "2 classes: neg 1, pos 2"
     assert "spaces around 1 label left out" in str(loaded.report)
 
 

@@ -10,10 +10,10 @@ from neuroada_serve.adapters.reader import load_adapter
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.train import lr_finder, trainer
-from neuroada_serve.train.data import Example
+from neuroada_serve.train.batches import collate, collate_packed, packs, predict
 from neuroada_serve.train.ending import Course, scores_without_fall
+from neuroada_serve.train.examples import Example
 from neuroada_serve.train.loop import LengthGroupedBatches
-from neuroada_serve.train.score import answer_logits, collate, collate_packed, packs
 from neuroada_serve.train.trainer import LOG_FILE, LR_FILE, train_adapter
 from tests.support.training import QUICK, ROWS, make_base, write_rows
 
@@ -107,8 +107,8 @@ def test_diverging_learning_rates_are_passed_over(base, rows, tmp_path, monkeypa
     config = replace(QUICK, lr="auto", max_steps=3)
     scored = lr_finder.score
 
-    def score(model, rows, batch_size):
-        found = scored(model, rows, batch_size)
+    def score(model, rows, batch_size, objective):
+        found = scored(model, rows, batch_size, objective)
         score.calls += 1
         return replace(found, loss=math.nan) if score.calls > 2 else found
 
@@ -126,7 +126,7 @@ def test_diverging_learning_rates_are_passed_over(base, rows, tmp_path, monkeypa
 def test_packed_rows_have_the_loss_of_padded_ones(kind, tmp_path):
     model = make_base(tmp_path / "packed", kind).model.eval()
     rows = [Example((5, 6, 7), (8, 1)), Example((9,), (3, 4, 1)), Example((2, 2, 2, 2), (1,))]
-    packed, padded = (answer_logits(model, make(rows))[0] for make in (collate_packed, collate))
+    packed, padded = (predict(model, make(rows)).logits for make in (collate_packed, collate))
     assert packs(model)
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
 

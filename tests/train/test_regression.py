@@ -18,11 +18,14 @@ from neuroada_serve.model.export import export_merged
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, load_base
 from neuroada_serve.server.app import create_app
 from neuroada_serve.server.worker import Worker
-from neuroada_serve.train.classify import class_head
+from neuroada_serve.tasks import Regress
+from neuroada_serve.train.batches import collate, collate_packed, predict
 from neuroada_serve.train.correlation import pearson, spearman
-from neuroada_serve.train.data import Example, load_data
+from neuroada_serve.train.data import load_data
+from neuroada_serve.train.examples import Example
+from neuroada_serve.train.head import task_head
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
-from neuroada_serve.train.score import answer_logits, answer_loss, collate, collate_packed
+from neuroada_serve.train.objectives import GiveNumber
 from neuroada_serve.train.trainer import train_adapter
 from tests.support.classifiers import TEXTS, classifier
 from tests.support.command import run
@@ -72,12 +75,11 @@ def test_gradients_are_those_of_transformers_own_regression(family, packed, tmp_
         rows = rows[:1]  # it cannot tell packed rows apart
     modules = adaptable_modules(model)
     selections = magnitude_selections(modules, 3)
-    with class_head(model, 1, seed=1) as head, inplace_training(model, modules, selections) as ours:
+    with task_head(model, 1, seed=1) as head, inplace_training(model, modules, selections) as ours:
         head.requires_grad_(True)
         head.weight.data.mul_(50)
         batch = (collate_packed if packed else collate)(rows)
-        logits, targets, _ = answer_logits(model, batch)
-        (answer_loss(logits, targets) / len(rows)).backward()
+        (GiveNumber(Regress(LABELS)).loss(predict(model, batch)) / len(rows)).backward()
         found = {name: layer.value.grad for name, layer in ours.items()}
         of_head, weight = head.weight.grad, head.weight.detach().clone()
 

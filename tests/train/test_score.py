@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from neuroada_serve.config import TrainConfig
-from neuroada_serve.train.data import Example, encode_prompt, encode_row
+from neuroada_serve.train.examples import Example, encode_prompt, encode_row
+from neuroada_serve.train.objectives import WriteText
 from neuroada_serve.train.score import score
 from neuroada_serve.train.shapes import Row
 from neuroada_serve.train.trainer import train_adapter
@@ -19,6 +20,10 @@ def base(tmp_path):
     return make_base(tmp_path / "tiny", "llama")
 
 
+def ending(ids):
+    return WriteText(end_ids=frozenset(ids))
+
+
 def _row(number, prompt, answer="a"):
     return Row(number, ({"role": "user", "content": prompt},), prompt, answer)
 
@@ -28,11 +33,11 @@ def test_any_end_ends_an_answer(base):
     first, second, third = plain_generate(model, [5, 6], 3, frozenset())
     other = (third + 1) % 48
     ends_otherwise = [Example((5, 6), (first, second, other))]
-    assert score(model, ends_otherwise, 1).figure == 0
-    assert score(model, ends_otherwise, 1, {third, other}).figure == 1
-    assert score(model, ends_otherwise, 1, {other}).figure == 0
+    assert score(model, ends_otherwise, 1, WriteText()).figure == 0
+    assert score(model, ends_otherwise, 1, ending({third, other})).figure == 1
+    assert score(model, ends_otherwise, 1, ending({other})).figure == 0
     wrong_within = [Example((5, 6), (first, (second + 1) % 48, third))]
-    assert score(model, wrong_within, 1, {second, third}).figure == 0
+    assert score(model, wrong_within, 1, ending({second, third})).figure == 0
 
 
 def test_a_base_is_right_on_all_its_own_answers(base, tmp_path):
@@ -53,8 +58,8 @@ def test_a_base_is_right_on_all_its_own_answers(base, tmp_path):
     assert len(own) > 5
     examples = [encode_row(base, row, "chat") for row in own]
     assert {example.answer_ids[-1] for example in examples} == {1}
-    assert score(base.model, examples, 4, base.eos_token_ids).figure == 1
-    assert score(base.model, examples, 4).figure == 0
+    assert score(base.model, examples, 4, ending(base.eos_token_ids)).figure == 1
+    assert score(base.model, examples, 4, WriteText()).figure == 0
 
     data = tmp_path / "rows.jsonl"
     lines = [f'{{"prompt": "{row.text}", "completion": "{row.answer}"}}\n' for row in own]

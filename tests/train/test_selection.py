@@ -12,7 +12,8 @@ from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, ShapeError, UsageError
 from neuroada_serve.model.loader import adaptable_modules, is_transposed
 from neuroada_serve.train import trainer
-from neuroada_serve.train.data import Example
+from neuroada_serve.train.examples import Example
+from neuroada_serve.train.objectives import WriteText
 from neuroada_serve.train.selection import entries_by_row, gradient_indices, select
 from neuroada_serve.train.trainer import train_adapter
 from tests.support.gradients import random_model
@@ -25,7 +26,7 @@ replace = trainer.replace
 def selected(model, **options):
     modules = adaptable_modules(model)
     config = TrainConfig(k=3, **options)
-    return select(model, modules, EXAMPLES, config, lambda message: None)
+    return select(model, modules, EXAMPLES, WriteText(), config, lambda message: None)
 
 
 def test_the_smallest_weights_come_first_and_ties_to_the_lower_column():
@@ -56,8 +57,8 @@ def test_gradients_select_what_a_dense_gradient_would(family):
     model = random_model(family)
     modules = adaptable_modules(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    whole = gradient_indices(model, modules, EXAMPLES, 3, batch_size=4)
-    by_one = gradient_indices(model, modules, EXAMPLES, 3, batch_size=4, sum_bytes=1)
+    whole = gradient_indices(model, modules, EXAMPLES, WriteText(), 3, batch_size=4)
+    by_one = gradient_indices(model, modules, EXAMPLES, WriteText(), 3, batch_size=4, sum_bytes=1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     sums = dict.fromkeys(modules, 0.0)
@@ -138,7 +139,7 @@ def test_every_selection_trains_and_loads(base, rows, tmp_path, selection):
 def selected_for(base, config, rows):
     loaded = trainer.load_data(base, rows, config)
     modules = adaptable_modules(base.model)
-    return select(base.model, modules, loaded.train, config, lambda message: None)
+    return select(base.model, modules, loaded.train, loaded.objective, config, lambda message: None)
 
 
 @pytest.mark.parametrize(

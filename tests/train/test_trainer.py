@@ -14,11 +14,14 @@ from neuroada_serve.model.loader import adaptable_modules, is_transposed, load_b
 from neuroada_serve.model.source import ModelSource
 from neuroada_serve.ops import matrix
 from neuroada_serve.train import inplace, trainer
-from neuroada_serve.train.data import Example, load_data
+from neuroada_serve.train.batches import collate, predict
+from neuroada_serve.train.data import load_data
+from neuroada_serve.train.examples import Example
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
 from neuroada_serve.train.loop import LengthGroupedBatches
+from neuroada_serve.train.objectives import WriteText
 from neuroada_serve.train.plot import smoothed
-from neuroada_serve.train.score import answer_logits, collate, score
+from neuroada_serve.train.score import score
 from neuroada_serve.train.trainer import LOSS_FILE, train_adapter
 from tests.support.training import QUICK, ROWS, _model, make_base, write_rows
 
@@ -207,8 +210,8 @@ def test_only_answer_tokens_count():
     example = EXAMPLES[0]
     ids = torch.tensor([example.prompt_ids + example.answer_ids])
     expected = model(ids, labels=torch.tensor([[-100, -100, -100, 8, 1]])).loss.item()
-    assert score(model, [example], 1).loss == pytest.approx(expected, rel=1e-5)
-    logits, targets, is_answer = answer_logits(model, collate(EXAMPLES))
+    assert score(model, [example], 1, WriteText()).loss == pytest.approx(expected, rel=1e-5)
+    logits, targets, is_answer = predict(model, collate(EXAMPLES))
     assert logits.shape == (8, 48)
     assert targets.tolist() == [8, 1, 4, 5, 6, 7, 1, 1]
     assert is_answer.sum(dim=1).tolist() == [2, 5, 1]
@@ -216,11 +219,11 @@ def test_only_answer_tokens_count():
 
 def test_padding_changes_no_score():
     model = _model("gpt2").eval()
-    alone = [score(model, [example], 1).loss for example in EXAMPLES]
+    alone = [score(model, [example], 1, WriteText()).loss for example in EXAMPLES]
     weighted = sum(loss * len(e.answer_ids) for loss, e in zip(alone, EXAMPLES, strict=True)) / sum(
         len(e.answer_ids) for e in EXAMPLES
     )
-    assert score(model, EXAMPLES, 3).loss == pytest.approx(weighted, rel=1e-5)
+    assert score(model, EXAMPLES, 3, WriteText()).loss == pytest.approx(weighted, rel=1e-5)
 
 
 def test_exact_match_wants_every_token_of_the_answer():
@@ -235,7 +238,7 @@ def test_exact_match_wants_every_token_of_the_answer():
     right = greedy((5, 6), 3)
     wrong = (*right[:2], (right[2] + 1) % 48)
     examples = [Example((5, 6), right), Example((5, 6), wrong), Example((7,), greedy((7,), 2))]
-    assert score(model, examples, 2).figure == pytest.approx(2 / 3)
+    assert score(model, examples, 2, WriteText()).figure == pytest.approx(2 / 3)
 
 
 # --- a whole run -------------------------------------------------------------------------------
@@ -262,13 +265,13 @@ def test_the_folder_holds_what_was_scored(base, data, tmp_path):
     adapter = load_adapter(out, base.spec)
     assert adapter.digest == report.adapter.digest
     assert (out / LOSS_FILE).read_bytes().startswith(b"\x89PNG")
-    heldout = load_data(base, data, QUICK).heldout
+    loaded = load_data(base, data, QUICK)
     with _training(base.model, adaptable_modules(base.model), QUICK.k) as layers:
         with torch.no_grad():
             for name, layer in layers.items():
                 assert torch.equal(layer.index, adapter.modules[name].index)
                 layer.value.copy_(adapter.modules[name].bypass)
-        assert score(base.model, heldout, QUICK.batch_size) == report.after
+        assert score(base.model, loaded.heldout, QUICK.batch_size, loaded.objective) == report.after
 
 
 def test_the_config_tells_how_it_was_made(base, data, tmp_path):
