@@ -154,7 +154,7 @@ def test_an_open_run_returns_to_its_best_and_goes_on_alike_when_interrupted(
 def test_an_interruption_within_the_decline_goes_on_alike(base, rows, tmp_path, monkeypatch):
     config = replace(OPEN, lr=0.3, patience=2, save_steps=1)
     whole = train_adapter(base, rows, tmp_path / "whole", config)
-    monkeypatch.setattr("interrupted._AT", whole.steps - 1)
+    monkeypatch.setattr("tests.support.interrupted._AT", whole.steps - 1)
     train_interrupted(base, rows, tmp_path / "cut", config, monkeypatch)
     one, other = ((tmp_path / n / "adapter_model.safetensors") for n in ("whole", "cut"))
     assert one.read_bytes() == other.read_bytes()
