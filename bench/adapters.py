@@ -319,7 +319,7 @@ def memory(source: ModelSource, folder: Path, count: int, console: Console) -> d
             engine.adapters.bring_in(name_of(number))
             progress.update(task, completed=number + 1, refresh=number % 100 == 0)
     end = resident_bytes()
-    assert engine.adapters.tiers.num_resident == count
+    assert engine.adapters.bank.num_resident == count
     nnz = engine.adapters.store.get(name_of(0)).nnz
     each = (end - at_first) / max(1, count - first)
     header = (registered - before) / count
@@ -330,7 +330,7 @@ def memory(source: ModelSource, folder: Path, count: int, console: Console) -> d
         "process_bytes_per_registered_adapter": header,
         "process_bytes_per_resident_adapter": each + header,
         "overhead_bytes_per_resident_adapter": each + header - 2 * nnz,
-        "device_used_bytes": engine.adapters.tiers.device_bytes[0],
+        "device_used_bytes": engine.adapters.bank.used_bytes,
     }
 
 
@@ -427,7 +427,7 @@ def prepare(engine: Engine, folder: Path, name: str, place: str) -> None:
     """Have an adapter, which has not been used yet, at a place."""
     version = engine.adapters.store.get(name)
     if place in ("device", "host"):
-        engine.adapters.tiers.read(version)
+        engine.adapters.tiers.host.read(version)
     if place == "device":
         engine.adapters.prefetch(name)
         while not engine.adapters.tiers.is_ready(version):

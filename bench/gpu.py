@@ -46,6 +46,7 @@ from neuroada_serve.adapters.format import (
     BaseSpec,
     ModuleBypass,
 )
+from neuroada_serve.adapters.residency import Reading, Resident, Writing
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.adapters.store import AdapterVersion
 from neuroada_serve.config import EngineConfig
@@ -268,10 +269,12 @@ def add_on_device(engine: Engine, k: int, numbers: Sequence[int]) -> None:
         extent = bank.reserve(bank.values_bytes(first.nnz))
         if extent is None:
             raise MemoryError(f"no room for {name} in {bank.size_bytes} bytes")
-        resident = bank.settle(extent, plane.resident(first).plane)
+        resident = bank.settle(extent, plane.tiers.resident(first).plane)
         bank.values(resident).normal_(0, 0.01)
         plane.store.add(version)
-        plane.tiers.adopt(version, resident)
+        for state in (Reading(extent, None), Writing(resident), Resident(resident)):
+            plane.tiers.residency.move(version, state)
+        plane.tiers._room.add(version)
 
 
 @contextmanager
@@ -295,7 +298,7 @@ def new_runner(
         engine.adapters.bank,
         engine._runner._context,
         cache,
-        engine.adapters.resident,
+        engine.adapters.tiers.resident,
         enforce_eager=enforce_eager,
     )
 
@@ -330,7 +333,7 @@ def generate(engine: Engine, runner: ModelRunner, names: Sequence[str | None], s
     """Greedy tokens of one prompt per name: a prefill, then decode steps."""
     torch.manual_seed(1)
     running = sequences(engine, names, 7, int(engine.base.model.config.vocab_size))
-    merged = engine.adapters.merged_version
+    merged = engine.adapters.merging.version
     chunks = tuple(Chunk(s, len(s.prompt_token_ids)) for s in running)
     step = runner.run(Schedule(tuple(running), (), chunks), merged)
     for _ in range(steps):
@@ -410,11 +413,11 @@ def check_engine(report: Report) -> None:
             0 if runner.graphs is None else len(runner.graphs)
         )
         for name in ("k1-0", "k2-1", "k1-1"):
-            engine.adapters.merge(name)
+            engine.adapters.merging.merge(name)
             same = generate(engine, runner, names, 12) == eager
             report.checks[f"tokens with {name} merged"] = same
     with run_tokens(2):
-        engine.adapters.unmerge()
+        engine.adapters.merging.unmerge()
         written = generate(engine, new_runner(engine, 8, 64, enforce_eager=True), names, 12)
         report.checks["tokens with values written into the weights"] = written == eager
     report.checks["unmerging restores every bit"] = engine.base_digest() == digest
@@ -485,7 +488,7 @@ def decode_step(
     def step() -> Any:
         for s in running:
             s.num_computed = context - 1
-        return runner.run(schedule, engine.adapters.merged_version)
+        return runner.run(schedule, engine.adapters.merging.version)
 
     return step
 
@@ -640,8 +643,8 @@ def measure_residents(report: Report, engine: Engine, shape: Shape, runner: Mode
             engine.adapters.remove(name)
     present = sum(name.startswith("k1-") for name in engine.adapters.names)
     add_on_device(engine, 1, range(present, many))
-    report.facts["adapters resident"] = engine.adapters.tiers.num_resident
-    report.facts["adapter bytes used"] = engine.adapters.tiers.device_bytes[0]
+    report.facts["adapters resident"] = engine.adapters.bank.num_resident
+    report.facts["adapter bytes used"] = engine.adapters.bank.used_bytes
     draw = random.Random(0)
     for _ in range(2 * shape.samples):
         for name, among in (("few", few), ("many", many)):
@@ -659,9 +662,9 @@ def measure_swap(report: Report, engine: Engine, shape: Shape) -> None:
     for k in shape.ks:
         for _ in range(shape.samples + 1):
             for name, call in (
-                ("merge", partial(engine.adapters.merge, f"k{k}-0")),
-                ("swap", partial(engine.adapters.merge, f"k{k}-1")),
-                ("unmerge", engine.adapters.unmerge),
+                ("merge", partial(engine.adapters.merging.merge, f"k{k}-0")),
+                ("swap", partial(engine.adapters.merging.merge, f"k{k}-1")),
+                ("unmerge", engine.adapters.merging.unmerge),
             ):
                 ms = time_ms(call, report.device)
                 report.samples_ms.setdefault(f"{name}/k{k}", []).append(ms)

@@ -90,7 +90,7 @@ def main() -> None:
         "costs": {f"k={k}": costs(source, k, args.rounds, console) for k in MODE_KS},
         "modes": {f"k={k}": modes(source, k, args.rounds, console) for k in MODE_KS},
     }
-    engine.adapters.unmerge()
+    engine.adapters.merging.unmerge()
     assert engine.base_digest() == digest
     show(result, console)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -118,11 +118,11 @@ def swap(engine: Engine, source: ModelSource, rounds: int, console: Console) -> 
         task = progress.add_task("swap", total=rounds)
         for number in range(rounds + 1):
             for name, times in ours.items():
-                engine.adapters.merge(f"{name}-0")
-                swaps = [partial(engine.adapters.merge, f"{name}-{i}") for i in range(1, 9)]
+                engine.adapters.merging.merge(f"{name}-0")
+                swaps = [partial(engine.adapters.merging.merge, f"{name}-{i}") for i in range(1, 9)]
                 eight = [timed_ms(action) for action in swaps]
                 times.append(statistics.median(eight))
-            engine.adapters.unmerge()
+            engine.adapters.merging.unmerge()
             merge = timed_ms(peft.merge_adapter)
             theirs.append(merge + timed_ms(peft.unmerge_adapter))
             progress.update(task, completed=number, refresh=True)
@@ -158,12 +158,14 @@ def rotations(engine: Engine, count: int, digest: str, console: Console) -> dict
         task = progress.add_task("rotations", total=count)
         for number in range(count):
             k = LARGE_K if number % 97 == 0 else 1
-            engine.adapters.merge(f"k{k}-{number % (BATCH if k == LARGE_K else NUM_ROTATING)}")
+            engine.adapters.merging.merge(
+                f"k{k}-{number % (BATCH if k == LARGE_K else NUM_ROTATING)}"
+            )
             if number % 500 == 0:
                 progress.update(task, completed=number, refresh=True)
     duration_s = time.perf_counter() - started
     while_merged = engine.base_digest()
-    engine.adapters.unmerge()
+    engine.adapters.merging.unmerge()
     return {
         "swaps": count,
         "adapters": NUM_ROTATING,
@@ -204,7 +206,7 @@ def costs(source: ModelSource, k: int, rounds: int, console: Console) -> dict[st
             adapter = random_adapter(base.spec, indices[int(kind[1:])], int(number))
             engine.adapters.add_resident(name, adapter)
         if merged is not None:
-            engine.adapters.merge(merged)
+            engine.adapters.merging.merge(merged)
     steps: dict[str, list[float]] = {case: [] for case in cases}
     with progress_bar(console) as progress:
         task = progress.add_task(f"costs, k={k}", total=rounds)
@@ -268,7 +270,7 @@ def modes(source: ModelSource, k: int, rounds: int, console: Console) -> dict[st
         for number in range(rounds):
             for load in LOADS:
                 for mode, engine in engines.items():
-                    engine.adapters.unmerge()
+                    engine.adapters.merging.unmerge()
                     engine.adapters.set_merge_mode("a0" if mode == "named" else mode)
                 metrics = engines["auto"].metrics
                 before = metrics.num_merges + metrics.num_unmerges

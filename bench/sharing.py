@@ -117,7 +117,7 @@ def turns(source: ModelSource, rounds: int, console: Console) -> dict[str, Any]:
     config: dict[str, Any] = {"prefix_cache_memory": 0, "max_num_seqs": TURN_SLOTS}
     roomy = new_engine(source, WANTED, **config)
     tight = new_engine(source, WANTED, adapter_memory=room_bytes(roomy), **config)
-    assert tight.adapters.tiers.num_resident == ROOM
+    assert tight.adapters.bank.num_resident == ROOM
     engines = {"room for three": tight, "room for all": roomy}
     params = greedy(TURN_OUTPUT)
     capacity = closed_rate(roomy, params)

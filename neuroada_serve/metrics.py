@@ -1,4 +1,4 @@
-"""What the engine counts, by name."""
+"""Counters of the engine and of its adapters, by name."""
 
 from dataclasses import dataclass, field
 
@@ -19,3 +19,16 @@ class EngineMetrics:
     )
     num_merges: int = 0
     num_unmerges: int = 0
+
+
+@dataclass
+class TierMetrics:
+    """Totals since the start. num_hits: an adapter was on the device when it was first wanted."""
+
+    num_hits: int = 0
+    num_uploads: int = 0
+    num_disk_reads: int = 0
+    num_device_evictions: int = 0
+    num_host_evictions: int = 0
+    num_failures: int = 0
+    num_compactions: int = 0

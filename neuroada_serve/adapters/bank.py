@@ -75,7 +75,6 @@ class Plane:
         self.table = table
         self.index = index  # columns, [nnz] int32
         self.num_slots = 0  # taken
-        self.num_coming = 0  # adapters that will take one
         self.originals: Tensor | None = None
         # By site, of views_version of the bank.
         self.views: dict[str, list[SiteBypass]] = {}
@@ -97,10 +96,15 @@ class Plane:
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """Where an adapter's values are on the device."""
+    """An adapter on the device.
+
+    extent: where its values are.
+    head: [labels, hidden_size] float32 on the device, of a classifier.
+    """
 
     plane: Plane
     extent: Extent
+    head: Tensor | None = None
 
     @property
     def slot(self) -> int:
@@ -201,8 +205,8 @@ class AdapterBank:
     """All adapters that are on the device.
 
     The engine's thread reads it in every step. Others may reserve, write and free values beside it,
-    one at a time (`AdapterTiers` has the lock); what is in use by a step is theirs to leave alone.
-    New planes and `compact` are the engine thread's.
+    one at a time (`AdapterTiers` has the lock), but must not touch values that a running step
+    reads. New planes and `compact` are the engine thread's.
 
     Args:
         device: where the memory is.
@@ -256,13 +260,13 @@ class AdapterBank:
         """What an index of so many columns takes."""
         return -(-4 * nnz // SLOT_BYTES) * SLOT_BYTES
 
-    def drop_empty_plane(self, besides: IndexTable | None = None) -> bool:
-        """Give the memory of one index table back that no resident adapter uses; False: none is."""
+    def evict_plane(self) -> bool:
+        """Free the memory of one index table that no adapter uses; False: there is none."""
         for table in list(self._empty):
             plane = self._planes[table]
             if plane.num_slots:
                 del self._empty[table]
-            elif not plane.num_coming and table is not besides:
+            else:
                 del self._empty[table], self._planes[table]
                 self._give_back(plane.index)
                 return True
@@ -306,7 +310,7 @@ class AdapterBank:
         return plane
 
     def keep_originals(self, plane: Plane, originals: Tensor) -> None:
-        """Have the base's weights [nnz] of this plane at hand, and forget those of others."""
+        """Keep the base's weights [nnz] of this plane at hand, and discard those of others."""
         plane.originals = originals
         at_hand = [p for p in self._planes.values() if p.originals is not None and p is not plane]
         for other in at_hand[: max(0, len(at_hand) + 1 - _MOST_ORIGINALS)]:
@@ -316,13 +320,14 @@ class AdapterBank:
         """Room for later; None where there is none in one piece."""
         return self._take(-(-num_bytes // SLOT_BYTES))
 
-    def settle(self, extent: Extent, plane: Plane) -> ResidentAdapter:
+    def settle(self, extent: Extent, plane: Plane, head: Tensor | None = None) -> ResidentAdapter:
         """Give reserved room to an adapter of a plane; what it does not need is free again."""
+        head = None if head is None else head.to(self._device)
         size = -(-plane.nnz // self._slot_values)
         self._extents.shrink(extent.start, size)
         extent.size = size
         plane.num_slots += 1
-        return ResidentAdapter(plane, extent)
+        return ResidentAdapter(plane, extent, head)
 
     def cancel(self, extent: Extent) -> None:
         """Give reserved room back."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Final
 
 from neuroada_serve.adapters.format import Adapter
 from neuroada_serve.adapters.reader import AdapterHeader
@@ -64,19 +64,15 @@ class AdapterVersion:
     def __init__(
         self, name: str, digest: str, nnz: int, source: AdapterHeader | Adapter | Mix
     ) -> None:
-        self.name = name
-        self.digest = digest
-        self.nnz = nnz
-        self.source = source
-        self.since = int(time.time())
+        self.name: Final = name
+        self.digest: Final = digest
+        self.nnz: Final = nnz
+        self.source: Final = source
+        self.since: Final = int(time.time())
         # Guarded by the store.
         self.state = VersionState.LOADING
         self.num_leases = 0
         self.is_pinned = False
-
-        # Of a classifier, on the device, once its values have been read. So small beside them that
-        # it stays there as long as the version.
-        self.head: Any = None
 
     @property
     def task(self) -> Task:
@@ -201,7 +197,7 @@ class AdapterStore:
     def add(
         self,
         version: AdapterVersion,
-        prepare: Callable[[AdapterVersion], None] = lambda version: None,
+        prepare: Callable[[AdapterVersion], object] = lambda version: None,
         replace: bool = False,
     ) -> AdapterVersion:
         """Point the version's name to it, once `prepare` has run.

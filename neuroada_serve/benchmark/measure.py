@@ -132,9 +132,9 @@ class OurEngine:
     def switch_times_ms(self, k: int, rounds: int) -> dict[str, list[float]]:
         """Times of merging an adapter, swapping it for another, and unmerging that."""
         actions: dict[str, Callable[[], None]] = {
-            "merge": lambda: self.engine.adapters.merge(_name(k, 0)),
-            "swap": lambda: self.engine.adapters.merge(_name(k, 1)),
-            "unmerge": self.engine.adapters.unmerge,
+            "merge": lambda: self.engine.adapters.merging.merge(_name(k, 0)),
+            "swap": lambda: self.engine.adapters.merging.merge(_name(k, 1)),
+            "unmerge": self.engine.adapters.merging.unmerge,
         }
         times_ms: dict[str, list[float]] = {action: [] for action in actions}
         for _ in range(rounds):
@@ -152,11 +152,11 @@ class OurEngine:
         if not work.merged:
             yield
             return
-        self.engine.adapters.merge(_name(work.k, 0))
+        self.engine.adapters.merging.merge(_name(work.k, 0))
         try:
             yield
         finally:
-            self.engine.adapters.unmerge()
+            self.engine.adapters.merging.unmerge()
 
     def adapter_names(self, work: Work) -> list[str | None]:
         """Per request, the name its adapter has in our engine."""

@@ -7,25 +7,23 @@ a running step. The engine's thread brings the device and the merged weights in 
 import logging
 import os
 import queue
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from neuroada_serve.adapters.bank import AdapterBank, ResidentAdapter
-from neuroada_serve.adapters.directory import AdapterDirectory
+from neuroada_serve.adapters.bank import AdapterBank
+from neuroada_serve.adapters.directory import AdapterDirectory, OnProgress, Rescan
 from neuroada_serve.adapters.format import Adapter, check_adapter
 from neuroada_serve.adapters.reader import AdapterHeader, AdapterReader
-from neuroada_serve.adapters.readiness import Readiness
-from neuroada_serve.adapters.store import AdapterStore, AdapterVersion, VersionState
+from neuroada_serve.adapters.store import AdapterStore, AdapterVersion
 from neuroada_serve.adapters.tiers import AdapterTiers
 from neuroada_serve.adapters.values import FlatOrder, ValuesReader
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.merge_control import MergeControl
 from neuroada_serve.engine.merge_policy import Load
-from neuroada_serve.errors import AdapterError, NeuroAdaError, UsageError
+from neuroada_serve.errors import AdapterError, UsageError
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.bypass_linear import AttachedBypass
 from neuroada_serve.model.loader import BaseModel
@@ -64,22 +62,14 @@ class AdapterInfo:
     labels: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Rescan:
-    """What looking at the adapter directory again has changed, by name."""
-
-    added: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-    unchanged: int = 0
-    failed: Mapping[str, str] = field(default_factory=dict)
-
-
 class AdapterPlane:
-    """Owns bank, store, tiers and what is merged of one engine; the scheduler's `Adapters`.
+    """Puts together the adapters of one engine, and does what takes more than one of its rooms.
 
     Args:
         wakeup: notified, in any thread, when the engine's thread has something to do.
+
+    bank: the device's memory. store: names and versions. tiers: where values are. merging: what is
+    in the weights.
     """
 
     def __init__(
@@ -110,8 +100,8 @@ class AdapterPlane:
             _HOST_BYTES[device] if host_bytes is None else host_bytes,
             wakeup,
         )
-        self.store = AdapterStore(base.spec.name, self.tiers.forget, wakeup.notify)
-        self._merging = MergeControl(
+        self.store = AdapterStore(base.spec.name, self.tiers.discard, wakeup.notify)
+        self.merging = MergeControl(
             config.merge,
             merger,
             self.bank,
@@ -123,8 +113,6 @@ class AdapterPlane:
         )
         self._to_abort: queue.SimpleQueue[AdapterVersion] = queue.SimpleQueue()
         self._directory: AdapterDirectory | None = None
-        self._scanned: dict[str, tuple[AdapterVersion, tuple[int, ...]]] = {}
-        self._scanning = threading.Lock()
 
     # --- any thread: what there is -----------------------------------------------------------
 
@@ -136,13 +124,12 @@ class AdapterPlane:
     @property
     def merged(self) -> str | None:
         """Name of the adapter that is merged into the weights."""
-        version = self.merged_version
-        return None if version is None else version.name
+        return self.merging.merged
 
     @property
     def merge_mode(self) -> str:
         """never, auto, or the name of the adapter to keep merged."""
-        return self._merging.mode
+        return self.merging.mode
 
     def describe(self) -> list[AdapterInfo]:
         """All adapters, in the order of their names."""
@@ -171,26 +158,30 @@ class AdapterPlane:
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Bytes in use and set aside, on the device and on the host, and how many adapters are
         there."""
-        used, size = self.tiers.device_bytes
-        host_used, host_size = self.tiers.host_bytes
+        bank, host = self.bank, self.tiers.host
         return {
-            "device": {"used": used, "size": size, "adapters": self.tiers.num_resident},
-            "host": {"used": host_used, "size": host_size, "adapters": self.tiers.num_in_host},
+            "device": {
+                "used": bank.used_bytes,
+                "size": bank.size_bytes,
+                "adapters": bank.num_resident,
+            },
+            "host": {"used": host.used_bytes, "size": host.size_bytes, "adapters": len(host)},
         }
 
     def _info(self, version: AdapterVersion) -> AdapterInfo:
         source = version.source
+        nnz = self.tiers.residency.nnz(version)
         return AdapterInfo(
             name=version.name,
             digest=version.digest,
             state=version.state.value,
             tier=self.tiers.tier_of(version),
             k=source.config.k if isinstance(source, AdapterHeader | Adapter) else None,
-            nnz=version.nnz,
-            size_bytes=self.bank.values_bytes(version.nnz),
+            nnz=nnz,
+            size_bytes=self.bank.values_bytes(nnz),
             num_leases=version.num_leases,
             is_pinned=version.is_pinned,
-            is_merged=self.merged_version is version,
+            is_merged=self.merging.version is version,
             since=version.since,
             labels=version.task.labels,
         )
@@ -241,10 +232,8 @@ class AdapterPlane:
         self, name: str, digest: str, nnz: int, source: AdapterHeader | Adapter, replace: bool
     ) -> AdapterVersion:
         self.tiers.check_size(nnz, name)
-        return self.store.add(AdapterVersion(name, digest, nnz, source), self._read, replace)
-
-    def _read(self, version: AdapterVersion) -> None:
-        self.tiers.read(version)
+        version = AdapterVersion(name, digest, nnz, source)
+        return self.store.add(version, self.tiers.host.read, replace)
 
     def reserve(self, names: Sequence[str]) -> None:
         """As `AdapterStore.reserve`."""
@@ -311,94 +300,31 @@ class AdapterPlane:
         """
         if mode not in ("never", "auto"):
             self.store.get(mode)
-        self._merging.set_mode(mode)
+        self.merging.set_mode(mode)
         self._wakeup.notify()
 
     # --- any thread: the adapter directory ---------------------------------------------------
 
     def open_directory(
-        self, root: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+        self, root: Path, on_progress: OnProgress = lambda done, total: None
     ) -> Rescan:
         """Serve every adapter folder in a directory under its folder's name.
 
         Raises:
             UsageError: it is no directory.
         """
-        self._directory = AdapterDirectory(root, self._files)
-        return self.rescan(on_progress)
+        self._directory = AdapterDirectory(root, self._files, self.store, self.tiers)
+        return self._directory.rescan(on_progress)
 
-    def rescan(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Rescan:
-        """Look at the adapter directory again. New folders are served, by their header alone;
-        changed ones once their values are read and right; adapters whose folder has gone are
-        unloaded when their requests have finished. What was loaded in another way stays as it is.
+    def rescan(self) -> Rescan:
+        """Look at the adapter directory again; see `AdapterDirectory.rescan`.
 
         Raises:
             UsageError: there is no adapter directory.
         """
         if self._directory is None:
             raise UsageError("there is no adapter directory; start with --adapter-dir")
-        with self._scanning:
-            known = {
-                name: stamp
-                for name, (version, stamp) in self._scanned.items()
-                if version.state is VersionState.READY
-            }
-            scan = self._directory.scan(known, on_progress)
-            failed, added, replaced = dict(scan.faults), list[str](), list[str]()
-            unchanged = len(scan.unchanged)
-            for name, header in scan.headers.items():
-                before = self._scanned.get(name) if name in known else None
-                try:
-                    self.tiers.check_size(header.nnz, name)
-                    version = AdapterVersion(name, header.digest, header.nnz, header)
-                    if before is None:
-                        served = self.store.add(version)
-                        added += [name] * (served is version)
-                    else:
-                        served = self.store.add(version, self._read, replace=True)
-                        replaced += [name] * (served is version)
-                    unchanged += served is not version  # touched, or loaded by name: the same bytes
-                    self._scanned[name] = served, header.stamp
-                except NeuroAdaError as error:
-                    failed[name] = str(error)
-                except OSError as error:
-                    failed[name] = f"its files cannot be read: {error.strerror}"
-            gone = [n for n in known if n not in scan.unchanged and n not in scan.headers]
-            gone = [name for name in gone if name not in scan.faults]
-            for name in gone:
-                version, _ = self._scanned.pop(name)
-                if self.store.find(name) is version:
-                    self.store.remove(name, wait=False)
-            return Rescan(tuple(added), tuple(replaced), tuple(gone), unchanged, failed)
-
-    def preload(
-        self, on_progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> Mapping[str, str]:
-        """Bring all adapters to the device, or to the host, while there is room, by name; for the
-        engine's thread, before it serves.
-
-        Returns:
-            Why some are no adapters, by name.
-        """
-        failed: dict[str, str] = {}
-        versions = sorted(self.store.versions, key=lambda version: version.name)
-        device_is_full = False
-        for done, version in enumerate(versions):
-            on_progress(done, len(versions))
-            used, size = self.tiers.host_bytes
-            try:
-                if not device_is_full:
-                    before = self.tiers.metrics.num_device_evictions
-                    self.tiers.fetch(version)
-                    device_is_full = self.tiers.metrics.num_device_evictions > before
-                elif used + 2 * version.nnz <= size:
-                    self.tiers.read(version)
-                else:
-                    break
-            except NeuroAdaError as error:
-                failed[version.name] = str(error)
-        on_progress(len(versions), len(versions))
-        return failed
+        return self._directory.rescan()
 
     # --- the engine's thread -----------------------------------------------------------------
 
@@ -412,16 +338,11 @@ class AdapterPlane:
             Versions whose requests are to be aborted.
         """
         self.tiers.poll()
-        self._merging.bring_in_line(loads)
+        self.merging.bring_in_line(loads)
         to_abort = []
         while not self._to_abort.empty():
             to_abort.append(self._to_abort.get())
         return to_abort
-
-    @property
-    def merged_version(self) -> AdapterVersion | None:
-        """What is in the weights."""
-        return self._merging.version
 
     def bring_in(self, name: str) -> None:
         """Bring an adapter to the device now, where there is room, and into the weights if it is to
@@ -432,20 +353,12 @@ class AdapterPlane:
             AdapterError: its files are not right.
         """
         self.tiers.fetch(self.store.get(name))
-        self._merging.bring_in_line(lambda: ())
+        self.merging.bring_in_line(lambda: ())
 
     def add_resident(self, name: str, adapter: Adapter, replace: bool = False) -> None:
         """`add` and `bring_in`."""
         self.add(name, adapter, replace)
         self.bring_in(name)
-
-    def merge(self, name: str) -> None:
-        """Write an adapter, or a mix, into the weights now; see `MergeControl.merge`."""
-        self._merging.merge(name)
-
-    def unmerge(self) -> None:
-        """Give the base weights back, bit for bit, and keep them so."""
-        self._merging.unmerge()
 
     def remove(self, name: str) -> None:
         """Take a name away at once; requests that run with it finish.
@@ -454,40 +367,23 @@ class AdapterPlane:
             AdapterNotFoundError
         """
         version = self.store.get(name)
-        if self.merged_version is version:
-            self._merging.put_back()
+        if self.merging.version is version:
+            self.merging.restore()
         self.store.remove(name, wait=False)
 
-    # The scheduler's view.
-
-    def is_ready(self, version: AdapterVersion) -> bool:
-        return self.tiers.is_ready(version)
-
-    def readiness(self, version: AdapterVersion) -> Readiness:
-        return self.tiers.readiness(version)
-
     def can_leave(self, version: AdapterVersion) -> bool:
-        return not version.is_pinned and version is not self.merged_version
+        return not version.is_pinned and version is not self.merging.version
 
     def make_way(self) -> None:
         """Nothing can run for want of room: what auto has merged need not stay."""
-        if self._merging.is_auto and self.merged_version is not None:
-            self._merging.put_back()
+        if self.merging.is_auto and self.merging.version is not None:
+            self.merging.restore()
 
     def could_fit(self, version: AdapterVersion) -> bool:
         """Whether there would be room if all left that may."""
         # What auto has merged may.
-        return self.tiers.could_fit(version, None if self._merging.is_auto else self.merged_version)
-
-    def hold(self, version: AdapterVersion) -> None:
-        self.tiers.hold(version)
-
-    def let_go(self, version: AdapterVersion) -> None:
-        self.tiers.let_go(version)
-
-    def resident(self, version: AdapterVersion) -> ResidentAdapter:
-        """Where a version that is held is on the device."""
-        return self.tiers.resident(version)
+        beside = None if self.merging.is_auto else self.merging.version
+        return self.tiers.could_fit(version, beside)
 
 
 def _device_bytes(config: EngineConfig, device: torch.device) -> int:

@@ -81,7 +81,7 @@ class Engine:
             self.adapters.bank,
             attached.context,
             self._cache,
-            self.adapters.resident,
+            self.adapters.tiers.resident,
             enforce_eager=config.enforce_eager,
             deterministic=config.deterministic,
         )
@@ -89,7 +89,8 @@ class Engine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             FairQueue(config.tenant_weights, config.adapter_weights),
-            self.adapters,
+            self.adapters.tiers,
+            self.adapters.can_leave,
             self._reuse_prefix,
             self._on_preempt,
             deterministic=config.deterministic,
@@ -105,7 +106,7 @@ class Engine:
     @property
     def merged(self) -> str | None:
         """Name of the adapter that is merged into the weights."""
-        return self.adapters.merged
+        return self.adapters.merging.merged
 
     def base_digest(self) -> str:
         """sha256 of all weights as they are now; the base's own while nothing is merged."""
@@ -265,7 +266,7 @@ class Engine:
                         {s.slot: s.num_computed for s in running if s.slot is not None}
                     )
                     self._must_scrub = False
-                step = self._runner.run(schedule, self.adapters.merged_version)
+                step = self._runner.run(schedule, self.adapters.merging.version)
                 scores = [self._score_prompt(prompt) for prompt in step.prompts]
                 chosen = sample(step.logits, step.sequences)
             except Exception as error:
@@ -453,8 +454,9 @@ class Engine:
         """
         version, task = sequence.version, sequence.task
         outputs = hidden.float()
-        if version is not None and version.head is not None:
-            outputs = version.head @ outputs
+        head = None if version is None else self.adapters.tiers.resident(version).head
+        if head is not None:
+            outputs = head @ outputs
         numbers: list[float] = outputs.tolist()
         if not all(map(math.isfinite, numbers)):
             return self._fail(sequence, f"the {task.noun} gave non-finite values")

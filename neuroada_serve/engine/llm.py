@@ -10,6 +10,7 @@ from threading import Thread
 from typing import Any
 
 from neuroada_serve.adapters.format import Adapter
+from neuroada_serve.adapters.preload import preload as preload_all
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.arguments import (
     AdapterChoice,
@@ -103,13 +104,12 @@ class LLM:
         for name, adapter in named.items():
             self.load_adapter(name, adapter)
         if adapter_dir is not None:
-            failed = dict(
-                self.engine.adapters.open_directory(
-                    Path(adapter_dir), partial(on_progress, "Looking at adapters")
-                ).failed
-            )
+            rooms = self.engine.adapters
+            look = partial(on_progress, "Looking at adapters")
+            failed = dict(rooms.open_directory(Path(adapter_dir), look).failed)
             if preload:
-                failed |= self.engine.adapters.preload(partial(on_progress, "Reading adapters"))
+                read = partial(on_progress, "Reading adapters")
+                failed |= preload_all(rooms.store, rooms.tiers, read)
             for name in sorted(failed)[:_MOST_NAMED]:
                 notify(f"{name} is not served: {failed[name]}")
             if len(failed) > _MOST_NAMED:
@@ -124,8 +124,8 @@ class LLM:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the loaded adapters, sorted."""
-        return self.engine.adapters.names
+        """Names of the loaded adapters."""
+        return self.engine.adapters.store.names
 
     @property
     def merged(self) -> str | None:
@@ -159,11 +159,11 @@ class LLM:
 
     def merge(self, adapter: str | Mapping[str, float]) -> None:
         """Write an adapter, or a mix, into the weights, swapping out a merged one."""
-        self.engine.adapters.merge(adapter_name(adapter))
+        self.engine.adapters.merging.merge(adapter_name(adapter))
 
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit."""
-        self.engine.adapters.unmerge()
+        self.engine.adapters.merging.unmerge()
 
     def base_digest(self) -> str:
         """Return the sha256 of the weights as they are now: the base's own while nothing is

@@ -57,6 +57,7 @@ class MergeControl:
         self._bank = bank
         self._store = store
         self._tiers = tiers
+        self._nnz = tiers.residency.nnz
         self._metrics = metrics
         self._device_type = device_type
         self._max_num_seqs = max_num_seqs
@@ -80,6 +81,12 @@ class MergeControl:
         merged = self._merged
         return None if merged is None else merged.version
 
+    @property
+    def merged(self) -> str | None:
+        """The name of the version that is in the weights."""
+        version = self.version
+        return None if version is None else version.name
+
     def set_mode(self, mode: str) -> None:
         """Set the mode. It takes effect with the next `bring_in_line`."""
         self._mode = self._new_mode(mode)
@@ -95,7 +102,7 @@ class MergeControl:
         """
         merged = self.version
         if merged is not None and merged.state is not VersionState.READY:
-            self.put_back()  # it is being unloaded, or is replaced
+            self.restore()  # it is being unloaded, or is replaced
             merged = None
         policy, name = self._mode.policy, self._mode.name
         wanted: AdapterVersion | None = None
@@ -108,18 +115,18 @@ class MergeControl:
         if wanted is merged or wanted in self._refused:
             return
         if wanted is None:
-            self.put_back()
+            self.restore()
         elif (lease := self._store.lease_of(wanted)) is not None:
-            is_ready = self._tiers.readiness(wanted) is Readiness.READY
-            if not is_ready or not self._tiers.hold_if_ready(wanted):
+            is_ready = self._tiers.request(wanted) is Readiness.READY
+            if not is_ready or not self._tiers.hold(wanted):
                 lease.release()
                 return
-            values = self._tiers.values_at_hand(wanted)
+            values = self._tiers.host.request(wanted)
             if values is None:
-                self._give_back(lease)
+                self._release(lease)
                 return
             try:
-                self._put_in(lease, values)
+                self._swap_in(lease, values)
             except EngineError:
                 raise
             except Exception:
@@ -143,64 +150,64 @@ class MergeControl:
                     raise AdapterUnavailable(
                         f"no room on the device to merge {name!r} beside the adapters in use"
                     )
-                if self._tiers.hold_if_ready(lease.version):
+                if self._tiers.hold(lease.version):
                     break
         except BaseException:
             lease.release()
             raise
         try:
-            values = self._tiers.read(lease.version)
+            values = self._tiers.host.read(lease.version)
         except BaseException:
-            self._give_back(lease)
+            self._release(lease)
             raise
-        self._put_in(lease, values)
+        self._swap_in(lease, values)
         self._mode = _Mode(name=name)
 
     def unmerge(self) -> None:
         """Restore the base weights, bit for bit, and keep them so."""
         self._mode = _Mode()
-        self.put_back()
+        self.restore()
 
-    def put_back(self) -> None:
-        """Give the base weights back, bit for bit; the mode stays."""
+    def restore(self) -> None:
+        """Restore the base weights, bit for bit; the mode stays."""
         started, before = time.perf_counter(), self.version
         self._merger.unmerge()
         self._observe_switch(started, None)
-        self._let_go()
+        self._release_merged()
         if before is not None:
             logger.info("adapter %r taken out of the weights", before.name)
         self._metrics.num_unmerges += 1
 
-    def _put_in(self, lease: Lease, values: AdapterValues) -> None:
+    def _swap_in(self, lease: Lease, values: AdapterValues) -> None:
         """Swap an adapter in. Its lease is ours from here on, and so is the hold on it: a version
         whose room a loader took while it was written would be in the weights unknown to us."""
         if lease.version is self.version:
-            self._give_back(lease)
+            self._release(lease)
             return
         started = time.perf_counter()
         plane = self._bank.plane(values.table)
         try:
             self._merger.merge(values, None if plane is None else plane.originals)
         except BaseException:
-            self._give_back(lease)
+            self._release(lease)
             if not self._merger.is_merged:  # the weights are the base's again
-                self._let_go()
+                self._release_merged()
             raise
         self._observe_switch(started, lease.version)
-        self._let_go()
+        self._release_merged()
         self._merged = lease
         logger.info("adapter %r merged, digest %s", lease.version.name, lease.version.digest[:12])
         self._metrics.num_merges += 1
 
-    def _let_go(self) -> None:
-        """What was merged is so no longer."""
+    def _release_merged(self) -> None:
+        """Release the previously merged version."""
         before, self._merged = self._merged, None
         if before is not None:
-            self._give_back(before)
+            self._release(before)
 
-    def _give_back(self, lease: Lease) -> None:
-        """What was held for merging, and its lease."""
-        self._tiers.let_go(lease.version)
+    def _release(self, lease: Lease) -> None:
+        """Release a version that was held to be merged, and its lease."""
+        self._tiers.release(lease.version)
         lease.release()
 
     def _observe_switch(self, started: float, version: AdapterVersion | None) -> None:
@@ -209,10 +216,11 @@ class MergeControl:
             return
         if self._device_type == "cuda":
             torch.cuda.synchronize()
-        written = [v.nnz for v in (self.version, version) if v is not None]
+        written = [self._nnz(v) for v in (self.version, version) if v is not None]
         policy.observe_switch(sum(written), time.perf_counter() - started)
 
     def _new_mode(self, mode: str) -> _Mode:
         if mode == "auto":
-            return _Mode(policy=MergePolicy(self._device_type, self._max_num_seqs))
+            policy = MergePolicy(self._device_type, self._max_num_seqs, self._nnz)
+            return _Mode(policy=policy)
         return _Mode(name=None if mode == "never" else mode)

@@ -6,9 +6,10 @@ one adapter, for long enough to repay the writing of its entries.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from operator import attrgetter
+from typing import Any
 
 # ns per entry. Those of the CPU are what bench/merge.py measured with AVX-512; with AVX2 alone,
 # lanes and corrections cost more (merge.json, bench/LOG.md). Those of CUDA are reckoned from bytes
@@ -34,18 +35,11 @@ _SMOOTHING = 0.3
 _MOST_SLOWER = 4.0
 
 
-class Version(Protocol):
-    """An adapter that can be merged."""
-
-    @property
-    def nnz(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Load:
     """The tokens still to come of one request, with an adapter or, with None, the base."""
 
-    version: Version | None
+    version: Hashable | None
     num_tokens: int
     is_running: bool = True
 
@@ -56,12 +50,19 @@ class MergePolicy:
     Args:
         device: "cpu" or "cuda".
         max_lanes: most requests that run at once.
+        nnz: entries of a version.
     """
 
-    def __init__(self, device: str = "cpu", max_lanes: int = LANES) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        max_lanes: int = LANES,
+        nnz: Callable[[Any], int] = attrgetter("nnz"),
+    ) -> None:
         self._lane_ns = LANE_NS[device]
         self._write_ns = WRITE_NS[device]
         self._max_lanes = max_lanes
+        self._nnz_of = nnz
         self._computed: Callable[[float], float] = lanes_computed if device == "cpu" else float
 
     def observe_switch(self, num_entries: int, duration_s: float) -> None:
@@ -71,7 +72,7 @@ class MergePolicy:
         measured_ns = min(measured_ns, _MOST_SLOWER * self._write_ns)
         self._write_ns += _SMOOTHING * (measured_ns - self._write_ns)
 
-    def choose(self, loads: Iterable[Load], merged: Version | None) -> Version | None:
+    def choose(self, loads: Iterable[Load], merged: Hashable | None) -> Hashable | None:
         """Choose what to have in the weights from now on.
 
         Args:
@@ -89,19 +90,28 @@ class MergePolicy:
         mix = Counter(load.version for load in loads if load.is_running)
         mix = mix or Counter(load.version for load in loads)
         lanes = {version: num_lanes * count / mix.total() for version, count in mix.items()}
+        nnz = {v: 0 if v is None else self._nnz_of(v) for v in (merged, None, *mix)}
 
-        def cost_ns(candidate: Version | None) -> float:
-            switch_ns = 0.0 if candidate is merged else self._switch_ns(merged, candidate)
-            return num_steps * self._step_ns(lanes, candidate) + _HYSTERESIS * switch_ns
+        def cost_ns(candidate: Hashable | None) -> float:
+            # At most: adapters of one index swap with half of it.
+            switch_ns = 0.0
+            if candidate is not merged:
+                switch_ns = self._write_ns * (nnz[merged] + nnz[candidate])
+            return num_steps * self._step_ns(lanes, candidate, nnz) + _HYSTERESIS * switch_ns
 
-        return min(dict.fromkeys([merged, None, *mix]), key=cost_ns)  # of equals the first
+        return min(nnz, key=cost_ns)  # of equals the first
 
-    def _step_ns(self, lanes: dict[Version | None, float], merged: Version | None) -> float:
+    def _step_ns(
+        self,
+        lanes: Mapping[Hashable | None, float],
+        merged: Hashable | None,
+        nnz: Mapping[Hashable | None, int],
+    ) -> float:
         """Return what adapters add to a step with so many tokens of each.
 
         Adapters of as many entries have, as good as always, one index, and are computed together.
         """
-        out = 0 if merged is None else merged.nnz
+        out = nnz[merged]
         computed: dict[int, float] = {}  # entries -> tokens
         shares: dict[int, float] = {}  # entries -> what these tokens cost, in tokens
         for version, count in lanes.items():
@@ -109,22 +119,18 @@ class MergePolicy:
                 continue
             if version is None:
                 own = [(out, BASE_CORRECTION)]
-            elif version.nnz == out:
+            elif nnz[version] == out:
                 own = [(out, 1 + SAME_INDEX_CORRECTION)]
             else:
-                own = [(version.nnz, 1.0), (out, OTHER_INDEX_CORRECTION)]
-            for nnz, share in own:
-                computed[nnz] = computed.get(nnz, 0.0) + count
-                shares[nnz] = shares.get(nnz, 0.0) + count * share
+                own = [(nnz[version], 1.0), (out, OTHER_INDEX_CORRECTION)]
+            for entries, share in own:
+                computed[entries] = computed.get(entries, 0.0) + count
+                shares[entries] = shares.get(entries, 0.0) + count * share
         return self._lane_ns * sum(
-            nnz * shares[nnz] * self._computed(count) / count
-            for nnz, count in computed.items()
+            entries * shares[entries] * self._computed(count) / count
+            for entries, count in computed.items()
             if count
         )
-
-    def _switch_ns(self, before: Version | None, after: Version | None) -> float:
-        """Return the longest that a switch takes: adapters of one index swap in half of it."""
-        return self._write_ns * sum(v.nnz for v in (before, after) if v is not None)
 
 
 def lanes_computed(lanes: float) -> float:

@@ -36,25 +36,21 @@ _PATIENCE = 64
 
 
 class Adapters(Protocol):
-    """Where adapters are, as the scheduler sees it."""
+    """Places of adapters, as the scheduler sees them; `AdapterTiers` in earnest."""
 
     def is_ready(self, version: Any) -> bool:
-        """On the device."""
+        """Whether a version is on the device."""
         ...
 
-    def readiness(self, version: Any) -> Readiness:
-        """The same, and what is not there is asked for."""
+    def request(self, version: Any) -> Readiness:
+        """Begin to bring a version to the device unless it is there or on its way."""
         ...
 
-    def can_leave(self, version: Any) -> bool:
-        """Whether it may go once no sequence holds it: it is neither pinned nor merged."""
+    def hold(self, version: Any) -> bool:
+        """Keep a version there until `release` has been called as often; False: it is not there."""
         ...
 
-    def hold(self, version: Any) -> None:
-        """Keep one that is ready until it is let go as often."""
-        ...
-
-    def let_go(self, version: Any) -> None: ...
+    def release(self, version: Any) -> None: ...
 
 
 class _OnDevice:
@@ -63,15 +59,13 @@ class _OnDevice:
     def is_ready(self, version: Any) -> bool:
         return True
 
-    def readiness(self, version: Any) -> Readiness:
+    def request(self, version: Any) -> Readiness:
         return Readiness.READY
 
-    def can_leave(self, version: Any) -> bool:
-        return False
+    def hold(self, version: Any) -> bool:
+        return True
 
-    def hold(self, version: Any) -> None: ...
-
-    def let_go(self, version: Any) -> None: ...
+    def release(self, version: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -123,6 +117,7 @@ class Scheduler:
     Args:
         queue: whose shares are which; default: all alike.
         adapters: where they are; default: on the device.
+        can_leave: whether a version may leave the device once no sequence holds it.
         reuse: called when a sequence gets a slot: how many of its first tokens need no computing,
             fewer than it has to compute.
         on_preempt: told of a sequence that is about to lose its slot.
@@ -136,6 +131,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         queue: FairQueue[Sequence] | None = None,
         adapters: Adapters | None = None,
+        can_leave: Callable[[Any], bool] = lambda version: True,
         reuse: Callable[[Sequence], int] = lambda sequence: 0,
         on_preempt: Callable[[Sequence], None] = lambda sequence: None,
         deterministic: bool = False,
@@ -146,6 +142,7 @@ class Scheduler:
         self.running: dict[int, Sequence] = {}  # by slot, in the order of admission
         self.num_parked = 0  # times that an adapter had to leave for another
         self._adapters: Adapters = _OnDevice() if adapters is None else adapters
+        self._can_leave = can_leave
         self._reuse = reuse
         self._on_preempt = on_preempt
         self._deterministic = deterministic
@@ -209,7 +206,7 @@ class Scheduler:
             self.waiting.take(sequence)
         else:
             del self.running[sequence.slot]
-            self._let_go(sequence)
+            self._release(sequence)
             heapq.heappush(self._free_slots, sequence.slot)
             sequence.slot = None
         self.waiting.leave(sequence)
@@ -252,10 +249,8 @@ class Scheduler:
                 break
             head, victim = due
             if not self._try_hold(head):
-                state = states[head] = self._ask(head)
-                if state is Readiness.READY:
-                    self._hold(head)
-                elif state is not Readiness.NO_ROOM:
+                state = states[head] = self._request(head)
+                if state is not Readiness.READY and state is not Readiness.NO_ROOM:
                     continue
             self._preempt(victim)
             preempted.add(victim)
@@ -289,7 +284,7 @@ class Scheduler:
         assert sequence.slot is not None
         self._on_preempt(sequence)
         del self.running[sequence.slot]
-        self._let_go(sequence)
+        self._release(sequence)
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.preempt()
         self.waiting.put_back(sequence)
@@ -311,10 +306,9 @@ class Scheduler:
             if not self._try_hold(head):
                 if place >= _LOOK_AHEAD:
                     continue
-                state = states[head] = self._ask(head)
-                if state is Readiness.READY:  # it came this moment
-                    self._hold(head)
-                elif state is not Readiness.NO_ROOM and not self._is_due(head, state):
+                state = states[head] = self._request(head)
+                can_start = state is Readiness.READY or state is Readiness.NO_ROOM
+                if not can_start and not self._is_due(head, state):
                     passed_over.append(head)
                     continue
             for other in passed_over:
@@ -339,21 +333,21 @@ class Scheduler:
         parked = [s for s in self.running.values() if not s.has_adapter]
         # Those whose adapter is there go first: to ask for another may cost them theirs.
         for sequence in sorted(parked, key=lambda s: (not self._is_ready(s), self._claim(s))):
-            state = self._ask(sequence)
-            if state is Readiness.READY:
-                self._hold(sequence)
-            else:
+            state = self._request(sequence)
+            if state is not Readiness.READY:
                 states[sequence] = state
         return states
 
-    def _ask(self, sequence: Sequence) -> Readiness:
-        """Whether its adapter is there; if not, it is asked for. But what others leave is kept for
-        the first who found no room: later claims would take it bit by bit, and a large adapter
+    def _request(self, sequence: Sequence) -> Readiness:
+        """Hold its adapter if it is there; if not, have it brought. But what others leave is kept
+        for the first who found no room: later claims would take it bit by bit, and a large adapter
         would wait for ever."""
         assert sequence.version is not None, "the base is always there"
         if self._is_kept_from(sequence):
             return Readiness.COMING
-        state = self._adapters.readiness(sequence.version)
+        state = self._adapters.request(sequence.version)
+        if state is Readiness.READY and not self._try_hold(sequence):
+            return Readiness.COMING  # a loader has just taken its room; it is asked for again
         if state is Readiness.NO_ROOM and self._first_in_need is None:
             self._first_in_need = sequence
             if self._need is None or self._need[0] is not sequence.version:
@@ -377,19 +371,19 @@ class Scheduler:
         in_use: dict[Hashable, list[Sequence]] = {}
         for sequence in self.running.values():
             version = sequence.version
-            if sequence.has_adapter and version is not None and self._adapters.can_leave(version):
+            if sequence.has_adapter and version is not None and self._can_leave(version):
                 in_use.setdefault(version, []).append(sequence)
         claims = {version: min(map(self._claim, users)) for version, users in in_use.items()}
         least_first = sorted(in_use, key=claims.__getitem__)
         assert first.version is not None
-        while self._adapters.readiness(first.version) is Readiness.NO_ROOM and least_first:
+        while self._adapters.request(first.version) is Readiness.NO_ROOM and least_first:
             victim = least_first.pop()
             if claims[victim] <= claim:
                 break
             if self._step - self._turns[victim] < TURN_STEPS:
                 continue
             for sequence in in_use[victim]:
-                self._let_go(sequence)
+                self._release(sequence)
                 sequence.parked_at = self._step
             self.num_parked += 1
 
@@ -406,24 +400,20 @@ class Scheduler:
         return sequence.version is None or self._adapters.is_ready(sequence.version)
 
     def _try_hold(self, sequence: Sequence) -> bool:
-        if not self._is_ready(sequence):
-            return False
-        self._hold(sequence)
+        if sequence.version is not None:
+            if not self._adapters.hold(sequence.version):
+                return False
+            self._turns.setdefault(sequence.version, self._step)
+        sequence.has_adapter = True
         return True
 
-    def _hold(self, sequence: Sequence) -> None:
-        sequence.has_adapter = True
-        if sequence.version is not None:
-            self._adapters.hold(sequence.version)
-            self._turns.setdefault(sequence.version, self._step)
-
-    def _let_go(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence) -> None:
         if not sequence.has_adapter:
             return
         sequence.has_adapter = False
         version = sequence.version
         if version is not None:
-            self._adapters.let_go(version)
+            self._adapters.release(version)
             if not any(s.has_adapter and s.version is version for s in self.running.values()):
                 self._turns.pop(version, None)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from neuroada_serve.engine.adapter_plane import Rescan
+from neuroada_serve.adapters.directory import Rescan
 from neuroada_serve.server.threads import in_daemon_thread
 from neuroada_serve.server.worker import Adapters
 

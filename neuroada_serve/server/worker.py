@@ -19,8 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from neuroada_serve.adapters.directory import Rescan
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine.adapter_plane import AdapterInfo, Rescan
+from neuroada_serve.engine.adapter_plane import AdapterInfo
 from neuroada_serve.errors import EngineError, NeuroAdaError, Unavailable
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.loader import BaseModel

@@ -74,20 +74,20 @@ def test_index_stays_for_the_next_adapter_until_its_room_is_wanted():
     bank = new_bank()
     bank.free(bank.upload(new_adapter(0)))
     assert bank.index_bytes == SLOT_BYTES
-    assert bank.drop_empty_plane()
+    assert bank.evict_plane()
     assert (bank.index_bytes, bank.used_bytes) == (0, 0)
-    assert not bank.drop_empty_plane()
+    assert not bank.evict_plane()
 
 
-def test_index_in_use_or_about_to_be_is_not_dropped():
+def test_index_in_use_or_about_to_be_is_not_evicted():
     bank = new_bank()
     resident = bank.upload(new_adapter(0))
-    assert not bank.drop_empty_plane()
+    assert not bank.evict_plane()
+    coming = bank.settle(bank.reserve(SLOT_BYTES), resident.plane)  # its values are on their way
     bank.free(resident)
-    resident.plane.num_coming = 1
-    assert not bank.drop_empty_plane()
-    resident.plane.num_coming = 0
-    assert not bank.drop_empty_plane(besides=resident.plane.table)
+    assert not bank.evict_plane()
+    bank.free(coming)
+    assert bank.evict_plane()
 
 
 def test_freeing_twice_is_refused():
@@ -183,8 +183,8 @@ class BankMachine(RuleBasedStateMachine):
         self.bank.free(resident)
 
     @rule()
-    def drop_empty_planes(self):
-        while self.bank.drop_empty_plane():
+    def evict_planes(self):
+        while self.bank.evict_plane():
             pass
         assert self.resident or self.bank.used_bytes == 0
 

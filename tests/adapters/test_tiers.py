@@ -11,11 +11,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from neuroada_serve.adapters import tiers as tiers_module
+from neuroada_serve.adapters import residency as residency_module
+from neuroada_serve.adapters import room as room_module
 from neuroada_serve.adapters.bank import SLOT_BYTES
 from neuroada_serve.adapters.format import Adapter, BaseSpec, save_adapter
+from neuroada_serve.adapters.loaders import Loaders
 from neuroada_serve.adapters.reader import AdapterReader
 from neuroada_serve.adapters.readiness import Readiness
+from neuroada_serve.adapters.residency import Absent, Failed, Resident
 from neuroada_serve.adapters.store import AdapterStore, AdapterVersion
 from neuroada_serve.adapters.tiers import AdapterTiers
 from neuroada_serve.errors import AdapterError, AdapterFormatError, AdapterNotFoundError
@@ -45,7 +48,19 @@ class Tiers(AdapterTiers):
             host_bytes,
             self.wakeup,
         )
-        self.store = AdapterStore("base", self.forget)
+        self.store = AdapterStore("base", self.discard)
+
+    @property
+    def device_bytes(self) -> tuple[int, int]:
+        return self.flat.used_bytes, self.flat.size_bytes
+
+    @property
+    def host_bytes(self) -> tuple[int, int]:
+        return self.host.used_bytes, self.host.size_bytes
+
+    @property
+    def num_resident(self) -> int:
+        return self.flat.num_resident
 
     def _zeros(self, table):
         self.num_originals += 1
@@ -64,7 +79,7 @@ class Tiers(AdapterTiers):
         """Ask for versions until none is on its way."""
         deadline = time.monotonic() + 120
         while True:
-            states = [self.readiness(version) for version in versions]
+            states = [self.request(version) for version in versions]
             if Readiness.COMING not in states:
                 return states
             assert time.monotonic() < deadline, states
@@ -72,9 +87,9 @@ class Tiers(AdapterTiers):
             self.poll()
 
     def assert_holds(self, version: AdapterVersion, adapter: Adapter) -> None:
-        self.hold(version)
+        assert self.hold(version)
         assert_holds(self.flat, self.resident(version), adapter)
-        self.let_go(version)
+        self.release(version)
 
 
 @pytest.fixture
@@ -85,7 +100,7 @@ def new_tiers(monkeypatch):
         made.append(Tiers(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(tiers_module, "FRESH_S", 0.0)
+    monkeypatch.setattr(room_module, "FRESH_S", 0.0)
     yield new
     for tiers in made:
         tiers.close()
@@ -95,7 +110,7 @@ def test_adapter_comes_up_from_disk_beside_the_engine(new_tiers, tmp_path):
     tiers, adapter = new_tiers(), new_adapter(1)
     version = tiers.add_file("a", adapter, tmp_path)
     assert tiers.tier_of(version) == "disk"
-    assert tiers.readiness(version) is Readiness.COMING
+    assert tiers.request(version) is Readiness.COMING
     assert tiers.wakeup.wait(120), "its index is new: the engine's thread is called"
     assert tiers.settle(version) == [Readiness.READY]
     assert tiers.tier_of(version) == "device"
@@ -133,13 +148,13 @@ def test_what_is_held_pinned_or_fresh_stays(new_tiers, monkeypatch):
     tiers = new_tiers(room=4)
     versions = [tiers.add(f"a{i}", new_adapter(i)) for i in range(5)]
     tiers.settle(*versions[:2])
-    tiers.hold(versions[0])
+    assert tiers.hold(versions[0])
     tiers.store.pin("a1")
-    monkeypatch.setattr(tiers_module, "FRESH_S", 60.0)
+    monkeypatch.setattr(room_module, "FRESH_S", 60.0)
     tiers.settle(versions[2])
-    assert tiers.readiness(versions[3]) is Readiness.NO_ROOM
-    tiers.hold(versions[2])
-    tiers.let_go(versions[2])  # it has had its turn
+    assert tiers.request(versions[3]) is Readiness.NO_ROOM
+    assert tiers.hold(versions[2])
+    tiers.release(versions[2])  # it has had its turn
     assert tiers.settle(versions[3]) == [Readiness.READY]
     assert [tiers.tier_of(v) for v in versions[:3]] == ["device", "device", "host"]
 
@@ -148,10 +163,10 @@ def test_no_room_is_said_at_once_and_ends_when_somebody_lets_go(new_tiers):
     tiers = new_tiers(room=3)
     a, b, c = (tiers.add(name, new_adapter(i)) for i, name in enumerate("abc"))
     tiers.settle(a, b)
-    tiers.hold(a)
-    tiers.hold(b)
-    assert tiers.readiness(c) is Readiness.NO_ROOM
-    tiers.let_go(b)
+    assert tiers.hold(a)
+    assert tiers.hold(b)
+    assert tiers.request(c) is Readiness.NO_ROOM
+    tiers.release(b)
     assert tiers.settle(c) == [Readiness.READY]
 
 
@@ -169,11 +184,11 @@ def test_prefetch_takes_nothing_that_others_wait_for(new_tiers, monkeypatch):
     tiers = new_tiers(room=3)
     a, b, c = (tiers.add(name, new_adapter(i)) for i, name in enumerate("abc"))
     tiers.settle(a, b)
-    tiers.hold(a)
-    tiers.hold(b)
-    monkeypatch.setattr(tiers_module, "FRESH_S", 60.0)
-    assert tiers.readiness(c) is Readiness.NO_ROOM
-    tiers.let_go(b)
+    assert tiers.hold(a)
+    assert tiers.hold(b)
+    monkeypatch.setattr(room_module, "FRESH_S", 60.0)
+    assert tiers.request(c) is Readiness.NO_ROOM
+    tiers.release(b)
     tiers.prefetch(tiers.add("d", new_adapter(3)))
     assert tiers.tier_of(b) == "device"
     assert tiers.settle(c) == [Readiness.READY]
@@ -205,16 +220,16 @@ def test_holes_are_closed_where_only_together_they_are_large_enough(new_tiers):
     small = [tiers.add(f"a{i}", new_adapter(i)) for i in range(19)]
     tiers.settle(*small)
     for version in small[::2]:
-        tiers.hold(version)  # every other slot is to stay
+        assert tiers.hold(version)  # every other slot is to stay
     large = tiers.add("large", new_adapter(50, k=20, modules=("a.up",)))
     deadline = time.monotonic() + 120
-    while tiers.readiness(large) is not Readiness.READY:
+    while tiers.request(large) is not Readiness.READY:
         assert time.monotonic() < deadline
         tiers.poll()
     assert tiers.metrics.num_compactions > 0
     for i, version in enumerate(small[::2]):
         assert_holds(tiers.flat, tiers.resident(version), new_adapter(2 * i))
-        tiers.let_go(version)
+        tiers.release(version)
 
 
 def test_too_large_for_the_device_is_refused_with_the_flag(new_tiers):
@@ -236,7 +251,7 @@ def test_unloading_frees_device_and_host(new_tiers):
     tiers.settle(version)
     tiers.store.remove("a")
     assert (tiers.device_bytes, tiers.host_bytes, tiers.num_resident) == before
-    assert tiers.readiness(tiers.store.get("keep")) is Readiness.READY
+    assert tiers.request(tiers.store.get("keep")) is Readiness.READY
 
 
 def test_version_that_goes_on_its_way_leaves_nothing(new_tiers, monkeypatch):
@@ -244,14 +259,14 @@ def test_version_that_goes_on_its_way_leaves_nothing(new_tiers, monkeypatch):
     tiers.settle(tiers.add("keep", new_adapter(0)))
     before = tiers.device_bytes, tiers.host_bytes, tiers.num_resident
     reading, go_on = threading.Event(), threading.Event()
-    real = Tiers._write
+    real = Loaders._fill
 
     def write(self, *args):
         reading.set()
         assert go_on.wait(120)
         real(self, *args)
 
-    monkeypatch.setattr(Tiers, "_write", write)
+    monkeypatch.setattr(Loaders, "_fill", write)
     version = tiers.add("a", new_adapter(1))
     tiers.prefetch(version)
     assert reading.wait(120)
@@ -260,7 +275,7 @@ def test_version_that_goes_on_its_way_leaves_nothing(new_tiers, monkeypatch):
     tiers.close()
     assert (tiers.device_bytes, tiers.host_bytes, tiers.num_resident) == before
     tiers.prefetch(version)  # too late
-    assert version not in tiers._places
+    assert isinstance(tiers.residency[version], Absent)
 
 
 def test_loaded_adapters_outlive_their_files(new_tiers, tmp_path):
@@ -286,7 +301,7 @@ def test_failure_is_kept_for_a_moment_and_then_tried_again(new_tiers, tmp_path, 
     (tmp_path / "away").rename(tmp_path / "a")
     assert tiers.settle(version) == [Readiness.FAILED]
     assert tiers.metrics.num_failures == 1
-    monkeypatch.setattr(tiers_module, "RETRY_S", 0.0)
+    monkeypatch.setattr(residency_module, "RETRY_S", 0.0)
     assert tiers.settle(version) == [Readiness.READY]
 
 
@@ -297,7 +312,7 @@ def test_values_that_break_a_rule_fail_when_they_are_first_read(new_tiers, tmp_p
     assert tiers.settle(version) == [Readiness.FAILED]
     assert "a.q.bypass has NaN" in str(tiers.error(version))
     with pytest.raises(AdapterFormatError):
-        tiers.read(version)
+        tiers.host.read(version)
     assert tiers.device_bytes[0] == 0
 
 
@@ -307,7 +322,7 @@ def test_unforeseen_failure_is_logged_and_not_told(new_tiers, monkeypatch, caplo
     def explode(self, *args):
         raise RuntimeError("a secret of the server")
 
-    monkeypatch.setattr(Tiers, "_write", explode)
+    monkeypatch.setattr(Loaders, "_fill", explode)
     version = tiers.add("a", new_adapter(1))
     assert tiers.settle(version) == [Readiness.FAILED]
     assert "secret" not in str(tiers.error(version))
@@ -323,18 +338,18 @@ def test_allocation_that_fails_leaves_the_budget_as_it_was(new_tiers, monkeypatc
     tiers = new_tiers()
     kept = tiers.add("keep", new_adapter(0))
     tiers.settle(kept)
-    tiers.hold(kept)
+    assert tiers.hold(kept)
     before = tiers.device_bytes
     calls = itertools.count(1)
     real = FlatBank._take
     monkeypatch.setattr(FlatBank, "_take", lambda s, n: None if next(calls) == kth else real(s, n))
     version = tiers.add("a", new_adapter(1, k=8, index_seed=1))
     deadline = time.monotonic() + 120
-    while tiers.readiness(version) is not Readiness.READY:
+    while tiers.request(version) is not Readiness.READY:
         assert time.monotonic() < deadline
         tiers.poll()
     tiers.store.remove("a")
-    while tiers.flat.drop_empty_plane():
+    while tiers.flat.evict_plane():
         pass
     assert tiers.device_bytes == before
 
@@ -364,7 +379,7 @@ def test_fetch_says_where_there_is_no_room(new_tiers):
     tiers = new_tiers(room=2)
     a, b = tiers.add("a", new_adapter(0)), tiers.add("b", new_adapter(1))
     tiers.fetch(a)
-    tiers.hold(a)
+    assert tiers.hold(a)
     assert tiers.fetch(b) is Readiness.NO_ROOM
 
 
@@ -387,7 +402,7 @@ def test_values_to_be_merged_are_read_beside_the_engine(new_tiers, tmp_path):
     tiers, adapter = new_tiers(host_bytes=0), new_adapter(1)
     version = tiers.add_file("a", adapter, tmp_path)
     deadline = time.monotonic() + 120
-    while (values := tiers.values_at_hand(version)) is None:
+    while (values := tiers.host.request(version)) is None:
         assert time.monotonic() < deadline
     assert torch.equal(values.values, tiers.flat.reader.of(adapter).values)
 
@@ -406,21 +421,21 @@ class TiersMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        tiers_module.FRESH_S = 0.0
-        tiers_module.RETRY_S = 0.0
+        room_module.FRESH_S = 0.0
+        residency_module.RETRY_S = 0.0
         self.tiers = Tiers(room=14, host_bytes=700)
         self.adapters = {}  # version -> Adapter
         self.leases = []  # (lease, whether it holds)
         self.seeds = itertools.count()
         self.fails = False
-        real = self.tiers._write
+        real = self.tiers._loaders._fill
 
         def write(*args):
             if self.fails:
                 raise AdapterError("it failed")
             real(*args)
 
-        self.tiers._write = write
+        self.tiers._loaders._fill = write
 
     @rule(name=names, k=st.sampled_from([1, 2, 8]), index_seed=st.integers(0, 1))
     def load_or_replace(self, name, k, index_seed):
@@ -459,7 +474,7 @@ class TiersMachine(RuleBasedStateMachine):
             assert self.fails
             return
         if state is Readiness.READY:
-            self.tiers.hold(held[0].version)
+            assert self.tiers.hold(held[0].version)
             held[1] = True
 
     @precondition(lambda self: self.leases)
@@ -467,7 +482,7 @@ class TiersMachine(RuleBasedStateMachine):
     def finish(self, data):
         held = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
         if held[1]:
-            self.tiers.let_go(held[0].version)
+            self.tiers.release(held[0].version)
         held[0].release()
 
     @rule()
@@ -488,28 +503,29 @@ class TiersMachine(RuleBasedStateMachine):
         used, size = tiers.device_bytes
         values = sum(
             tiers.flat.values_bytes(version.nnz)
-            for version, place in tiers._places.items()
-            if place.is_ready
+            for version in tiers.residency
+            if tiers.is_ready(version)
         )
         assert used == values + tiers.flat.index_bytes <= size
         assert tiers.host_bytes[0] <= tiers.host_bytes[1]
-        assert not any(place.is_coming or place.room for place in tiers._places.values())
+        at_rest = Absent | Resident | Failed
+        assert all(isinstance(tiers.residency[version], at_rest) for version in tiers.residency)
 
     @invariant()
     def nothing_is_kept_of_what_has_gone(self):
         alive = {*self.tiers.store.versions, *(lease.version for lease, _ in self.leases)}
-        assert set(self.tiers._places) <= alive
+        assert set(self.tiers.residency) <= alive
 
     def teardown(self):
         for lease, holds in self.leases:
             if holds:
-                self.tiers.let_go(lease.version)
+                self.tiers.release(lease.version)
             lease.release()
         for name in self.tiers.store.names:
             self.tiers.store.remove(name)
         assert self.tiers.num_resident == 0
         assert self.tiers.host_bytes[0] == 0
-        tiers_module.FRESH_S, tiers_module.RETRY_S = 0.5, 1.0
+        room_module.FRESH_S, residency_module.RETRY_S = 0.5, 1.0
 
 
 class TestTiers(TiersMachine.TestCase):

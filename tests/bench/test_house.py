@@ -9,7 +9,6 @@ from bench import house
 LARGE_CLASSES = {
     "adapters/bank.py:AdapterBank",
     "adapters/store.py:AdapterStore",
-    "adapters/tiers.py:AdapterTiers",
     "engine/adapter_plane.py:AdapterPlane",
     "engine/engine.py:Engine",
     "engine/llm.py:LLM",
@@ -18,7 +17,7 @@ LARGE_CLASSES = {
     "server/worker.py:Worker",
     "train/run.py:Run",
 }
-LONG_FILES = {"adapters/tiers.py", "engine/engine.py"}
+LONG_FILES = {"engine/engine.py"}
 LONG_SCRIPTS = {
     *("abuse.py", "adapters.py", "gpu.py", "merge.py", "quality.py", "sharing.py", "training.py"),
 }

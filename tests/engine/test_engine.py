@@ -193,8 +193,8 @@ def test_metrics_count_what_was_done(llama):
     engine.add_request("left", PROMPTS[0], GREEDY)
     engine.abort("left")
     run(engine)
-    engine.adapters.merge("a")
-    engine.adapters.unmerge()
+    engine.adapters.merging.merge("a")
+    engine.adapters.merging.unmerge()
     metrics = engine.metrics
     assert (metrics.num_prompt_tokens, metrics.num_output_tokens) == (2 * len(PROMPTS[1]), 6)
     assert metrics.num_finished[FinishReason.LENGTH] == 2
@@ -205,9 +205,9 @@ def test_metrics_count_what_was_done(llama):
 def test_the_log_says_what_is_merged(llama, caplog):
     caplog.set_level("INFO", logger="neuroada_serve")
     engine = new_engine(*llama)
-    for change in (lambda: engine.adapters.merge("a"), engine.adapters.unmerge) * 2:
+    for change in (lambda: engine.adapters.merging.merge("a"), engine.adapters.merging.unmerge) * 2:
         change()
-    engine.adapters.unmerge()  # of nothing: no line
+    engine.adapters.merging.unmerge()  # of nothing: no line
     said = [record.getMessage().split(", ")[0] for record in caplog.records]
     assert said == ["adapter 'a' merged", "adapter 'a' taken out of the weights"] * 2
 
@@ -244,7 +244,7 @@ def test_removing_a_merged_adapter_finishes_its_requests(llama):
     source, adapters = llama
     engine = new_engine(source, adapters)
     digest = engine.base_digest()
-    engine.adapters.merge("a")
+    engine.adapters.merging.merge("a")
     engine.add_request("r", PROMPTS[0], GREEDY, "a")
     outputs = engine.step()
     engine.adapters.remove("a")
@@ -261,8 +261,8 @@ def test_merging_in_the_middle_of_requests_changes_no_token(llama):
     for i, name in enumerate(names):
         engine.add_request(f"r{i}", PROMPTS[1], GREEDY, name)
     outputs = engine.step()
-    plane = engine.adapters
-    for change in (lambda: plane.merge("a"), lambda: plane.merge("b"), plane.unmerge):
+    merging = engine.adapters.merging
+    for change in (lambda: merging.merge("a"), lambda: merging.merge("b"), merging.unmerge):
         change()
         outputs += engine.step() + engine.step()
     outputs += run(engine)
@@ -406,23 +406,23 @@ def test_room_is_not_taken_from_what_is_being_merged(llama, monkeypatch, asked):
 
     def merge(merger, values, originals):
         with tiers._lock:  # as a loader does, for another adapter
-            while tiers._make_room():
+            while tiers._room.evict():
                 pass
         real(merger, values, originals)
 
     monkeypatch.setattr(WeightMerger, "merge", merge)
     if asked == "by name":
-        engine.adapters.merge("a")
+        engine.adapters.merging.merge("a")
     else:
         engine.adapters.set_merge_mode("a")
         engine.step()
     assert engine.merged == "a"
-    assert tiers.num_resident == 1
+    assert engine.adapters.bank.num_resident == 1
     engine.add_request("r", PROMPTS[0], GREEDY, None)
     tokens = [t for o in run(engine) for t in o.token_ids]
     model = plain_merged(source, None)
     assert tokens == plain_generate(model, PROMPTS[0], 12, engine.base.eos_token_ids)
-    engine.adapters.unmerge()
+    engine.adapters.merging.unmerge()
     engine.adapters.unload("a")  # nothing is held any more
 
 
@@ -442,7 +442,7 @@ def test_weights_that_cannot_be_restored_stop_the_engine(llama, monkeypatch):
 def test_idle_merged_adapter_is_unloaded_without_a_wait_being_asked_for(llama, mode):
     """Its lease is the engine's own, who lets go of it between two steps."""
     engine = new_engine(*llama, merge=mode)
-    engine.adapters.merge("a")
+    engine.adapters.merging.merge("a")
     engine.adapters.set_merge_mode(mode)
     with ThreadPoolExecutor() as pool:
         unloaded = pool.submit(engine.adapters.unload, "a")

@@ -309,4 +309,5 @@ def test_adapter_that_finds_no_memory_ends_its_own_request_only(
         finals |= {o.request_id: o for o in engine.step() if o.finished}
     assert finals["base"].error is None
     assert finals["adapter"].may_retry
-    assert not engine.adapters.tiers._waiting
+    assert not engine.adapters.tiers._loaders.needs_index
+    assert not engine.adapters.tiers.residency.num_writing

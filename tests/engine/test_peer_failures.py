@@ -463,7 +463,7 @@ def test_merged_adapter_that_fills_the_room_makes_way_or_is_named(served, mode):
     engine = served.engine(["k1", "k8"])
     room = 2 * served.bytes_of(engine, "k8")  # with its index, as many columns
     engine = served.engine(["k1", "k8"], adapter_memory=room)
-    engine.adapters.merge("k8")
+    engine.adapters.merging.merge("k8")
     engine.adapters.set_merge_mode(mode)
     add(engine, "r", "k1")
     outputs, deadline = [], time.monotonic() + 120
@@ -496,12 +496,12 @@ def test_merging_never_drifts(served, dtype):
         engine.adapters.add(f"a{seed}", adapter_for(fresh.model, fresh.spec, seed, **kind))
     digest = engine.base_digest()
     for i in range(10_000):
-        engine.adapters.merge(f"a{i * 7 % 64}")
+        engine.adapters.merging.merge(f"a{i * 7 % 64}")
         if i % 1000 == 999:
             assert engine.base_digest() != digest
-            engine.adapters.unmerge()
+            engine.adapters.merging.unmerge()
             assert weights_digest(engine.base.model) == digest
-    engine.adapters.unmerge()
+    engine.adapters.merging.unmerge()
     assert engine.base_digest() == digest
 
 
@@ -509,7 +509,7 @@ def test_others_are_served_while_one_is_merged(served):
     """No LoRA server: there, merging one adapter means that all others wait."""
     engine = served.engine(served.made, max_num_seqs=16)
     for merged in ("k8", "own index"):
-        engine.adapters.merge(merged.replace(" ", "-"))
+        engine.adapters.merging.merge(merged.replace(" ", "-"))
         for name in (None, *served.made):
             add(engine, str(name), name)
         tokens = run(engine)

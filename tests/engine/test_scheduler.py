@@ -64,7 +64,7 @@ class FakeAdapters:
     def is_ready(self, version: Version) -> bool:
         return version in self.idle or version in self.holders
 
-    def readiness(self, version: Version) -> Readiness:
+    def request(self, version: Version) -> Readiness:
         if not self.is_ready(version) and version not in self.coming | self.failed:
             while self.room - self.used < version.size:
                 if not self._make_room():
@@ -80,13 +80,15 @@ class FakeAdapters:
     def can_leave(self, version: Version) -> bool:
         return not version.is_pinned
 
-    def hold(self, version: Version) -> None:
-        assert self.is_ready(version)
+    def hold(self, version: Version) -> bool:
+        if not self.is_ready(version):
+            return False
         self.idle.pop(version, None)
         self._fresh.pop(version, None)
         self.holders[version] += 1
+        return True
 
-    def let_go(self, version: Version) -> None:
+    def release(self, version: Version) -> None:
         self.holders[version] -= 1
         assert self.holders[version] >= 0
         if not self.holders[version]:
@@ -121,18 +123,15 @@ class AdaptersSaid:
         self._said = said
 
     def is_ready(self, version: Version) -> bool:
-        return self.readiness(version) is Readiness.READY
+        return self.request(version) is Readiness.READY
 
-    def readiness(self, version: Version) -> Readiness:
+    def request(self, version: Version) -> Readiness:
         return self._said.get(version, Readiness.READY)
 
-    def can_leave(self, version: Version) -> bool:
-        return False
+    def hold(self, version: Version) -> bool:
+        return self.is_ready(version)
 
-    def hold(self, version: Version) -> None:
-        assert self.is_ready(version)
-
-    def let_go(self, version: Version) -> None:
+    def release(self, version: Version) -> None:
         assert self.is_ready(version)
 
 
@@ -176,7 +175,9 @@ class FakeEngine:
         reuse: int = 0,
     ) -> None:
         self.adapters = FakeAdapters(room=100, load_steps=0) if adapters is None else adapters
-        self.scheduler = Scheduler(max_num_seqs, budget, queue, self.adapters, self._reuse)
+        self.scheduler = Scheduler(
+            max_num_seqs, budget, queue, self.adapters, self.adapters.can_leave, self._reuse
+        )
         self.cache: dict[tuple[int, int], tuple[Sequence, int]] = {}
         self.steps = 0
         self.finished: list[Sequence] = []
@@ -568,6 +569,25 @@ def test_later_claims_overtake_only_so_often(others):
         assert overtakes is not first
         scheduler.remove(overtakes)
     assert scheduler.schedule().running == (first,)
+
+
+def test_adapter_that_is_evicted_before_it_is_held_is_asked_for_again():
+    """A loader thread may take its room at any moment for another one."""
+
+    class Evicted(AdaptersSaid):
+        is_there = False
+
+        def hold(self, version: Version) -> bool:
+            return self.is_there
+
+    adapters = Evicted({})
+    scheduler = Scheduler(1, 16, adapters=adapters)
+    sequence = new_sequence("r", version=Version("a"))
+    scheduler.add(sequence)
+    assert scheduler.schedule().is_empty
+    assert not sequence.has_adapter
+    adapters.is_there = True
+    assert scheduler.schedule().scheduled == (sequence,)
 
 
 # --- affinity --------------------------------------------------------------------------------

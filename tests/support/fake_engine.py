@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from neuroada_serve.adapters.directory import Rescan
 from neuroada_serve.adapters.format import CONFIG_FILE, BaseSpec
 from neuroada_serve.adapters.store import parse_mix
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine.adapter_plane import AdapterInfo, Rescan
+from neuroada_serve.engine.adapter_plane import AdapterInfo
 from neuroada_serve.engine.fairness import FairQueue
 from neuroada_serve.errors import (
     AdapterConflictError,

@@ -50,7 +50,7 @@ def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
         engine.adapters.bank,
         engine._runner._context,
         KVCache(5, engine.max_model_len, coarse=True),
-        engine.adapters.resident,
+        engine.adapters.tiers.resident,
         enforce_eager=True,
         capture=record if DEVICE.type == "cpu" else cuda_capture(),
     )
