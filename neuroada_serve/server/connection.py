@@ -8,6 +8,7 @@ be reading. What is there at once it gets.
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -89,6 +90,16 @@ def _check_framing(request: h11.Request) -> None:
         raise h11.RemoteProtocolError("HTTP/1.0 has no Transfer-Encoding")
 
 
+def _response(failure: Failure) -> bytes:
+    """Return the whole HTTP response of a failure, after which the connection is closed."""
+    body = failure.body()
+    head = f"HTTP/1.1 {failure.status} {STATUS_PHRASES[failure.status].decode()}"
+    fields = {"content-type": "application/json", "content-length": str(len(body))}
+    fields |= {**failure.headers, "connection": "close"}
+    lines = head, *(f"{name}: {value}" for name, value in fields.items()), "", ""
+    return "\r\n".join(lines).encode() + body
+
+
 class Slices:
     """Parses what came in large pieces: a little of all connections' at a time, in turn, for a part
     of the time only. An event loop that is never idle takes the interpreter from the engine.
@@ -123,8 +134,87 @@ class Slices:
             self._schedule()
 
 
-class Connection(H11Protocol):
+class _Deadline:
+    """A time limit that may be moved; `on_expired` is called once it has passed.
+
+    A timer that fires late has been held up by the event loop, and so have the client's bytes: it
+    gets one more second.
     """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_expired: Callable[[], None]) -> None:
+        self._loop = loop
+        self._on_expired = on_expired
+        self._at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, timeout_s: float) -> None:
+        self.cancel()
+        self._at = self._loop.time() + timeout_s
+        self._timer = self._loop.call_at(self._at, self._check)
+
+    def extend(self, time_s: float) -> None:
+        self._at += time_s
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _check(self) -> None:
+        now = self._loop.time()
+        if now < self._at:
+            self._timer = self._loop.call_at(self._at, self._check)
+        elif now > self._at + _LATE_S:
+            self.set(_LATE_S)
+        else:
+            self._on_expired()
+
+
+class _Reader:
+    """The client as a reader: it must take what it is sent at some pace, or it is cut off.
+
+    A whole answer may be megabytes at once, so pace is measured over all that it leaves unread.
+    """
+
+    def __init__(self, limits: ConnectionLimits, transport: asyncio.Transport) -> None:
+        self._limits = limits
+        self._transport = transport
+        self._loop = asyncio.get_running_loop()
+        self._patience_s = limits.write_s
+        self._timer: asyncio.TimerHandle | None = None
+        self._unread = 0  # bytes, when last looked at
+        self._looked_at = 0.0
+
+    def watch(self) -> None:
+        """Begin to measure: the connection is full."""
+        self._unread, self._looked_at = self._transport.get_write_buffer_size(), self._loop.time()
+        self._timer = self._loop.call_later(self._patience_s, self._check)
+
+    def unwatch(self) -> None:
+        """Stop measuring."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._measure()
+
+    def _check(self) -> None:
+        self._measure()
+        if self._patience_s > 0:
+            self._timer = self._loop.call_later(self._patience_s, self._check)
+        else:
+            self._transport.abort()
+
+    def _measure(self) -> None:
+        now, left = self._loop.time(), self._transport.get_write_buffer_size()
+        # While the loop was held up, nothing could be written either.
+        waited = min(now - self._looked_at, self._patience_s + _LATE_S)
+        earned = max(0, self._unread - left) / self._limits.write_bytes_per_s
+        self._patience_s = min(self._limits.write_s, self._patience_s - waited + earned)
+        self._unread, self._looked_at = left, now
+
+
+class Connection(H11Protocol):
+    """One client's HTTP/1.1 connection.
+
     Args:
         limits: how long the client may take.
         slices: shared by all.
@@ -150,14 +240,10 @@ class Connection(H11Protocol):
         self._all_waiting = waiting
         self._waits_for = _Waiting.NOTHING
         self._num_bytes = 0  # since it waits
-        self._deadline = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = _Deadline(self.loop, self._on_late)
         self._has_left = False  # or closed its side
         self._is_refused = False
-        self._write_timer: asyncio.TimerHandle | None = None
-        self._patience_s = limits.write_s
-        self._unread = 0  # bytes, when last looked at
-        self._looked_at = 0.0
+        self._reader: _Reader | None = None
         self._unparsed: deque[memoryview] = deque()
 
     def evict(self) -> None:
@@ -168,15 +254,16 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._reader = _Reader(self._limits, transport)
         self._all_waiting[self] = None
         self._wait_for(_Waiting.HEADERS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._all_waiting.pop(self, None)
         self._unparsed.clear()
-        for timer in (self._timer, self._write_timer):
-            if timer is not None:
-                timer.cancel()
+        self._deadline.cancel()
+        if self._reader is not None:
+            self._reader.unwatch()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -187,11 +274,14 @@ class Connection(H11Protocol):
             self._wait_for(_Waiting.HEADERS)  # of a later request
         self._num_bytes += len(data)
         if self._waits_for is _Waiting.BODY:
-            self._deadline += len(data) / self._limits.body_bytes_per_s
+            self._deadline.extend(len(data) / self._limits.body_bytes_per_s)
         if not self._unparsed and len(data) <= _SLICE_BYTES:
-            self._parse(data)
+            self.conn.receive_data(data)
+            self.handle_events()
             return
-        is_plain = self._waits_for is _Waiting.BODY and not self._is_chunked
+        is_plain = self._waits_for is _Waiting.BODY and all(
+            name != b"transfer-encoding" for name, _ in self.headers
+        )
         step, view = _PLAIN_SLICE_BYTES if is_plain else _SLICE_BYTES, memoryview(data)
         is_queued = bool(self._unparsed)
         self._unparsed.extend(view[i : i + step] for i in range(0, len(data), step))
@@ -200,7 +290,7 @@ class Connection(H11Protocol):
             self._slices.add(self)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether to go on writing."""
+        """Return whether to keep the connection open for writing."""
         cycle = self.cycle
         if self._is_refused or cycle is None or cycle.response_complete or cycle.more_body:
             return False
@@ -210,31 +300,13 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread, self._looked_at = self.transport.get_write_buffer_size(), self.loop.time()
-        self._write_timer = self.loop.call_later(self._patience_s, self._look_at_reader)
+        assert self._reader is not None
+        self._reader.watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-            self._note_reading()
-
-    def _look_at_reader(self) -> None:
-        """Whoever reads too little goes. A whole answer may be megabytes at once."""
-        self._note_reading()
-        if self._patience_s > 0:
-            self._write_timer = self.loop.call_later(self._patience_s, self._look_at_reader)
-        else:
-            self.evict()
-
-    def _note_reading(self) -> None:
-        now, left = self.loop.time(), self.transport.get_write_buffer_size()
-        # Where the loop was held up, nothing could be written either.
-        waited = min(now - self._looked_at, self._patience_s + _LATE_S)
-        earned = max(0, self._unread - left) / self._limits.write_bytes_per_s
-        self._patience_s = min(self._limits.write_s, self._patience_s - waited + earned)
-        self._unread, self._looked_at = left, now
+        assert self._reader is not None
+        self._reader.unwatch()
 
     # --- the application ------------------------------------------------------------------------
 
@@ -257,16 +329,11 @@ class Connection(H11Protocol):
 
     # --- parsing --------------------------------------------------------------------------------
 
-    def _parse(self, data: bytes) -> None:
-        if self._is_refused:
-            return
-        self.conn.receive_data(data)
-        self.handle_events()
-
     def parse_slice(self) -> bool:
-        """Whether there are more."""
+        """Parse one piece; return whether there are more."""
         if self._unparsed and not self.transport.is_closing():
-            self._parse(bytes(self._unparsed.popleft()))
+            self.conn.receive_data(bytes(self._unparsed.popleft()))
+            self.handle_events()
         if self._unparsed and not self.transport.is_closing():
             return True
         self._unparsed.clear()
@@ -283,7 +350,7 @@ class Connection(H11Protocol):
         self._look()
 
     def _look(self) -> None:
-        """Find what is waited for now."""
+        """Update what the server waits for."""
         if self.transport.is_closing() or self._is_refused:
             return
         answered = self.cycle is None or self.cycle.response_complete
@@ -305,10 +372,6 @@ class Connection(H11Protocol):
             handle = self.timeout_keep_alive_handler
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, handle)
 
-    @property
-    def _is_chunked(self) -> bool:
-        return any(name == b"transfer-encoding" for name, _ in self.headers)
-
     def _unsupported_upgrade_warning(self) -> None:
         """Said of every request of a client that offers HTTP/2: it is answered in HTTP/1.1."""
 
@@ -329,25 +392,14 @@ class Connection(H11Protocol):
         self._num_bytes = 0
         limits = self._limits
         timeouts_s = {_Waiting.HEADERS: limits.header_s, _Waiting.BODY: limits.body_s}
-        self._set_deadline(timeouts_s.get(what, limits.linger_s))
+        self._deadline.set(timeouts_s.get(what, limits.linger_s))
 
-    def _set_deadline(self, timeout_s: float) -> None:
-        self._deadline = self.loop.time() + timeout_s
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.loop.call_at(self._deadline, self._check_deadline)
-
-    def _check_deadline(self) -> None:
+    def _on_late(self) -> None:
+        """Close the connection, or refuse a request that has begun."""
         if self._waits_for is _Waiting.NOTHING or self.transport.is_closing():
             return
-        now = self.loop.time()
-        if now < self._deadline:  # it has been moved
-            self._timer = self.loop.call_at(self._deadline, self._check_deadline)
-        elif now > self._deadline + _LATE_S:
-            self._set_deadline(_LATE_S)
-        elif self._waits_for is _Waiting.LEFTOVER or (
-            self._waits_for is _Waiting.HEADERS and not self._num_bytes
-        ):
+        has_begun = self._num_bytes > 0 or self._waits_for is _Waiting.BODY
+        if self._waits_for is _Waiting.LEFTOVER or not has_begun:
             self._close()
         else:
             what = self._waits_for.name.lower()
@@ -360,12 +412,7 @@ class Connection(H11Protocol):
             return
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
-            body = failure.body()
-            head = f"HTTP/1.1 {failure.status} {STATUS_PHRASES[failure.status].decode()}"
-            fields = {"content-type": "application/json", "content-length": str(len(body))}
-            fields |= {**failure.headers, "connection": "close"}
-            lines = head, *(f"{name}: {value}" for name, value in fields.items()), "", ""
-            self.transport.write("\r\n".join(lines).encode() + body)
+            self.transport.write(_response(failure))
         if cycle is not None:
             cycle.disconnected = True
             cycle.message_event.set()

@@ -194,7 +194,7 @@ def connected(pipe: Pipe) -> Connection:
     config = uvicorn.Config(lambda *args: None, log_config=None)
     connection = Connection(config, ServerState(), {}, limits=SHORT, slices=Slices(), waiting={})
     connection.connection_made(pipe)
-    connection._timer.cancel()
+    connection._deadline.cancel()
     return connection
 
 
