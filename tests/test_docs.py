@@ -70,6 +70,12 @@ def test_every_block_of_commands_is_run():
         assert any(words in text for text in blocks("bash")), words
 
 
+def test_every_python_block_is_run():
+    run_here = ("LLM(", "answer = client", "stream=True", "import LLM, Adapter")
+    for text in blocks("python"):
+        assert any(words in text for words in run_here), text
+
+
 def test_the_two_commands_are_the_promised_ones():
     in_readme = [block.text for block in BLOCKS if block.page == "README.md"]
     assert "pip install -c constraints.txt -e . && neuroada demo\n" in in_readme
@@ -120,6 +126,7 @@ def test_files_that_are_named_in_commands_exist_or_are_written_there():
 
 
 def test_python_example_runs(clone):
+    assert run_python(block_with("import LLM, Adapter", "python"), clone) == ""
     shown = run_python(block_with("LLM(", "python"), clone)
     assert re.search(r"^sql SELECT .* stop$", shown, re.MULTILINE)
     assert re.search(r"^triage \w+ stop$", shown, re.MULTILINE)
@@ -200,6 +207,12 @@ def test_every_listed_file_is_there_and_every_module_is_listed():
         if file.name in ("__init__.py", "__main__.py"):
             continue
         assert str(name) in listed, f"docs/architecture.md does not list {name}"
+
+
+def test_paths_on_pages_exist():
+    named = set(re.findall(r"`((?:bench|docs|examples|neuroada_serve|tests|\.ci)/[\w./-]+)`", TEXT))
+    named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"-m (bench\.\w+)", TEXT)}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
 def test_links_of_readme_lead_somewhere():

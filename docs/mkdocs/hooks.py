@@ -1,4 +1,4 @@
-"""Build hooks: the command line reference, and files outside docs/ that pages link to.
+"""Build hooks: reference tables from the code, and files outside docs/ that pages link to.
 
 Pages are also read in the repository, so they link to its other files by relative paths. The site
 gets a copy of each such file.
@@ -8,6 +8,7 @@ import posixpath
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ sys.path.insert(0, str(ROOT))  # document the code beside these pages, not an in
 from typer.main import get_command  # noqa: E402
 
 from neuroada_serve.cli.main import app  # noqa: E402
+from neuroada_serve.config import EngineConfig  # noqa: E402
+from neuroada_serve.options import default_of  # noqa: E402
 
-COMMANDS = "<!-- commands -->"  # what the reference of the command line takes the place of
+# Marks on pages that tables take the place of.
+COMMANDS = "<!-- commands -->"
+SETTINGS = "<!-- settings of the engine -->"
 OUTSIDE = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the commands, and take files outside docs/ into the site."""
+    """Fill in the tables, and take files outside docs/ into the site."""
 
     def inside(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join("docs", page.file.src_uri, "..", link[2]))
@@ -39,7 +44,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return link[1] + posixpath.relpath(name, posixpath.dirname(page.file.src_uri) or ".")
 
     markdown = OUTSIDE.sub(inside, markdown)
-    return markdown.replace(COMMANDS, "\n".join(commands()))
+    markdown = markdown.replace(COMMANDS, "\n".join(commands()))
+    return markdown.replace(SETTINGS, "\n".join(settings()))
+
+
+def settings() -> Iterator[str]:
+    """Markdown of a table of the engine's settings."""
+    yield "| argument | default | |\n|---|---|---|"
+    for each in fields(EngineConfig):
+        default = escape(repr(default_of(each)))
+        yield f"| `{each.name}` | {default} | {escape(each.metadata['help'])} |"
 
 
 def commands() -> Iterator[str]:
