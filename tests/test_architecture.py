@@ -90,6 +90,7 @@ TORCH_FREE = (
     "adapters.extents",
     "adapters.readiness",
     "engine.accounts",
+    "engine.adapter_turns",
     "engine.fairness",
     "engine.merge_policy",
     "engine.prefix_cache",

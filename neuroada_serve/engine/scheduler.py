@@ -1,71 +1,29 @@
-"""Which sequences take part in the next step, with how many tokens. Pure Python, no torch.
+"""The scheduler: which sequences take part in the next step, with how many tokens. Pure Python.
 
 A sequence runs in a KV slot and needs its adapter on the device. Who gets a free slot is a matter
-of fair shares (`fairness.py`). An adapter that is on its way holds up nobody but its own requests.
-When more adapters are wanted than the device has room for, they take turns: sequences of the one
-that has had most are parked, each in its slot, and the one that has had least comes in; but first
-whoever has no token yet. Adapters are so small that a turn of a few steps repays the upload many
-times over.
+of fair shares (`fairness.py`). An adapter that is on its way holds up nobody but its own requests,
+and when more adapters are wanted than the device has room for, they take turns
+(`adapter_turns.py`).
 
 Slots are taken back as well: whoever waits with fewer slots than its share gets one of whoever has
 most, whose youngest sequence waits again and is computed anew later (`Sequence.preempt`).
 """
 
 import heapq
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.config import PROMPT_BLOCK
+from neuroada_serve.engine.adapter_turns import AdapterTurns, DeviceAdapters
 from neuroada_serve.engine.fairness import AFFINITY, PROMPT_COST, FairQueue
 from neuroada_serve.engine.sequence import Sequence
 
-# Steps that an adapter keeps its place for, at least, while others wait for room (bench/LOG.md).
-TURN_STEPS = 4
-# Steps after which a parked sequence is as urgent as one without a token. More leaves longer
-# gaps between tokens, and first tokens come no sooner (bench/LOG.md).
-MOST_PARKED = 8
 # An adapter that is not there lets so many others go first before one of its requests takes a slot
 # to wait in; and so many of those that wait are looked at, and brought in, ahead of their time.
 _MOST_OVERTAKEN = 8
 _LOOK_AHEAD = 8
-# For so many steps, room is kept for the first that needs more than there is; then, as long, it is
-# not: there may never be enough.
-_PATIENCE = 64
-
-
-class Adapters(Protocol):
-    """Places of adapters, as the scheduler sees them; `AdapterTiers` in earnest."""
-
-    def is_ready(self, version: Any) -> bool:
-        """Whether a version is on the device."""
-        ...
-
-    def request(self, version: Any) -> Readiness:
-        """Begin to bring a version to the device unless it is there or on its way."""
-        ...
-
-    def hold(self, version: Any) -> bool:
-        """Keep a version there until `release` has been called as often; False: it is not there."""
-        ...
-
-    def release(self, version: Any) -> None: ...
-
-
-class _OnDevice:
-    """All adapters are on the device, always."""
-
-    def is_ready(self, version: Any) -> bool:
-        return True
-
-    def request(self, version: Any) -> Readiness:
-        return Readiness.READY
-
-    def hold(self, version: Any) -> bool:
-        return True
-
-    def release(self, version: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -97,11 +55,11 @@ class Schedule:
 
     @property
     def scheduled(self) -> tuple[Sequence, ...]:
-        """Whoever takes part."""
+        """Every sequence that takes part."""
         return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
 
     def without(self, sequence: Sequence) -> "Schedule":
-        """The same step for all others."""
+        """Return the same step without one sequence."""
         return replace(
             self,
             running=tuple(s for s in self.running if s is not sequence),
@@ -111,8 +69,8 @@ class Schedule:
 
 
 class Scheduler:
-    """Fair shares, first come first served within one; decodes always run, prefill fills the rest
-    of the token budget.
+    """Choose the sequences of each step: fair shares, first come first served within one;
+    decodes always run, prefill fills the rest of the token budget.
 
     Args:
         queue: whose shares are which; default: all alike.
@@ -130,7 +88,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         queue: FairQueue[Sequence] | None = None,
-        adapters: Adapters | None = None,
+        adapters: DeviceAdapters | None = None,
         can_leave: Callable[[Any], bool] = lambda version: True,
         reuse: Callable[[Sequence], int] = lambda sequence: 0,
         on_preempt: Callable[[Sequence], None] = lambda sequence: None,
@@ -140,17 +98,16 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: FairQueue[Sequence] = FairQueue() if queue is None else queue
         self.running: dict[int, Sequence] = {}  # by slot, in the order of admission
-        self.num_parked = 0  # times that an adapter had to leave for another
-        self._adapters: Adapters = _OnDevice() if adapters is None else adapters
-        self._can_leave = can_leave
+        self._turns = AdapterTurns(self.running, self.waiting.rank, adapters, can_leave)
         self._reuse = reuse
         self._on_preempt = on_preempt
         self._deterministic = deterministic
         self._free_slots = list(range(max_num_seqs))  # a heap: low slots are used first
-        self._step = 0
-        self._turns: dict[Hashable, int] = {}  # version in use -> step in which its turn began
-        self._first_in_need: Sequence | None = None  # in this step, the first that found no room
-        self._need: tuple[Hashable, int] | None = None  # its version, and the step since when
+
+    @property
+    def num_parked(self) -> int:
+        """Times that an adapter has left the device for another."""
+        return self._turns.num_parked
 
     @property
     def has_unfinished(self) -> bool:
@@ -160,18 +117,15 @@ class Scheduler:
         self.waiting.add(sequence)
 
     def schedule(self) -> Schedule:
-        self._step += 1
-        if self._first_in_need is None:
-            self._need = None
-        self._first_in_need = None
-        states = self._wake_parked()
+        self._turns.begin_step()
+        states = self._turns.wake_parked()
         states |= self._admit()
         # While adapters take turns, these see to their shares.
         if not self._deterministic:
             states |= self._take_slots_back(take_turns=Readiness.NO_ROOM in states.values())
         no_room = Readiness.NO_ROOM
         starved = [s for s, state in states.items() if state is no_room and s.slot is not None]
-        self._take_turns(starved)
+        self._turns.make_room(starved)
 
         active = [s for s in self.running.values() if s.has_adapter]
         # 1. Decode: every sequence whose prompt is computed.
@@ -206,19 +160,19 @@ class Scheduler:
             self.waiting.take(sequence)
         else:
             del self.running[sequence.slot]
-            self._release(sequence)
+            self._turns.release(sequence)
             heapq.heappush(self._free_slots, sequence.slot)
             sequence.slot = None
         self.waiting.leave(sequence)
 
     def find(self, request_id: str) -> list[Sequence]:
-        """All waiting and running sequences of a request."""
+        """Return all waiting and running sequences of a request."""
         return [s for s in [*self.running.values(), *self.waiting] if s.request_id == request_id]
 
     # --- slots -------------------------------------------------------------------------------
 
     def _admit(self) -> dict[Sequence, Readiness]:
-        """Give free slots away; what stands in the way of those that could not use one."""
+        """Give free slots away; return what hinders those that could not use one."""
         states: dict[Sequence, Readiness] = {}
         while self._free_slots and (chosen := self._next(states)) is not None:
             self._start(chosen)
@@ -235,8 +189,8 @@ class Scheduler:
             self.waiting.charge(sequence, PROMPT_COST * num_new)
 
     def _take_slots_back(self, take_turns: bool) -> dict[Sequence, Readiness]:
-        """Where no slot is free, give those who have fewer than their share one of whoever has
-        most; what stands in the way of those that cannot use it yet.
+        """If no slot is free, take slots from whoever has most for those who have less than
+        their share; return what hinders those that cannot use one yet.
 
         Args:
             take_turns: adapters do, so none of a tenant's for another of its adapters.
@@ -248,8 +202,8 @@ class Scheduler:
             if due is None:
                 break
             head, victim = due
-            if not self._try_hold(head):
-                state = states[head] = self._request(head)
+            if not self._turns.hold(head):
+                state = states[head] = self._turns.request(head)
                 if state is not Readiness.READY and state is not Readiness.NO_ROOM:
                     continue
             self._preempt(victim)
@@ -260,8 +214,8 @@ class Scheduler:
     def _due_slot(
         self, besides: Collection[Sequence], take_turns: bool
     ) -> tuple[Sequence, Sequence] | None:
-        """The first that waits and to whom another's slot is due; and whose: of whoever has most,
-        the last that got one."""
+        """Return the first waiting sequence to which another's slot is due, and the one that
+        loses it: of whoever has most, the last that got a slot."""
         able = [s for s in reversed(self.running.values()) if s.may_be_preempted]
         if not able:
             return None
@@ -284,14 +238,15 @@ class Scheduler:
         assert sequence.slot is not None
         self._on_preempt(sequence)
         del self.running[sequence.slot]
-        self._release(sequence)
+        self._turns.release(sequence)
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.preempt()
         self.waiting.put_back(sequence)
 
     def _next(self, states: dict[Sequence, Readiness]) -> Sequence | None:
-        """The first in the queue that can use a slot, its adapter held. Or that takes one to wait
-        in, since there is no room for its adapter, or it was passed over often enough."""
+        """Return the first in the queue that can use a slot, its adapter held; or one that takes
+        a slot to wait in, since there is no room for its adapter, or it was passed over often
+        enough."""
         heads = self.waiting.heads()
         if not heads:
             return None
@@ -299,14 +254,14 @@ class Scheduler:
         passed_over: list[Sequence] = []
         # Among claims that are level, those whose adapter is there go first.
         level = [h for h in heads if self.waiting.rank(h) <= (tenant, lowest + AFFINITY)]
-        level.sort(key=lambda head: not self._is_ready(head))
+        level.sort(key=lambda head: not self._turns.is_ready(head))
         for place, head in enumerate([*level, *heads[len(level) :]]):
             if states.get(head) is _FAILED:
                 continue
-            if not self._try_hold(head):
+            if not self._turns.hold(head):
                 if place >= _LOOK_AHEAD:
                     continue
-                state = states[head] = self._request(head)
+                state = states[head] = self._turns.request(head)
                 can_start = state is Readiness.READY or state is Readiness.NO_ROOM
                 if not can_start and not self._is_due(head, state):
                     passed_over.append(head)
@@ -317,105 +272,14 @@ class Scheduler:
         return None
 
     def _is_due(self, head: Sequence, state: Readiness) -> bool:
-        """Whether it was passed over so often that it takes a slot before its adapter has come: one
-        of them, so that the adapter is held when it comes."""
+        """Return whether a sequence was passed over so often that it takes a slot before its
+        adapter has come. Only one of an adapter's does, so that the adapter is held when it
+        comes."""
         return (
             state is Readiness.COMING
             and head.num_overtaken >= _MOST_OVERTAKEN
             and not any(s.version is head.version for s in self.running.values())
         )
-
-    # --- adapters ----------------------------------------------------------------------------
-
-    def _wake_parked(self) -> dict[Sequence, Readiness]:
-        """Give parked sequences their adapter back; what stands in the way of the others."""
-        states: dict[Sequence, Readiness] = {}
-        parked = [s for s in self.running.values() if not s.has_adapter]
-        # Those whose adapter is there go first: to ask for another may cost them theirs.
-        for sequence in sorted(parked, key=lambda s: (not self._is_ready(s), self._claim(s))):
-            state = self._request(sequence)
-            if state is not Readiness.READY:
-                states[sequence] = state
-        return states
-
-    def _request(self, sequence: Sequence) -> Readiness:
-        """Hold its adapter if it is there; if not, have it brought. But what others leave is kept
-        for the first who found no room: later claims would take it bit by bit, and a large adapter
-        would wait for ever."""
-        assert sequence.version is not None, "the base is always there"
-        if self._is_kept_from(sequence):
-            return Readiness.COMING
-        state = self._adapters.request(sequence.version)
-        if state is Readiness.READY and not self._try_hold(sequence):
-            return Readiness.COMING  # a loader has just taken its room; it is asked for again
-        if state is Readiness.NO_ROOM and self._first_in_need is None:
-            self._first_in_need = sequence
-            if self._need is None or self._need[0] is not sequence.version:
-                self._need = sequence.version, self._step
-        return state
-
-    def _is_kept_from(self, sequence: Sequence) -> bool:
-        first = self._first_in_need
-        if first is None or self._claim(sequence) < self._claim(first):
-            return False
-        assert self._need is not None
-        return (self._step - self._need[1]) // _PATIENCE % 2 == 0
-
-    def _take_turns(self, starved: list[Sequence]) -> None:
-        """Let the starved sequence that has had least go on in place of adapters that have had
-        more, once their turn is over."""
-        if not starved:
-            return
-        first = min(starved, key=self._claim)
-        claim = self._claim(first)
-        in_use: dict[Hashable, list[Sequence]] = {}
-        for sequence in self.running.values():
-            version = sequence.version
-            if sequence.has_adapter and version is not None and self._can_leave(version):
-                in_use.setdefault(version, []).append(sequence)
-        claims = {version: min(map(self._claim, users)) for version, users in in_use.items()}
-        least_first = sorted(in_use, key=claims.__getitem__)
-        assert first.version is not None
-        while self._adapters.request(first.version) is Readiness.NO_ROOM and least_first:
-            victim = least_first.pop()
-            if claims[victim] <= claim:
-                break
-            if self._step - self._turns[victim] < TURN_STEPS:
-                continue
-            for sequence in in_use[victim]:
-                self._release(sequence)
-                sequence.parked_at = self._step
-            self.num_parked += 1
-
-    def _claim(self, sequence: Sequence) -> tuple[bool, tuple[float, float]]:
-        """Where adapters take turns: lower is first. Whoever has no token yet, or has been parked
-        for long, goes before the others."""
-        is_parked = not sequence.has_adapter
-        is_urgent = not sequence.output_token_ids or (
-            is_parked and self._step - sequence.parked_at >= MOST_PARKED
-        )
-        return not is_urgent, self.waiting.rank(sequence)
-
-    def _is_ready(self, sequence: Sequence) -> bool:
-        return sequence.version is None or self._adapters.is_ready(sequence.version)
-
-    def _try_hold(self, sequence: Sequence) -> bool:
-        if sequence.version is not None:
-            if not self._adapters.hold(sequence.version):
-                return False
-            self._turns.setdefault(sequence.version, self._step)
-        sequence.has_adapter = True
-        return True
-
-    def _release(self, sequence: Sequence) -> None:
-        if not sequence.has_adapter:
-            return
-        sequence.has_adapter = False
-        version = sequence.version
-        if version is not None:
-            self._adapters.release(version)
-            if not any(s.has_adapter and s.version is version for s in self.running.values()):
-                self._turns.pop(version, None)
 
 
 _FAILED = Readiness.FAILED

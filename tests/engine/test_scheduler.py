@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuroada_serve.adapters.readiness import Readiness
+from neuroada_serve.engine.adapter_turns import MOST_PARKED, TURN_STEPS
 from neuroada_serve.engine.fairness import AFFINITY, OUTPUT_COST, PROMPT_COST, FairQueue
 from neuroada_serve.engine.scheduler import (
     _MOST_OVERTAKEN,
-    MOST_PARKED,
-    TURN_STEPS,
     Chunk,
     Schedule,
     Scheduler,
@@ -208,7 +207,7 @@ class FakeEngine:
         """Until all have ended; nothing may be left of them."""
         self.run_until(lambda: not self.scheduler.has_unfinished)
         assert not self.adapters.holders
-        assert not self.scheduler._turns
+        assert not self.scheduler._turns._begun
         assert not self.scheduler.waiting._accounts.root.num_present
         assert sorted(self.scheduler._free_slots) == list(range(self.scheduler.max_num_seqs))
 
