@@ -1,23 +1,20 @@
 """Draw the plots of `results` again, from the figures that lie there.
 
-python bench/redraw.py [FOLDER]
+python -m bench.redraw [FOLDER]
 """
 
 import json
 import sys
 from pathlib import Path
 
-import adapters
-import merge
-import quality
-import scaling
-import sharing
-import training
-
+from bench import adapters, merge, scaling, sharing, training
+from bench.harness import RESULTS
+from bench.quality import report as quality
 from neuroada_serve.benchmark.plot import plot as plot_benchmark
 
 
 def main(folder: Path) -> None:
+    """Draw every plot of a folder of results again."""
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         png, name = path.with_suffix(".png"), path.stem
@@ -42,4 +39,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).parent / "results")
+    main(Path(sys.argv[1]) if sys.argv[1:] else RESULTS)

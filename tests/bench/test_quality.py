@@ -1,4 +1,4 @@
-"""bench/quality.py: its rows, its methods and its plan on a toy model; once the whole script."""
+"""bench/quality: its rows, its methods and its plan on a toy model; once the whole script."""
 
 import copy
 import gzip
@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import quality, quality_rows
-from bench.quality_methods import METHODS, as_weights, last_number, score, train
+from bench.quality import __main__ as quality
+from bench.quality import plan as plans
+from bench.quality import rows as quality_rows
+from bench.quality.jobs import Job, Settings
+from bench.quality.methods import METHODS, as_weights, last_number, score, train
 from neuroada_serve.errors import DataError, UsageError
 from neuroada_serve.model.loader import adaptable_modules, load_base, matrix_shape
 from tests.support.tiny import save_tiny_model
@@ -142,18 +145,18 @@ def test_same_seed_gives_the_same_batches_and_another_does_not(prepared):
 
 
 def test_lr_is_the_best_tuned_and_failed_runs_do_not_count():
-    plan = quality.Plan([("math", "full")], settings())
+    plan = plans.Plan([("math", "full")], settings())
     low, high = settings().grid("full")
     assert plan.best_lr("math", "full") is None
     for lr, loss in ((low, None), (high, 2.0)):
-        job = quality.Job("math", "full", "tune", quality.TUNING_SEED, lr, 1)
+        job = Job("math", "full", "tune", plans.TUNING_SEED, lr, 1)
         plan.records[job.key] = {"tune_loss": loss}
     assert plan.best_lr("math", "full") == high
     assert high / low == pytest.approx(4)
 
 
 def test_final_runs_wait_for_tuning():
-    plan = quality.Plan([("math", "full")], settings())
+    plan = plans.Plan([("math", "full")], settings())
     taken = []
     while (job := plan.next_job()) is not None:
         taken.append(job.phase)
@@ -161,29 +164,29 @@ def test_final_runs_wait_for_tuning():
     assert sum(math.isnan(job.lr) for job in plan.jobs()) == 2
 
 
-def settings() -> quality.Settings:
-    return quality.Settings(2, 1, 4, 4, 2, 2, 4.0, 3, "auto")
+def settings() -> Settings:
+    return Settings(2, 1, 4, 4, 2, 2, 4.0, 3, "auto")
 
 
 def test_runs_file_survives_a_cut_line_and_refuses_other_settings(tmp_path):
     path = tmp_path / "runs.jsonl"
-    quality.RunsFile(path, {"identity": 1}).append({"key": "a"})
+    plans.RunsFile(path, {"identity": 1}).append({"key": "a"})
     with path.open("a") as file:
         file.write('{"key": "b", "tu')
-    runs = quality.RunsFile(path, {"identity": 1})
+    runs = plans.RunsFile(path, {"identity": 1})
     runs.append({"key": "c"})
-    assert [record["key"] for record in quality.read_runs(path)[0].records] == ["a", "c"]
+    assert [record["key"] for record in plans.read_runs(path)[0].records] == ["a", "c"]
     with pytest.raises(UsageError, match="other settings"):
-        quality.RunsFile(path, {"identity": 2})
+        plans.RunsFile(path, {"identity": 2})
 
 
 def test_runs_file_keeps_apart_what_each_machine_did(tmp_path):
     path = tmp_path / "runs.jsonl"
     machines = [{"identity": 1, "hardware": {"cpu": cpu}} for cpu in ("a", "b")]
-    quality.RunsFile(path, machines[0]).append({"key": "first"})
+    plans.RunsFile(path, machines[0]).append({"key": "first"})
     for number in range(2):
-        quality.RunsFile(path, machines[1]).append({"key": number})
-    parts = quality.read_runs(path)
+        plans.RunsFile(path, machines[1]).append({"key": number})
+    parts = plans.read_runs(path)
     assert [part.header for part in parts] == machines
     assert [[record["key"] for record in part.records] for part in parts] == [["first"], [0, 1]]
 

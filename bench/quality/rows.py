@@ -28,7 +28,7 @@ _FORMAT = re.compile(r"Answer format: (\S+)\s*$")
 
 @dataclass(frozen=True)
 class Task:
-    """A file to train on and those to score on: name -> (file, kind of score)."""
+    """File to train on, and those to score on: name -> (file, kind of score)."""
 
     train: str
     evals: dict[str, tuple[str, str]]
@@ -55,7 +55,7 @@ TASKS = {
 
 
 def prepare(base: BaseModel, data: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Token ids of all rows that are trained or scored on, drawn once.
+    """Draw the rows that are trained or scored on, once, and encode them.
 
     Returns:
         A JSON document: "base", "fingerprint", "sizes", and per task "train" and "tune" (rows of
@@ -96,6 +96,7 @@ def prepare(base: BaseModel, data: Path, args: argparse.Namespace) -> dict[str, 
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a gzipped file of one JSON object a line."""
     try:
         with gzip.open(path, "rt") as file:
             return [json.loads(line) for line in file]
@@ -104,7 +105,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _draw(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The rows in an order that depends on the file's name alone, each prompt once."""
+    """Shuffle rows by the file's name alone; keep each prompt once."""
     once = list({row["instruction"]: row for row in rows}.values())
     random.Random(name).shuffle(once)
     return once
@@ -113,7 +114,7 @@ def _draw(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def _encode_rows(
     base: BaseModel, rows: Sequence[dict[str, Any]], kind: str, most: int, count: int
 ) -> list[dict[str, Any]]:
-    """The first `count` rows of at most `most` tokens."""
+    """Encode the first `count` rows of at most `most` tokens."""
     found: list[dict[str, Any]] = []
     with quiet_transformers():
         for row in rows:
@@ -126,7 +127,7 @@ def _encode_rows(
 
 
 def encode(base: BaseModel, row: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """A row as `prepare` describes it."""
+    """Encode a row as `prepare` describes it."""
 
     def ids(answer: str) -> tuple[list[int], list[int]]:
         messages = ({"role": "user", "content": row["instruction"]},)
@@ -152,15 +153,19 @@ def encode(base: BaseModel, row: Mapping[str, Any], kind: str) -> dict[str, Any]
 
 
 def options_of(instruction: str) -> list[str]:
-    """What an instruction lets one answer with, as its last line says: true/false, say."""
+    """Answers that an instruction allows, by its last line, such as true/false."""
     if (found := _FORMAT.search(instruction)) is None:
         raise DataError(f"no 'Answer format: a/b' at the end of {instruction[-80:]!r}")
     return found[1].split("/")
 
 
 def _guesses(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float | None]:
-    """majority: the accuracy of always giving the commonest answer among rows of the same options.
-    chance: that of guessing."""
+    """Accuracy without reading the question.
+
+    Returns:
+        majority: always the commonest answer among rows of the same options.
+        chance: guessing.
+    """
     if kind == "number":
         [(_, most)] = Counter(row["n"] for row in rows).most_common(1)
         return {"majority": most / len(rows), "chance": None}
@@ -176,6 +181,7 @@ def _guesses(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float | Non
 
 
 def load_prepared(path: Path) -> Any:
+    """Read the rows that `prepare` made."""
     try:
         with gzip.open(path, "rt") as file:
             return json.load(file)
@@ -188,7 +194,7 @@ def load_prepared(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right; no mask is needed, no token sees the padding behind it.
+    """Rows padded on the right; no mask is needed, since no token sees the padding behind it.
 
     input_ids: [rows, width] int64.
     predicting: [answer_tokens] int64, flat positions whose logits predict the targets.
@@ -203,6 +209,7 @@ class Batch:
 
 
 def make_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Batch:
+    """Pad rows to the longest."""
     width = max(len(row["p"]) + len(row["a"]) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     predicting, targets, starts = [], [], []
@@ -219,7 +226,7 @@ def make_batch(rows: Sequence[Mapping[str, Any]], device: torch.device) -> Batch
 def batches_of(
     rows: Sequence[Mapping[str, Any]], size: int, steps: int, seed: int
 ) -> list[list[Mapping[str, Any]]]:
-    """`steps` batches: passes over the rows in random order, like lengths together."""
+    """Draw `steps` batches: passes over the rows in random order, similar lengths together."""
     draw = random.Random(seed)
     batches: list[list[Mapping[str, Any]]] = []
     while len(batches) < steps:

@@ -1,4 +1,4 @@
-"""Methods of the quality benchmark: how each trains a model, and how what it made is scored."""
+"""Methods of the quality benchmark: each trains a model, whose answers are then scored."""
 
 import copy
 import re
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.quality_rows import Batch, make_batch
+from bench.quality.rows import Batch, make_batch
 from neuroada_serve.adapters.select import Selection, magnitude_index
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
@@ -66,7 +66,7 @@ METHODS = {
 
 
 def answer_logits(model: Any, batch: Batch) -> Tensor:
-    """[answer_tokens, vocabulary] float32. Unlike the trainer's, it never waits for the device."""
+    """Logits [answer_tokens, vocabulary] float32, without ever waiting for the device."""
 
     def only_predicting(head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (inputs[0].flatten(0, 1)[batch.predicting],)
@@ -80,16 +80,16 @@ def answer_logits(model: Any, batch: Batch) -> Tensor:
 
 
 class Trainable:
-    """What the optimizer sees of a model: float32 parameters, and how they reach it."""
+    """float32 parameters that the optimizer changes, and their way to and from the model."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
 
     def take_gradients_(self) -> None:
-        """Called after the backward."""
+        """Fetch gradients from the model, after the backward."""
 
     def publish_(self) -> None:
-        """Called after the optimizer's step."""
+        """Write the parameters into the model, after the optimizer's step."""
 
 
 class MasterCopy(Trainable):
@@ -113,7 +113,7 @@ class MasterCopy(Trainable):
 def trainable(
     method: Method, model: Any, batches: Sequence[Batch], seed: int
 ) -> Iterator[Trainable]:
-    """The model made ready for a method. LoRA and full fine-tuning leave it changed."""
+    """Make the model ready for a method. LoRA and full fine-tuning leave it changed."""
     modules = adaptable_modules(model)
     if method.kind == "full":
         model.requires_grad_(True)
@@ -154,7 +154,7 @@ def _add_lora(model: Any, modules: Mapping[str, Any], rank: int, seed: int) -> l
 
 
 def random_selections(modules: Mapping[str, Any], k: int, seed: int) -> dict[str, Selection]:
-    """k columns of each row, all alike likely; the same on every device."""
+    """Draw k columns of each row, all equally likely; the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     selections = {}
     for name, module in modules.items():
@@ -166,7 +166,7 @@ def random_selections(modules: Mapping[str, Any], k: int, seed: int) -> dict[str
 def gradient_selections(
     model: Any, modules: Mapping[str, Any], k: int, batches: Sequence[Batch]
 ) -> dict[str, Selection]:
-    """The k columns of each row where the loss of these batches has its largest gradient."""
+    """Select the k columns of each row where the loss of these batches has its largest gradient."""
     model.requires_grad_(False)
     for module in modules.values():
         module.weight.requires_grad_(True)
@@ -217,7 +217,7 @@ def train(
 
 @torch.no_grad()
 def score(model: Any, rows: Sequence[Mapping[str, Any]], size: int) -> dict[str, float]:
-    """loss: mean per answer token of the reference, in nats; accuracy, where rows have options."""
+    """Mean loss per answer token of the reference, in nats; accuracy, where rows have options."""
     device = next(model.parameters()).device
     by_length = sorted(rows, key=lambda row: len(row["p"]) + len(row["a"]))
     loss, tokens, right = torch.zeros((), device=device), 0, torch.zeros((), device=device)
@@ -269,7 +269,7 @@ def number_accuracy(
 
 
 def as_weights(plain: Any, trained: Any) -> Any:
-    """A copy of the base that holds what was trained in its weights, rounded to their dtype."""
+    """Copy the base and write the trained changes into its weights, rounded to their dtype."""
     model = copy.deepcopy(plain)
     learned = dict(trained.named_modules())
     for module in learned.values():
@@ -287,5 +287,6 @@ def as_weights(plain: Any, trained: Any) -> Any:
 
 
 def last_number(text: str) -> float | None:
+    """Last number in a text; None where there is none."""
     found = _NUMBER.findall(text.replace(",", ""))
     return float(found[-1]) if found else None
