@@ -1,4 +1,6 @@
-"""Where one way of computing overtakes another on the CPU: what the constants in the code rest on.
+"""Find the sizes from which one way of computing is faster than another on the CPU.
+
+Constants in the code rest on these.
 
     lanes      a decode step with few lanes, computed one by one or side by side
                (cpu_bypass.FEW_LANES)
@@ -8,19 +10,15 @@
                (cpu_decoder.RUN_TOKENS) and through the modules (bank.RUN_TOKENS)
 
 Both ways are run in turn; every figure is the median of --rounds, every ratio that of the rounds'
-own ratios: below 1 the first way is faster. Prints tables; writes choices.json to --out. Not
-measured: a GPU (`bench/gpu.py`).
+own ratios: below 1 the first way is faster. Not measured: a GPU (`bench/gpu`).
 
-    python bench/choices.py [MODEL] [--rounds 7]
+    python -m bench.choices [MODEL] [--rounds 7]
 """
 
-import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,10 +26,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.harness import new_parser, ratio, result_of, settings_of, write
 from neuroada_serve.adapters import bank
 from neuroada_serve.benchmark.adapters import magnitude_indices, random_adapter
 from neuroada_serve.benchmark.measure import run_requests
-from neuroada_serve.benchmark.report import environment, plain, progress_bar
+from neuroada_serve.benchmark.report import progress_bar
 from neuroada_serve.benchmark.workload import random_prompts
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine import cpu_decoder
@@ -52,7 +51,7 @@ NEVER, ALWAYS = 10**9, 0
 
 @dataclass(frozen=True)
 class Choice:
-    """Two ways of doing the same, at one size."""
+    """Two ways to do the same, at one size."""
 
     name: str
     size: int
@@ -63,6 +62,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
+    """Times of both ways of one choice."""
+
     name: str
     size: int
     k: int
@@ -72,13 +73,11 @@ class Answer:
     rounds: list[tuple[float, float]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--rounds", type=int, default=7)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run both ways of every choice in turn."""
+    parser = new_parser("choices", __doc__)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     console = Console(stderr=True)
 
     choices = lane_choices(args.model, args.steps) + thread_choices() + prompt_choices(args.model)
@@ -94,7 +93,7 @@ def main() -> None:
                     choice.k,
                     statistics.median(a for a, _ in rounds),
                     statistics.median(b for _, b in rounds),
-                    statistics.median(a / b for a, b in rounds),
+                    ratio(*zip(*rounds, strict=True)),
                     rounds,
                 )
             )
@@ -107,22 +106,12 @@ def main() -> None:
             times = f"{a.first_ms:.3f}", f"{a.second_ms:.3f}", f"{a.ratio:.2f}"
             table.add_row(str(a.size), str(a.k), *times)
         console.print(table)
-    result = {
-        "schema": "neuroada-bench/1",
-        "benchmark": "choices",
-        **environment(),
-        "settings": {**vars(args), "threads": torch.get_num_threads()},
-        "choices": [asdict(answer) for answer in answers],
-        "not_measured": ["GPU"],
-    }
-    document = json.dumps(plain(result), allow_nan=False)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "choices.json").write_text(document + "\n")
-    print(document)
+    found = {"choices": [asdict(answer) for answer in answers], "not_measured": ["GPU"]}
+    write(result_of("choices", settings_of(args), found), args.out)
 
 
 def new_engine(model: str, **config: Any) -> Engine:
-    """With one adapter per lane and k, named by both."""
+    """Engine with an adapter per lane and k, named by both."""
     base = load_base(resolve_model(model))
     indices = magnitude_indices(base, KS)
     most = max(PROMPTS)
@@ -137,6 +126,7 @@ def new_engine(model: str, **config: Any) -> Engine:
 
 
 def lane_choices(model: str, steps: int) -> list[Choice]:
+    """Lanes one by one, or side by side."""
     engine = new_engine(model)
     vocab = range(int(engine.base.model.config.get_text_config().vocab_size))
 
@@ -160,7 +150,7 @@ def lane_choices(model: str, steps: int) -> list[Choice]:
 
 
 def thread_choices(repeats: int = 40) -> list[Choice]:
-    """Sizes are lanes * d_out * k. Every call has tables of its own, so that none is in a cache."""
+    """One thread, or all. Sizes are lanes * d_out * k; each call has tables that no cache holds."""
     choices = []
     for width in WIDTHS:
         for k in KS:
@@ -187,6 +177,7 @@ def thread_choices(repeats: int = 40) -> list[Choice]:
 
 
 def prompt_choices(model: str) -> list[Choice]:
+    """A prompt as one kernel or by modules, and through the weights or token by token."""
     with patch.object(cpu_decoder, "MAX_TOKENS", max(PROMPTS)):
         by_kernel = new_engine(model)
     by_modules = new_engine(model, enforce_eager=True)

@@ -1,10 +1,10 @@
-"""Do the default flags make a good adapter? Three spreadsheets of 120 rows in five classes.
+"""Score adapters trained with default flags on three spreadsheets of 120 rows in five classes.
 
 For each: `neuroada train demo --data X.csv --out OUT` and nothing else, then `neuroada eval` on
 rows of the same generator that training has not seen; one of them as a classifier, too. Defaults
 were not chosen on these, but on the tasks of `--choosing`.
 
-    python bench/defaults.py --out bench/results/defaults.json
+    python -m bench.defaults
 """
 
 import argparse
@@ -15,28 +15,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from defaults_rows import FOR_CHOICES, REPORTED, Task
-
-from neuroada_serve.benchmark.report import environment, plain
+from bench.defaults_rows import FOR_CHOICES, REPORTED, Task
+from bench.harness import new_parser, result_of, settings_of, write
 
 ROWS, FRESH = 120, 100
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train and score on each spreadsheet; results so far are kept if the rest is interrupted."""
+    parser = new_parser("defaults", __doc__, model=None, rounds=None, seed=0)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows")
     parser.add_argument("--tasks", help="names, comma-separated; default all")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--fresh", type=int, default=FRESH, help="rows scored afterwards")
     parser.add_argument("--choosing", action="store_true", help="the tasks for choosing defaults")
     parser.add_argument("--classify", default="routing", help="task that is a classifier's, too")
     parser.add_argument("flags", nargs="*", help="of train, behind --, for choosing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tasks = FOR_CHOICES if args.choosing else REPORTED
     if args.tasks:
         tasks = tuple(task for task in tasks if task.name in args.tasks.split(","))
@@ -46,19 +45,16 @@ def main() -> None:
             kinds = ["CAUSAL_LM", *(["SEQ_CLS"] if task.name == args.classify else [])]
             for kind in kinds:
                 results.append(run(task, kind, args, Path(scratch)))
-                print(json.dumps(results[-1]), flush=True)
-                if args.out:  # what is done is kept if the rest is interrupted
-                    document = {"environment": environment(), "tasks": plain(results)}
-                    args.out.write_text(json.dumps(document, indent=1) + "\n")
+                write(result_of("defaults", settings_of(args), {"tasks": results}), args.out)
 
 
 def run(task: Task, kind: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Train with default flags, and score on rows that training has not seen."""
+    """Train with default flags; score on rows that training has not seen."""
     rows = task.rows(args.rows, args.seed)
     fresh = task.rows(args.fresh, args.seed + 1000, frozenset(text for text, _ in rows))
     data, unseen = folder / f"{task.name}.csv", folder / f"{task.name}-fresh.csv"
-    write(data, rows)
-    write(unseen, fresh)
+    write_csv(data, rows)
+    write_csv(unseen, fresh)
     out = folder / f"{task.name}-{kind}"
     flags = [*(["--task-type", kind] if kind == "SEQ_CLS" else []), *args.flags]
     command = ["train", args.model, "--data", str(data), "--out", str(out), *flags]
@@ -92,7 +88,8 @@ def run(task: Task, kind: str, args: argparse.Namespace, folder: Path) -> dict[s
     }
 
 
-def write(path: Path, rows: list[list[str]]) -> None:
+def write_csv(path: Path, rows: list[list[str]]) -> None:
+    """Write a spreadsheet of texts and labels."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
@@ -100,6 +97,7 @@ def write(path: Path, rows: list[list[str]]) -> None:
 
 
 def neuroada(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run the command line; end with its output where it fails."""
     command = [sys.executable, "-m", "neuroada_serve", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:

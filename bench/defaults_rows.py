@@ -1,4 +1,4 @@
-"""Small spreadsheets in five classes, made up: what somebody who tries the default flags brings.
+"""Made-up spreadsheets in five classes, as small as those of somebody who tries the defaults.
 
 Every row is a text and its label, put together from an opening, what it is about and a close. Rows
 are all different, but held-out rows share their parts with training rows, so the scores say that
@@ -21,8 +21,11 @@ class Task:
     closes: Sequence[str]
 
     def rows(self, count: int, seed: int, without: frozenset[str] = frozenset()) -> list[list[str]]:
-        """`count` rows [text, label], as many of each label as can be; all different, and none of
-        the texts in `without`."""
+        """Draw `count` different rows [text, label], about as many of each label.
+
+        Args:
+            without: texts that no row may have.
+        """
         random = Random(f"{self.name} {seed}")
         labels = list(self.cores)
         texts: dict[str, str] = {}

@@ -93,6 +93,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def settings_of(args: argparse.Namespace, **resolved: Any) -> dict[str, Any]:
+    """Arguments as given but --out, CPU threads, and what stood for `auto`."""
+    import torch
+
+    given = {name: value for name, value in vars(args).items() if name != "out"}
+    return {**given, "threads": torch.get_num_threads(), **resolved}
+
+
 def result_of(
     name: str, settings: Mapping[str, Any], found: Mapping[str, Any], **facts: Any
 ) -> dict[str, Any]:

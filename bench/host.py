@@ -1,30 +1,25 @@
-"""What a decode step does beside its forward and sampling: scheduling, planning adapters, text.
+"""Time what a decode step does beside its forward and sampling: scheduling, adapters, text.
 
 Runs --batch requests with an adapter each and k=1, and times whole steps and, inside them, what
 belongs to the device: the forward (the kernel of a known model, or the model's modules) and the
-choice of tokens from the logits. Host work is the rest. Prints medians; writes host.json to --out;
-the last line of stdout is that JSON. Not measured: HTTP, a GPU.
+choice of tokens from the logits. Host work is the rest. Not measured: HTTP, a GPU.
 
-    python bench/host.py [MODEL] [--batch 16] [--steps 200]
+    python -m bench.host [MODEL] [--batch 16] [--steps 200]
 """
 
-import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.harness import new_parser, result_of, settings_of, write
 from neuroada_serve.benchmark.adapters import magnitude_indices, random_adapter
 from neuroada_serve.benchmark.measure import percentile
-from neuroada_serve.benchmark.report import environment, plain
 from neuroada_serve.benchmark.workload import random_prompts
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine import engine as engine_module
@@ -41,13 +36,12 @@ SAMPLING = {
 WARM_UP = 5  # steps
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="demo")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Time both kinds of sampling, one after the other."""
+    parser = new_parser("host", __doc__, rounds=None)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     base = load_base(resolve_model(args.model))
     indices = magnitude_indices(base, [1])
@@ -84,24 +78,14 @@ def main() -> None:
         medians = (f"{statistics.median(values):.2f}" for values in times)
         table.add_row(name, *medians, f"{percentile(host, 99):.2f}", f"{share:.3f}")
     Console(stderr=True).print(table)
-    result = {
-        "schema": "neuroada-bench/1",
-        "benchmark": "host",
-        **environment(),
-        "settings": {**vars(args), "threads": torch.get_num_threads(), "dtype": str(base.dtype)},
-        "sampling": results,
-        "not_measured": ["HTTP", "GPU"],
-    }
-    document = json.dumps(plain(result), allow_nan=False)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "host.json").write_text(document + "\n")
-    print(document)
+    found = {"sampling": results, "not_measured": ["HTTP", "GPU"]}
+    write(result_of("host", settings_of(args, dtype=str(base.dtype)), found), args.out)
 
 
 def timed_steps(
     engine: Engine, prompts: list[list[int]], params: SamplingParams, count: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """(steps, forwards, choices of tokens) in ms, of `count` decode steps."""
+    """Milliseconds of `count` decode steps: (steps, their forwards, their choices of tokens)."""
     params = replace(params, max_tokens=count + WARM_UP + 1)
     for number, prompt in enumerate(prompts):
         engine.add_request(str(number), prompt, params, str(number))

@@ -1,14 +1,13 @@
-"""A prompt for which there is no memory, again and again: what it does to the others.
+"""Send a prompt for which there is no memory, again and again, and check all other answers.
 
 One process for each path (the one-kernel step in bfloat16, the modules in float32) gives itself a
 limit on its address space (RLIMIT_AS) in which short requests fit, then runs --tries rounds: a
 prompt as long as the model takes beside three short streams, until it ends; then --requests short
 requests, whose tokens are compared with those of the same requests before there was a limit. The
 room above differs from try to try, so that growth fails in other places. A process that crashes is
-counted. Writes memory.json to --out; the last line of stdout is that JSON. Not measured: HTTP, a
-limit of a control group, where the kernel kills instead of refusing.
+counted. Not measured: HTTP, a limit of a control group, where the kernel kills instead of refusing.
 
-    python bench/memory.py [MODEL] [--tries 20] [--requests 200]
+    python -m bench.memory [MODEL] [--tries 20] [--requests 200]
 """
 
 import argparse
@@ -17,11 +16,12 @@ import random
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from neuroada_serve.benchmark.report import environment
+from bench.harness import ROOT, new_parser, result_of, settings_of, write
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.kv_cache import _FIRST_TOKENS
@@ -36,30 +36,28 @@ _SHORT = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 _STREAM = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="demo")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Start a process for each path and read what it says of every try."""
+    parser = new_parser("memory", __doc__, rounds=None)
     parser.add_argument("--tries", type=int, default=20)
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--path", choices=PATHS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.path:
         _run_path(args.model, args.path, args.tries, args.requests)
         return
-    result: dict[str, Any] = {"environment": environment(), "requests": args.requests, "paths": {}}
+    del args.path
+    paths: dict[str, Any] = {}
     for path in PATHS:
-        command = [sys.executable, __file__, args.model, "--path", path]
+        command = [sys.executable, "-m", "bench.memory", args.model, "--path", path]
         command += ["--tries", str(args.tries), "--requests", str(args.requests)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         tries = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        result["paths"][path] = {"exit_code": done.returncode, "tries": tries}
+        paths[path] = {"exit_code": done.returncode, "tries": tries}
         good = sum(t["alone"] and t["right"] == args.requests for t in tries)
         promised = f"{good} of {args.tries} tries as promised"
         print(f"{path}: exit code {done.returncode}, {promised}", flush=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write(result_of("memory", settings_of(args), {"paths": paths}), args.out)
 
 
 def _run_path(model: str, path: str, tries: int, num_requests: int) -> None:
@@ -97,6 +95,7 @@ def _run_path(model: str, path: str, tries: int, num_requests: int) -> None:
 
 
 def _streams(engine: Engine, long: bool) -> dict[str, tuple[FinishReason, list[int], str | None]]:
+    """Ending of each of three streams, and of the long prompt beside them."""
     for i in range(3):
         engine.add_request(f"stream{i}", [40 + i, 8, 9], _STREAM)
     engine.step()
@@ -106,12 +105,14 @@ def _streams(engine: Engine, long: bool) -> dict[str, tuple[FinishReason, list[i
 
 
 def _short_requests(engine: Engine, num: int) -> dict[str, list[int]]:
+    """Tokens of each of some short requests."""
     for i in range(num):
         engine.add_request(f"r{i}", [100 + i, 5, 300 + i, 11], _SHORT)
     return {name: _ending(outputs)[1] for name, outputs in _run(engine).items()}
 
 
 def _run(engine: Engine) -> dict[str, list[Output]]:
+    """Outputs of each request, once all have ended."""
     outputs: dict[str, list[Output]] = {}
     while engine.has_unfinished:
         for output in engine.step():
@@ -120,6 +121,7 @@ def _run(engine: Engine) -> dict[str, list[Output]]:
 
 
 def _ending(outputs: list[Output]) -> tuple[FinishReason, list[int], str | None]:
+    """Reason, tokens and error of one request."""
     assert outputs[-1].finish_reason is not None
     return (
         outputs[-1].finish_reason,
@@ -129,7 +131,7 @@ def _ending(outputs: list[Output]) -> tuple[FinishReason, list[int], str | None]
 
 
 def _address_space() -> int:
-    """Bytes of this process's address space."""
+    """Size of this process's address space in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     return pages * resource.getpagesize()
 

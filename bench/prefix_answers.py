@@ -1,4 +1,4 @@
-"""How many answers change when a prompt's beginning comes from the prefix cache.
+"""Count answers that change when a prompt's beginning comes from the prefix cache.
 
 The 200 tickets of `examples/data/tickets.csv` behind one system prompt, in turn on the base and
 the shipped adapters, greedy, bfloat16, 16 at once: answered without a prefix cache, and again with
@@ -6,29 +6,29 @@ every beginning cached. Some are asked alone as well. As served by default, and 
 `--deterministic`. Then what that costs: processor time of prompts and of decodes, both engines in
 turn, medians.
 
-Writes prefix_answers.json to --out; the last line of stdout is the JSON. Not measured: a GPU, HTTP.
+Not measured: a GPU, HTTP.
 
-    python bench/prefix_answers.py [MODEL] [--rounds 5] [--threads 1]
+    python -m bench.prefix_answers [MODEL] [--rounds 5] [--threads 1]
 """
 
 import argparse
 import csv
-import json
 import random
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from bench.harness import ROOT, interleaved, new_parser, result_of, settings_of, write
 from neuroada_serve import LLM, SamplingParams
-from neuroada_serve.benchmark.report import environment, plain
 from neuroada_serve.model.prompt import encode_chat
 from neuroada_serve.request import RequestOutput
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 ADAPTERS = ("sql", "json", "pirate", "triage")
 SYSTEM = (
     "You answer for the help desk of a shop that sells watches, phones and headphones. Read the "
@@ -41,40 +41,29 @@ BATCH = 16
 CASES = {"default": False, "deterministic": True}
 PROMPT_TOKENS = (16, 64, 256, 512)  # of one prompt alone
 DECODES = (1, 4, 16)
+DRAWN = (1000, 20000)  # token ids of those prompts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="demo")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare answers, then processor times."""
+    parser = new_parser("prefix_answers", __doc__, rounds=5, seed=0)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--alone", type=int, default=20, help="of them, asked alone too")
     parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    settings = {
-        name: getattr(args, name)
-        for name in ("model", "prompts", "alone", "max_tokens", "rounds", "threads")
-    }
-    result: dict[str, Any] = {
-        "schema": "neuroada-bench/1",
-        "benchmark": "prefix_answers",
-        **environment(),
-        "settings": settings | {"batch": BATCH},
+    found = {
         "answers": {
             name: changed_answers(args, deterministic) for name, deterministic in CASES.items()
         },
-        "cost": costs(args.model, args.rounds),
+        "cost": costs(args.model, args.rounds, args.seed),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    document = json.dumps(plain(result), allow_nan=False)
-    (args.out / "prefix_answers.json").write_text(document + "\n")
-    print(document)
+    write(result_of("prefix_answers", settings_of(args, batch=BATCH), found), args.out)
 
 
 def new_llm(model: str, deterministic: bool, **config: Any) -> LLM:
+    """LLM with the shipped adapters."""
     return LLM(
         model,
         {name: EXAMPLES / "adapters" / name for name in ADAPTERS},
@@ -85,6 +74,7 @@ def new_llm(model: str, deterministic: bool, **config: Any) -> LLM:
 
 
 def questions(llm: LLM, count: int) -> list[list[int]]:
+    """Token ids of chats that begin alike, one per ticket."""
     with open(EXAMPLES / "data" / "tickets.csv", newline="") as file:
         tickets = [row["ticket"] for row in csv.DictReader(file)][:count]
     system = {"role": "system", "content": SYSTEM}
@@ -98,6 +88,7 @@ def questions(llm: LLM, count: int) -> list[list[int]]:
 
 
 def changed_answers(args: argparse.Namespace, deterministic: bool) -> dict[str, Any]:
+    """Ask every prompt uncached, alone and cached; count answers that differ."""
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
     uncached = new_llm(args.model, deterministic, prefix_cache_memory=0)
     prompts = questions(uncached, args.prompts)
@@ -127,6 +118,7 @@ def changed_answers(args: argparse.Namespace, deterministic: bool) -> dict[str, 
 
 
 def differing(some: Sequence[RequestOutput], others: Sequence[RequestOutput]) -> int:
+    """Number of answers with other tokens."""
     pairs = zip(some, others, strict=True)
     return sum(a.outputs[0].token_ids != b.outputs[0].token_ids for a, b in pairs)
 
@@ -134,31 +126,32 @@ def differing(some: Sequence[RequestOutput], others: Sequence[RequestOutput]) ->
 # --- cost --------------------------------------------------------------------------------------
 
 
-def costs(model: str, rounds: int) -> dict[str, Any]:
+def costs(model: str, rounds: int, seed: int) -> dict[str, Any]:
     """Processor milliseconds of a prompt's one token, and of a step of decodes."""
     llms = {name: new_llm(model, d, prefix_cache_memory=0) for name, d in CASES.items()}
-    draw = random.Random(0)
     works = {f"prompt of {n}": (1, n, 1) for n in PROMPT_TOKENS}
     works |= {f"step of {n} decodes": (n, 1, 17) for n in DECODES}
-    taken: dict[str, dict[str, list[float]]] = {w: {name: [] for name in llms} for w in works}
-    for number in range(rounds + 1):
-        for work, (count, length, tokens) in works.items():
-            prompts = [[draw.randrange(1000, 20000) for _ in range(length)] for _ in range(count)]
-            names = [ADAPTERS[i % len(ADAPTERS)] for i in range(count)]
-            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-            for name, llm in llms.items():
-                start = time.process_time()
-                llm.generate(prompts, params, names, use_tqdm=False)
-                if number:  # the first warms up
-                    taken[work][name].append(1e3 * (time.process_time() - start) / tokens)
+
+    def run(work: str, name: str, number: int) -> float:
+        count, length, tokens = works[work]
+        draw = random.Random(f"{seed} {work} {number}")  # both have the same prompts
+        prompts = [[draw.randrange(*DRAWN) for _ in range(length)] for _ in range(count)]
+        names = [ADAPTERS[i % len(ADAPTERS)] for i in range(count)]
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        start = time.process_time()
+        llms[name].generate(prompts, params, names, use_tqdm=False)
+        return 1e3 * (time.process_time() - start) / tokens
+
+    ways = {(work, name): partial(run, work, name) for work in works for name in llms}
+    taken = interleaved(ways, rounds, Console(stderr=True))
     return {
         work: {
-            **{f"{name}_ms": statistics.median(times) for name, times in by_name.items()},
-            "ratio": statistics.median(by_name["deterministic"])
-            / statistics.median(by_name["default"]),
-            "all_ms": by_name,
+            **{f"{name}_ms": statistics.median(taken[work, name]) for name in llms},
+            "ratio": statistics.median(taken[work, "deterministic"])
+            / statistics.median(taken[work, "default"]),
+            "all_ms": {name: taken[work, name] for name in llms},
         }
-        for work, by_name in taken.items()
+        for work in works
     }
 
 

@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from bench import adapters, merge, scaling, sharing, training
+from bench import adapters, merge, scaling, sharing
 from bench.harness import RESULTS
 from bench.quality import report as quality
+from bench.training import report as training
 from neuroada_serve.benchmark.plot import plot as plot_benchmark
 
 
@@ -27,12 +28,9 @@ def main(folder: Path) -> None:
         elif name in ("adapters", "merge"):
             {"adapters": adapters, "merge": merge}[name].plot(found, png)
         elif name == "scaling":
-            for series, entries in found["series"].items():
-                drawn = scaling.plot(series, entries, found["nnz_fit"])
-                (folder / f"scaling_{series}.png").write_bytes(drawn)
+            scaling.plot(found, png)
         elif name.startswith("training"):
-            title = training.title_of(found["settings"])
-            training.plot(found["methods"], found["summary"], title, png)
+            training.plot(found, png)
         else:
             continue
         print(name)

@@ -1,4 +1,4 @@
-"""How the cost of adapters grows: the time of one decode step against one thing at a time.
+"""Time a decode step against one thing at a time, to see how the cost of adapters grows.
 
     adapters   distinct adapters in a batch of --max-batch requests, k=1
     k          kept inputs per neuron, a quarter of that batch, all adapters distinct
@@ -10,27 +10,24 @@
 
 Every round runs each point between two runs of its base, since the machine drifts by more than an
 adapter costs; the base's step is the mean of the two, a point the median over the rounds of the
-median step. Writes scaling.json and one scaling_NAME.png per series to --out; the last line of
-stdout is the JSON. Not measured: prefill, HTTP.
+median step. Writes scaling.json and one scaling_NAME.png per series. Not measured: prefill, HTTP.
 
-    python bench/scaling.py [MODEL] [--rounds 7] [--steps 24] [--max-batch 64]
+    python -m bench.scaling [MODEL] [--rounds 7] [--steps 24] [--max-batch 64]
 """
 
-import argparse
-import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
+from bench.harness import new_parser, ratio, result_of, settings_of, write
 from neuroada_serve.benchmark.adapters import magnitude_indices, random_adapter
 from neuroada_serve.benchmark.measure import run_requests
-from neuroada_serve.benchmark.report import environment, plain, progress_bar
+from neuroada_serve.benchmark.report import progress_bar
 from neuroada_serve.benchmark.workload import random_prompts
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
@@ -62,11 +59,12 @@ class Point:
 
     @property
     def base(self) -> "Point":
+        """Same batch without adapters."""
         return Point("base", 0, (None,) * len(self.adapters), self.context)
 
 
 class Measured:
-    """Per point, its own and its base's median step of every round."""
+    """Median step of every round, per point and for its base."""
 
     def __init__(self, points: Sequence[Point]) -> None:
         self.step_ms: dict[Point, list[float]] = {point: [] for point in points}
@@ -81,21 +79,19 @@ class Measured:
             "step_ms": statistics.median(ours),
             "base_step_ms": statistics.median(base),
             "sparse_ms": statistics.median(a - b for a, b in zip(ours, base, strict=True)),
-            "ratio_to_base": statistics.median(b / a for a, b in zip(ours, base, strict=True)),
+            "ratio_to_base": ratio(base, ours),
             "rounds": {"step_ms": ours, "base_step_ms": base},
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--rounds", type=int, default=7)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the points, run the rounds, fit and draw."""
+    parser = new_parser("scaling", __doc__)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--max-batch", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     console = Console(stderr=True)
 
     base = load_base(resolve_model(args.model), args.dtype, args.device)
@@ -114,7 +110,7 @@ def main() -> None:
     engine = Engine(base, config)
 
     def add(name: str, k: int, count: int, modules: Sequence[str]) -> tuple[int, list[str]]:
-        """(nnz of one, names) of new adapters of these modules."""
+        """Serve new adapters of these modules: (nnz of one, names)."""
         names = [f"{name}-{number}" for number in range(count)]
         for seed, each in enumerate(names):
             adapter = random_adapter(base.spec, {m: indices[k][m] for m in modules}, seed)
@@ -171,34 +167,18 @@ def main() -> None:
     fit = linear_fit(
         [each["x"] for each in series["nnz"]], [each["sparse_ms"] for each in series["nnz"]]
     )
-    result = {
-        "schema": "neuroada-bench/1",
-        "benchmark": "scaling",
-        **environment(),
-        "settings": {
-            **vars(args),
-            "dtype": str(base.dtype),
-            "device": str(base.device),
-            "threads": torch.get_num_threads(),
-        },
-        "series": series,
-        "nnz_fit": fit,
-        "not_measured": ["prefill", "HTTP"],
-    }
-    document = json.dumps(plain(result), allow_nan=False)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "scaling.json").write_text(document + "\n")
-    for name, entries in series.items():
-        (args.out / f"scaling_{name}.png").write_bytes(plot(name, entries, fit))
-    print(document)
+    found = {"series": series, "nnz_fit": fit, "not_measured": ["prefill", "HTTP"]}
+    settings = settings_of(args, dtype=str(base.dtype), device=str(base.device))
+    write(result_of("scaling", settings, found), args.out, plot)
 
 
 def powers_of_two(most: int) -> list[int]:
+    """Powers of two up to `most`."""
     return [n for n in (2**i for i in range(most.bit_length())) if n <= most]
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """y = slope * x + intercept by least squares, and the share of y's variance it explains."""
+    """Fit y = slope * x + intercept by least squares; r2 is the share of variance it explains."""
     slope, intercept = np.polyfit(x, y, 1)
     residual = np.asarray(y) - (slope * np.asarray(x) + intercept)
     return {
@@ -208,8 +188,15 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     }
 
 
-def plot(name: str, entries: Sequence[dict[str, Any]], fit: dict[str, float]) -> bytes:
-    """A PNG of one series: steps with and without adapters, or the sparse part and its fit."""
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw every series into a PNG file of its own: PATH's stem, then the series."""
+    for name, entries in result["series"].items():
+        drawn = plot_series(name, entries, result["nnz_fit"])
+        path.with_name(f"{path.stem}_{name}.png").write_bytes(drawn)
+
+
+def plot_series(name: str, entries: Sequence[dict[str, Any]], fit: dict[str, float]) -> bytes:
+    """PNG of one series: steps with and without adapters, or the sparse part and its fit."""
     figure, axes = new_figure(6, 4)
     x = [each["x"] for each in entries]
     if name == "nnz":

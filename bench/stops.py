@@ -1,24 +1,23 @@
-"""What the largest stop strings that are allowed cost everybody's step.
+"""Time steps under the largest stop strings that are allowed.
 
 --batch requests answer greedily, in turn without stop strings and with 16 of 1,024 characters each.
 Two kinds: strings that the text never begins, and the worst ones: each request's own answer up to
 another last character, so that all 16 match all the time and everything is held back. Rounds are
 interleaved; a ratio is the median of the rounds' own ratios of median step times: of all steps, and
-of the second half of the answers against the first. Writes stops.json to --out; the last line of
-stdout is that JSON. Not measured: HTTP, a GPU.
+of the second half of the answers against the first. Not measured: HTTP, a GPU.
 
-    python bench/stops.py [MODEL] [--batch 8] [--tokens 256] [--rounds 7]
+    python -m bench.stops [MODEL] [--batch 8] [--tokens 256] [--rounds 7]
 """
 
-import argparse
-import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-from neuroada_serve.benchmark.report import environment
+from rich.console import Console
+
+from bench.harness import interleaved, new_parser, ratio, result_of, settings_of, write
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.model.loader import load_base
@@ -35,24 +34,23 @@ class Round:
 
     @property
     def median_ms(self) -> float:
+        """Median step."""
         return statistics.median(self.steps_ms)
 
     @property
     def growth(self) -> float:
-        """Of the second half's steps against the first half's."""
+        """Median step of the second half, over that of the first."""
         half = len(self.steps_ms) // 2
         first, second = self.steps_ms[:half], self.steps_ms[half:]
         return statistics.median(second) / statistics.median(first)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="demo")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the three kinds in turn."""
+    parser = new_parser("stops", __doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     engine = Engine(
         load_base(resolve_model(args.model)), EngineConfig(prefix_cache_memory=0, max_num_seqs=64)
@@ -64,48 +62,43 @@ def main() -> None:
         "never begun": [replace(greedy, stop=_unlike())] * args.batch,
         "always begun": [replace(greedy, stop=_almost(text)) for text in texts],
     }
-    rounds: dict[str, list[Round]] = {"none": [], **{kind: [] for kind in kinds}}
-    for _ in range(args.rounds):
-        rounds["none"].append(_run(engine, without))
-        for kind, params in kinds.items():
-            rounds[kind].append(_run(engine, params))
-            assert rounds[kind][-1].texts == texts, "a stop string stopped, or changed the text"
-    result: dict[str, Any] = {
-        "environment": environment(),
-        "batch": args.batch,
-        "tokens": args.tokens,
+    ways = {"none": without, **kinds}
+    rounds = interleaved(
+        {kind: partial(_run, engine, params) for kind, params in ways.items()},
+        args.rounds,
+        Console(stderr=True),
+    )
+    for kind in kinds:
+        assert all(one.texts == texts for one in rounds[kind]), "a stop string changed the text"
+    step_ms = {kind: [one.median_ms for one in found] for kind, found in rounds.items()}
+    found = {
         "stops": [MAX_STOP_STRINGS, MAX_STOP_CHARS],
-        "step_ms": {kind: [r.median_ms for r in found] for kind, found in rounds.items()},
+        "step_ms": step_ms,
         "growth": {
-            kind: statistics.median(r.growth for r in found) for kind, found in rounds.items()
+            kind: statistics.median(one.growth for one in found) for kind, found in rounds.items()
         },
-        "ratio": {
-            kind: statistics.median(
-                ours.median_ms / base.median_ms
-                for ours, base in zip(rounds[kind], rounds["none"], strict=True)
-            )
-            for kind in kinds
-        },
+        "ratio": {kind: ratio(step_ms[kind], step_ms["none"]) for kind in kinds},
     }
-    for kind, ratio in result["ratio"].items():
-        print(f"{kind}: a step takes {ratio:.3f} of its time without stop strings")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "stops.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    for kind in kinds:
+        text = f"{kind}: a step takes {found['ratio'][kind]:.3f} of its time without stop strings"
+        Console(stderr=True).print(text)
+    write(result_of("stops", settings_of(args), found), args.out)
 
 
 def _unlike() -> list[str]:
+    """Strings that no text begins."""
     return [chr(0x4E00 + i) * MAX_STOP_CHARS for i in range(MAX_STOP_STRINGS)]
 
 
 def _almost(text: str) -> list[str]:
-    """Strings that begin as the text does and go on otherwise where it ends."""
+    """Strings that begin as the text does and differ after its end."""
     begun = text[: MAX_STOP_CHARS - 2]
     rest = "\u4e00" * (MAX_STOP_CHARS - 1 - len(begun))
     return [begun + rest + chr(0x4E01 + i) for i in range(MAX_STOP_STRINGS)]
 
 
-def _run(engine: Engine, params: list[SamplingParams]) -> Round:
+def _run(engine: Engine, params: list[SamplingParams], number: int = 0) -> Round:
+    """Answer all requests; every round is the same."""
     for i, one in enumerate(params):
         engine.add_request(f"r{i}", [100 + 7 * i, 300 + i, 28], one)
     texts = [""] * len(params)

@@ -91,8 +91,7 @@ def environment() -> dict[str, Any]:
     versions["torch"] = torch.__version__  # with its build, which a wheel's name may lack
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **commit_of(Path(__file__).parent),
         "versions": versions,
         "hardware": hardware(),
         "environment": {name: os.environ.get(name) for name in _SETTINGS},
@@ -100,19 +99,25 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _git(*arguments: str) -> str | None:
-    """What git says of the checkout this package lies in; None outside of one."""
+def commit_of(folder: Path) -> dict[str, Any]:
+    """Commit of the checkout that a folder lies in, None outside of one; whether files differ."""
+    return {
+        "commit": _git(folder, "rev-parse", "HEAD"),
+        "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of git in a folder; None without git, where it fails or prints nothing."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, which vector instructions torch uses, cores for this process, memory and GPUs."""
+    """Processor, vector instructions that torch uses, cores for this process, memory and GPUs."""
     import torch
 
     gpus = []

@@ -1,15 +1,14 @@
 """The rows on which default flags are judged, and the script that judges."""
 
 import json
-import sys
 from collections import Counter
 
-import defaults
 import pytest
 import torch
-from defaults_rows import FOR_CHOICES, REPORTED
 from typer.testing import CliRunner
 
+from bench import defaults
+from bench.defaults_rows import FOR_CHOICES, REPORTED
 from neuroada_serve.cli.main import app
 from tests.support.tiny import save_tiny_model
 
@@ -40,11 +39,8 @@ def test_the_script_trains_with_default_flags_and_scores_fresh_rows(tmp_path, mo
     source = save_tiny_model(tmp_path / "model", dtype=torch.bfloat16)
     out = tmp_path / "defaults.json"
     flags = ["--model", str(source.path), "--tasks", "home", "--rows", "20", "--fresh", "5"]
-    monkeypatch.setattr(
-        sys, "argv", ["defaults.py", *flags, "--out", str(out), "--", "--max-steps=2"]
-    )
     monkeypatch.setattr(defaults, "neuroada", train_here)
-    defaults.main()
+    defaults.main([*flags, "--out", str(out), "--", "--max-steps=2"])
     [found] = json.loads(out.read_text())["tasks"]
     assert (found["rows"], found["fresh_rows"], found["steps"]) == (20, 5, 2)
     assert 0 <= found["fresh_exact_match"] <= 1

@@ -1,0 +1,100 @@
+"""Every script of bench/ that has no test of its own runs, smaller, on a tiny model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from bench import choices, harness, memory, prefix_answers, redraw, scaling, startup, stops
+from neuroada_serve import save_adapter
+from tests.support.decoder_sizes import SIZES
+from tests.support.tiny import random_adapter, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return str(save_tiny_model(folder, dtype=torch.bfloat16, vocab_size=512).path)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Run a script's main and return its document, which is its last line and its file, too."""
+
+    def run(script, *flags: object) -> dict:
+        out = tmp_path / "found.json"
+        script.main([*map(str, flags), "--out", str(out)])
+        result = json.loads(out.read_text())
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+        assert {"commit", "modified", "versions", "hardware", "date"} <= result.keys()
+        assert result["schema"] == harness.SCHEMA
+        assert "out" not in result["settings"]
+        return result
+
+    return run
+
+
+def test_choices_time_both_ways(model, run, monkeypatch):
+    sizes = {"LANES": (2,), "THREAD_LANES": (2,), "WIDTHS": (32,), "PROMPTS": (16,), "RUNS": (8,)}
+    for name, values in sizes.items():
+        monkeypatch.setattr(choices, name, values)
+    result = run(choices, model, "--rounds", 1, "--steps", 3)
+    assert len(result["choices"]) == 2 + 2 + 1 + 2 * 2
+    assert all(one["ratio"] > 0 and len(one["rounds"]) == 1 for one in result["choices"])
+
+
+def test_prompt_without_memory_ends_alone(tmp_path, run):
+    sizes = {**SIZES, "vocab_size": 512, "max_position_embeddings": 8192}
+    source = save_tiny_model(tmp_path / "model", dtype=torch.bfloat16, **sizes)
+    result = run(memory, source.path, "--tries", 1, "--requests", 4)
+    for path in result["paths"].values():
+        assert path["exit_code"] == 0
+        [found] = path["tries"]
+        assert found["alone"]
+        assert (found["streams_right"], found["right"]) == (3, 4)
+
+
+def test_scaling_draws_every_series(model, run, tmp_path):
+    result = run(scaling, model, "--rounds", 1, "--steps", 2, "--max-batch", 4)
+    assert result["series"].keys() == scaling.LABELS.keys()
+    for name, entries in result["series"].items():
+        assert all(entry["step_ms"] > 0 for entry in entries)
+        assert (tmp_path / f"found_{name}.png").stat().st_size > 1000
+
+
+def test_start_is_told_by_phase(model, run):
+    result = run(startup, model, "--rounds", 1)
+    phases = [result["median_s"][name] for name in startup.PHASES if name != "exit"]
+    assert sum(phases) == pytest.approx(result["median_s"]["to first token"])
+    assert all(seconds > 0 for seconds in phases)
+
+
+def test_stop_strings_leave_answers_as_they_are(model, run):
+    result = run(stops, model, "--batch", 2, "--tokens", 8, "--rounds", 1)
+    assert result["ratio"].keys() == {"never begun", "always begun"}
+
+
+def test_results_are_drawn_again(tmp_path, capsys):
+    for path in harness.RESULTS.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    redraw.main(tmp_path)
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in harness.RESULTS.glob("*.png")}
+
+
+def test_answers_from_the_prefix_cache_are_counted(tmp_path, run, monkeypatch):
+    source = save_tiny_model(tmp_path / "model", max_position_embeddings=2048)
+    for name in prefix_answers.ADAPTERS:
+        save_adapter(random_adapter(source, seed=1), tmp_path / "adapters" / name)
+    shutil.copytree(prefix_answers.EXAMPLES / "data", tmp_path / "data")
+    smaller = {"EXAMPLES": tmp_path, "PROMPT_TOKENS": (16,), "DECODES": (2,), "DRAWN": (1, 200)}
+    for name, value in smaller.items():
+        monkeypatch.setattr(prefix_answers, name, value)
+    flags = ["--prompts", 6, "--alone", 2, "--max-tokens", 2, "--rounds", 1]
+    result = run(prefix_answers, source.path, *flags)
+    for found in result["answers"].values():
+        assert found["asked"] == 6
+        assert 0 < found["with_cached_tokens"] <= 6
+    assert result["answers"]["deterministic"]["changed_by_the_cache"] == 0
+    assert result["cost"].keys() == {"prompt of 16", "step of 2 decodes"}
