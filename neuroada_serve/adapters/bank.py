@@ -23,7 +23,7 @@ from neuroada_serve.ops.bypass import NO_SLOT, BypassTable, TokenSlots
 SLOT_BYTES = 128  # a GPU reads lines of this size
 _MOST_ORIGINALS = 8  # planes whose base weights are kept at hand
 # So many consecutive tokens of one adapter are multiplied by a weight that holds its values; fewer
-# go through `bypass_add_`. By `bench/choices.py` on the CPU. On an H200 (`bench/gpu.py`), in
+# go through `bypass_add_`. By `bench/choices.py` on the CPU. On an H200 (`bench/gpu`), in
 # Llama-3-8B's shape, a token without a run costs 6 us at k=1 and 22 us at k=8, and a run 2 to
 # 10 ms: hundreds of small launches, at the mercy of the host.
 RUN_TOKENS = {"cpu": 192, "cuda": 256}

@@ -60,7 +60,7 @@ class BypassTile:
     early: bool = False
 
 
-# (fewest tokens, largest k, tile): the first row that fits is taken. Winners of `bench/gpu.py` on
+# (fewest tokens, largest k, tile): the first row that fits is taken. Winners of `bench/gpu` on
 # an H200, Llama-3-8B's shapes, 1 to 256 tokens; that of lanes from its prefill. Starting early
 # gains a tenth beside one GEMM, but nothing in a model's step.
 _TILES: tuple[tuple[int, int, BypassTile], ...] = (
