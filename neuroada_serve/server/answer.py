@@ -1,4 +1,4 @@
-"""What clients get: OpenAI's completion and chat objects, whole or in chunks."""
+"""Replies to clients: OpenAI's completion and chat objects, whole or in chunks, and classes."""
 
 import codecs
 import math
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from neuroada_serve.request import Output, TokenLogprob, bytes_of_name
 from neuroada_serve.server.protocol import GenerationRequest
 
-LOWEST_LOGPROB = -9999.0  # JSON has no -inf; vLLM's stand-in
+LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON lacks, as in vLLM
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Answer(ABC):
 
     @property
     def summary(self) -> str:
-        """For the log."""
+        """Model and numbers of tokens, for the request log."""
         return f"model={self._model!r} prompt_tokens={self._num_prompt_tokens}"
 
 
@@ -94,7 +94,7 @@ class GenerationAnswer(Answer):
         return self._object(self.kind, choices, usage=self._usage())
 
     def chunks(self, index: int, output: Output) -> Iterator[dict[str, Any]]:
-        """What an output adds to a stream; nothing while its text is still withheld."""
+        """Yield the chunks that an output adds to a stream; none while its text is withheld."""
         choice = self._choices[index]
         opening = None if choice.started else self._opening(choice)
         opening_logprobs = None if choice.started else self._logprobs(choice.logprobs)
@@ -128,24 +128,24 @@ class GenerationAnswer(Answer):
         self._endings[index] = _ending(output)
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The extra last chunk of stream_options.include_usage."""
+        """Return the extra last chunk of stream_options.include_usage."""
         return self._object(self.chunk_kind, [], usage=self._usage())
 
     @abstractmethod
     def _message(self, text: str) -> dict[str, Any]:
-        """A finished choice's text."""
+        """Shape the text of a finished choice."""
 
     @abstractmethod
     def _opening(self, choice: _Choice) -> dict[str, Any] | None:
-        """What a stream sends of a choice before its first text."""
+        """Shape what a stream sends of a choice before its first text, if anything."""
 
     @abstractmethod
     def _delta(self, text: str) -> dict[str, Any]:
-        """New text in a stream."""
+        """Shape new text in a stream."""
 
     @abstractmethod
     def _shape_logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Log probabilities of tokens."""
+        """Shape log probabilities of tokens."""
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self._request.num_logprobs is None or not tokens:
@@ -153,7 +153,7 @@ class GenerationAnswer(Answer):
         return self._shape_logprobs(tokens)
 
     def _tokens(self, choice: _Choice, output: Output) -> list[TokenLogprob]:
-        """Of prompt and answer, each where it stands in the text."""
+        """Return the tokens of prompt and answer, with their offsets in the text."""
         echoed = choice.echoed
         prompt = [] if echoed is None else [echoed.place(token) for token in output.prompt_logprobs]
         num_before = 0 if echoed is None else len(echoed.text)
@@ -168,7 +168,7 @@ class GenerationAnswer(Answer):
             "object": kind,
             "created": self._created,
             "model": self._model,
-            # Which version of the adapter answers; null on the base.
+            # The version of the adapter that answers; null for the base.
             "system_fingerprint": self._adapter_digest,
             "choices": choices,
             **more,
@@ -189,7 +189,7 @@ class Echo:
 
 
 class _Echoed:
-    """The text of an echo, and how far its tokens have come in it."""
+    """Finds the offsets of a prompt's tokens, one after the other, in the prompt's text."""
 
     def __init__(self, echo: Echo) -> None:
         self.text = echo.text
@@ -198,8 +198,8 @@ class _Echoed:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def place(self, token: TokenLogprob) -> TokenLogprob:
-        """The next token, where it stands in the text: nowhere does one that the tokenizer has put
-        in front; and that of a first word may have a space that the text has not."""
+        """Return the next token with its offset in the text. A token that the tokenizer put in
+        front takes up no text; that of a first word may have a space which the text lacks."""
         offset = self._num_chars
         for written in (token.bytes, token.bytes.removeprefix(b" ")):
             if self._data.startswith(written, self._num_bytes):
@@ -210,7 +210,7 @@ class _Echoed:
 
 
 class CompletionAnswer(GenerationAnswer):
-    """The reply of /v1/completions; `echoes` has one for each choice."""
+    """The reply of /v1/completions; `echoes` is empty, or has one for each choice."""
 
     id_prefix = "cmpl"
     kind = chunk_kind = "text_completion"
@@ -226,7 +226,7 @@ class CompletionAnswer(GenerationAnswer):
         super().__init__(request, model, num_prompt_tokens, num_choices)
         for choice, echo in zip(self._choices, echoes, strict=bool(echoes)):
             choice.texts, choice.echoed = [echo.text], _Echoed(echo)
-            # It has no log probability, as nothing comes before it; nan becomes null.
+            # The first token has no log probability, as nothing precedes it; nan becomes null.
             first = TokenLogprob(-1, echo.first_token, math.nan)
             choice.logprobs = [choice.echoed.place(first)]
 
@@ -329,8 +329,8 @@ def _ending(output: Output) -> dict[str, Any]:
 
 
 def _top_logprobs(token: TokenLogprob) -> dict[str, float | None] | None:
-    """By name. Of several tokens of one name the answered one has it, else the likeliest; the
-    others are called token_id:N, as vLLM calls tokens by their ids."""
+    """Return log probabilities by token name. If several tokens share a name, the generated one
+    gets it, else the likeliest; the others are named token_id:N, as in vLLM."""
     if math.isnan(token.logprob):
         return None
     top: dict[str, float | None] = {}

@@ -39,7 +39,7 @@ def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = N
     """The ASGI application over a worker that is entered before the first request comes.
 
     Args:
-        rescans: shared with whoever else has the adapter directory looked at again.
+        rescans: shared with other callers that rescan the adapter directory.
     """
     app = FastAPI(
         title="NeuroAda Serve",
@@ -72,7 +72,7 @@ def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = N
 
 
 def _hosts(config: ServerConfig) -> list[str]:
-    """Names that clients may use for this server."""
+    """Names by which clients may address this server."""
     own = [] if is_loopback(config.host) else [config.host, socket.gethostname()]
     return [*config.allowed_hosts, *own]
 

@@ -1,8 +1,8 @@
-"""A request's body: refused by its shape before anything is built from it, parsed off the event
-loop where it is large.
+"""Parse request bodies: refuse one with too many parts before building anything from it, and parse
+large ones off the event loop.
 
 Parsing 2 MiB of {},{},... takes a tenth of a second and a hundred times its memory, and neither the
-parser nor pydantic lets others run meanwhile. What text there is in a body costs next to nothing.
+parser nor pydantic lets others run meanwhile. Long strings cost next to nothing.
 """
 
 import asyncio
@@ -23,16 +23,16 @@ from neuroada_serve.server.state import state_of
 MAX_CONTAINERS = 8_192  # objects and lists
 MAX_STRINGS = 65_536  # and names of fields
 MAX_ITEMS = 262_144  # token ids, above all
-_FEW_PARTS = 8_192  # fewer than any bound: not looked at more closely
+_FEW_PARTS = 8_192  # below every bound: no need to count each kind
 _SMALL_BYTES = 32_768  # milliseconds at worst
-_NOTICING_TURNS = 3  # of the event loop, in which it hears that a client left behind its body
+_NOTICING_TURNS = 3  # of the event loop, after which it knows that a client left behind its body
 
 
 def parse_body(body: bytes) -> Any:
-    """The value of a JSON body.
+    """Return the value of a JSON body.
 
     Raises:
-        HTTPException: 400, it is none, or has more parts than any request.
+        HTTPException: 400, it is not valid JSON, or has more parts than any request needs.
     """
     if len(body) - len(body.translate(None, b'",[{')) > _FEW_PARTS:
         _check_shape(body)
@@ -43,7 +43,7 @@ def parse_body(body: bytes) -> Any:
 
 
 def _check_shape(body: bytes) -> None:
-    """Count what lies outside of strings."""
+    """Refuse a body with too many strings, containers or items; text in strings does not count."""
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     text = np.frombuffer(body, np.uint8)
@@ -67,7 +67,7 @@ class _BoundedRequest(Request):
         body = await self.body()
         if len(body) <= _SMALL_BYTES:
             return parse_body(body)
-        # One at a time: the event loop has its turn between any two.
+        # One at a time, so that the event loop runs between any two.
         server = await state_of(self)
         async with server.parsing:
             for _ in range(_NOTICING_TURNS):
@@ -78,7 +78,7 @@ class _BoundedRequest(Request):
 
 
 class BoundedRoute(APIRoute):
-    """FastAPI's route with `parse_body` in the place of its own parser."""
+    """FastAPI's route with `parse_body` instead of its own parser."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -90,7 +90,7 @@ class BoundedRoute(APIRoute):
 
 
 async def require_json(request: Request) -> None:
-    """Refuse what a web page of another origin could send without asking."""
+    """Refuse content types that foreign web pages may send without a preflight request."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Failure(400, f"Content-Type must be application/json, not {kind[:80]!r}")

@@ -1,4 +1,4 @@
-"""Whose a request is, for fair shares."""
+"""The tenant and the client of a request, for fair shares."""
 
 import ipaddress
 from typing import NamedTuple
@@ -11,26 +11,26 @@ _HOME_PREFIX = 64  # bits of an IPv6 address that its user does not choose
 
 
 class Caller(NamedTuple):
-    """A tenant, and a client of it; empty where they are not told apart."""
+    """A tenant and one of its clients; each empty where not told apart."""
 
     tenant: str = ""
     client: str = ""
 
 
 def caller_of(http: Request, config: ServerConfig) -> Caller:
-    """Who sent a request: the tenant that its header names, if that counts, and its address.
+    """Return the tenant that a request's header names, if --tenant-header is given, and its client.
 
-    Of a request that came through a proxy on this machine, or one that the environment's
-    FORWARDED_ALLOW_IPS names, uvicorn has put the address that the proxy saw (X-Forwarded-For) in
-    place of the proxy's. Nobody else is believed: clients could be as many as they like.
+    If the request came through a proxy on this machine, or one named in the environment's
+    FORWARDED_ALLOW_IPS, uvicorn has replaced the proxy's address by the client's, from
+    X-Forwarded-For. Others are not believed: a client could pose as any number of clients.
     """
     tenant = http.headers.get(config.tenant_header, "") if config.tenant_header else ""
     return Caller(tenant, client_at(http.client.host if http.client else ""))
 
 
 def client_at(host: str) -> str:
-    """The client at an address; all of one IPv6 /64 are one, since any host there may have them
-    all. What is no address is nobody in particular."""
+    """Return the client at an address; one for a whole IPv6 /64, since one host may use all of it.
+    Empty if `host` is not an address."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

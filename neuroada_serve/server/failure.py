@@ -1,4 +1,4 @@
-"""What a client is told when something fails: OpenAI's error envelope, always."""
+"""Error replies, always in OpenAI's error envelope."""
 
 import json
 import logging
@@ -60,11 +60,11 @@ class Failure(Exception):
     message: str
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    code: str | None = None  # OpenAI's word for it, where there is one; else the status
+    code: str | None = None  # OpenAI's error code where there is one, else the status
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """The reply to any exception."""
+        """Return the reply to an exception of any kind."""
         match error:
             case Failure():
                 return error
@@ -91,7 +91,7 @@ class Failure(Exception):
             "param": self.param,
             "code": self.code or self.status,
         }
-        return json.dumps({"error": error}).encode()  # ASCII: it may quote what does not encode
+        return json.dumps({"error": error}).encode()  # ASCII: it may quote surrogates
 
     def response(self) -> Response:
         return Response(self.body(), self.status, self.headers, "application/json")

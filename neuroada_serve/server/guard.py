@@ -1,4 +1,4 @@
-"""What stands before the application; pure ASGI, as framework middleware hides disconnects."""
+"""Middleware before the application; pure ASGI, as framework middleware hides disconnects."""
 
 import ipaddress
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class BodyLimit:
-    """Refuses a request body above `max_bytes` with 413, as soon as it shows; and with 503 what
-    does not fit beside the bodies of others."""
+    """Refuse a request body above `max_bytes` with 413, as soon as its size shows; and with 503
+    one that would take all bodies in memory above `max_total_bytes`."""
 
     def __init__(
         self,
@@ -54,14 +54,13 @@ class BodyLimit:
 
 
 class BrowserGuard:
-    """Keeps web pages of others from the server, which a browser on this machine could reach: a
-    page whose name was pointed at this address (DNS rebinding) has its own name as Host, any other
-    page its own Origin.
+    """Refuse requests that foreign web pages send through a browser on this machine.
 
-    Addresses as Host are right, as no name was pointed anywhere.
+    A page whose name was pointed at this address (DNS rebinding) sends its own name as Host, any
+    other page its own Origin. An IP address as Host is accepted, as no name was rebound.
 
     Args:
-        allowed_hosts: names beside localhost, of Host and Origin; "*" allows all.
+        allowed_hosts: names to accept as Host and Origin, besides localhost; "*" accepts all.
     """
 
     def __init__(self, app: ASGIApp, allowed_hosts: Iterable[str] = ()) -> None:
@@ -86,7 +85,7 @@ class BrowserGuard:
                 f"Host {host[:256]!r} is not a name of this server; start it with --allowed-host "
                 f"{name[:256] or 'NAME'}, or '*' for any",
             )
-        if method in _SAFE_METHODS:  # change nothing, and other pages cannot read their answers
+        if method in _SAFE_METHODS:  # change nothing, and other pages cannot read the reply
             return None
         origin = headers.get(b"origin")
         if origin is not None:
@@ -111,19 +110,19 @@ class BrowserGuard:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is reached from this machine alone."""
+    """Return whether only this machine can reach an address to listen on."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def _name_of(authority: str) -> str:
-    """The name of NAME, NAME:PORT, [ADDRESS] or [ADDRESS]:PORT."""
+    """Return the name in NAME, NAME:PORT, [ADDRESS] or [ADDRESS]:PORT."""
     if authority.startswith("["):
         return authority[1:].partition("]")[0].lower()
     return authority.partition(":")[0].lower().rstrip(".")
 
 
 def _name_of_allowed(host: str) -> str:
-    """The name of what may be given as an authority or an origin as well."""
+    """Return the name in an allowed host, which may be a name, an authority or an origin."""
     host = host.rpartition("://")[2].rstrip("/")
     return host.lower() if _is_address(host) else _name_of(host)
 

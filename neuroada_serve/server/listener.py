@@ -1,12 +1,12 @@
-"""The listening socket: taken before the model is loaded, heard once requests can be served, and
-never more connections than there are descriptors for."""
+"""The listening socket: bound before the model is loaded, listening once requests can be served,
+with no more connections than there are file descriptors for."""
 
 import asyncio
 import contextlib
 import logging
 import socket
 from collections.abc import Callable, MutableSet
-from typing import Any, Protocol
+from typing import Any
 
 from neuroada_serve.errors import UsageError
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _ACCEPT_RETRY_S = 0.5
-_LINGER_S = 1.0  # for whoever is refused to read why
-_MOST_LINGERING = 32  # of the reserved descriptors
+_LINGER_S = 1.0  # for a refused client to read the reply
+_MOST_LINGERING = 32  # refused clients at a time; they take reserved descriptors
 _MOST_DEFAULT_CONNECTIONS = 8192
-_MOST_DESCRIPTORS = 65536  # what a process raises its limit to, where it may
-_RESERVED_DESCRIPTORS = 128  # adapters' files, libraries, the loop's own
+_MOST_DESCRIPTORS = 65536  # to which a process raises its own limit, if allowed
+_RESERVED_DESCRIPTORS = 128  # for adapter files, libraries and the event loop
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
     b"connection: close\r\ncontent-length: %d\r\n\r\n%s"
@@ -35,10 +35,10 @@ _FULL_BODY = (
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take an address without listening yet: until then clients are refused, not left waiting.
+    """Bind an address without listening yet, so that early clients are refused and do not wait.
 
     Raises:
-        UsageError: it is taken, or not this machine's.
+        UsageError: the address is in use, or is not this machine's.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -57,7 +57,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def listen(bound: socket.socket) -> None:
-    """Hear what comes to a bound socket.
+    """Listen on a bound socket.
 
     Raises:
         UsageError: another process began to listen there in the meantime.
@@ -76,14 +76,14 @@ def _cannot_listen(host: str, port: int, error: OSError) -> UsageError:
 
 
 def most_connections(asked: int | None) -> int:
-    """How many connections may be open at once; raises this process's limit on descriptors as far
-    as it may.
+    """Return how many connections may be open at once, after raising this process's limit on file
+    descriptors as far as allowed.
 
     Args:
-        asked: None takes what there are descriptors for, up to 8192.
+        asked: wanted number of connections; None for as many as the descriptors allow, up to 8192.
 
     Raises:
-        UsageError: there are not enough descriptors for what was asked.
+        UsageError: there are not enough descriptors.
     """
     if resource is None:
         return asked or _MOST_DEFAULT_CONNECTIONS
@@ -104,23 +104,17 @@ def most_connections(asked: int | None) -> int:
     return min(room, _MOST_DEFAULT_CONNECTIONS) if asked is None else asked
 
 
-class Evictable(Protocol):
-    """A connection that the server can do without."""
-
-    def evict(self) -> None: ...
-
-
 class Listener:
     """Accepts connections until closed.
 
-    asyncio's own server logs thousands of lines a second once descriptors run out, and knows no
-    limit.
+    asyncio's own server has no limit on connections, and logs thousands of lines per second once
+    descriptors run out.
 
     Args:
-        make: a connection's protocol.
-        connections: those that are open.
-        waiting: of these, whoever has sent no whole request, longest first: when there is no place
-            for a new connection, the first of them goes.
+        make: returns the protocol of a new connection.
+        connections: the open ones.
+        waiting: those that have not sent a whole request, oldest first; the first one is evicted
+            if there is no place for a new connection.
     """
 
     def __init__(
@@ -148,7 +142,7 @@ class Listener:
         for task in ending:
             task.cancel()
         await asyncio.gather(*ending, return_exceptions=True)
-        await asyncio.sleep(0)  # the loop lets go of the socket
+        await asyncio.sleep(0)  # until the loop has released the socket
 
     async def _accept(self) -> None:
         while True:
@@ -165,10 +159,10 @@ class Listener:
                 opening = self._loop.create_task(self._open(accepted))
                 self._opening.add(opening)
                 opening.add_done_callback(self._opening.discard)
-            await asyncio.sleep(0)  # many may come at once
+            await asyncio.sleep(0)  # let others run, as many may come at once
 
     async def _open(self, accepted: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # it has gone already
+        with contextlib.suppress(OSError):  # the client has left already
             await self._loop.connect_accepted_socket(self._make, accepted)
 
     @property
@@ -193,7 +187,7 @@ class Listener:
         lingering.add_done_callback(self._lingering.discard)
 
     async def _tell_full(self, refused: socket.socket) -> None:
-        """Say so, and read what comes: a reset could take the answer away."""
+        """Reply 503 and keep reading, as a reset could discard the reply."""
         with refused, contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(_LINGER_S):
                 refused.send(_FULL % (len(_FULL_BODY), _FULL_BODY))

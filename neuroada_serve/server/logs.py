@@ -1,4 +1,4 @@
-"""The server's log: one line an event on stderr, and never a flood of them."""
+"""The server's log on stderr: one line per event, and repeated warnings limited."""
 
 import logging
 import re
@@ -12,11 +12,11 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class FloodFilter(logging.Filter):
-    """Lets so many warnings of a kind through in a while; the first one after that tells how many
+    """Pass at most `most` warnings of a kind per period; the first one afterwards says how many
     were left out. A kind is a logger's message before its arguments are filled in.
 
     Args:
-        clock: seconds.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class FloodFilter(logging.Filter):
         self._seen: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:  # asked for, a line for each
+        if record.levelno < logging.WARNING:  # one line each was asked for
             return True
         kind, now = (record.name, str(record.msg)[:200]), self._clock()
         since, count = self._seen.get(kind, (now, 0))
@@ -47,7 +47,7 @@ class FloodFilter(logging.Filter):
 
 
 class LineFormatter(logging.Formatter):
-    """Level, time and message on one line, whatever the message quotes; tracebacks below it."""
+    """Write level, time and message on one line, control characters escaped; tracebacks below."""
 
     def __init__(self) -> None:
         super().__init__("%(levelname)s %(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -58,7 +58,7 @@ class LineFormatter(logging.Formatter):
 
 @contextmanager
 def logged(level: str) -> Iterator[None]:
-    """Inside, what this package logs from this level on, and others' warnings, go to stderr."""
+    """Send this package's messages from `level` on, and others' warnings, to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter())
     handler.addFilter(FloodFilter())

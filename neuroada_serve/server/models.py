@@ -1,4 +1,4 @@
-"""Names that requests may give as `model`, and what one is told whose name is none of them."""
+"""Names of the base and the adapters, and the 404 for all others."""
 
 import difflib
 import time
@@ -15,7 +15,7 @@ _MOST_SUGGESTED = 5
 
 
 class Models:
-    """The base under its names, and the adapters.
+    """Resolves the `model` of requests to the base or an adapter, and describes both.
 
     Raises:
         AdapterConflictError: an adapter has one of the base's names.
@@ -27,20 +27,20 @@ class Models:
         self._started = int(time.time())
         worker.adapters.reserve(self.base_names)
 
-    def shown(self, adapter: str | None) -> str:
-        """The model's name in an answer."""
+    def name_of(self, adapter: str | None) -> str:
+        """Return the name that answers show: the adapter's, or the base's first."""
         return self.base_names[0] if adapter is None else adapter
 
     def is_reserved(self, name: str) -> bool:
-        """Whether no adapter may have this name."""
+        """Return whether this name is the base's, so that no adapter may have it."""
         return name in self.base_names or name == self._worker.base.spec.name
 
     def base_card(self, name: str) -> dict[str, Any]:
-        """The base under one of its names, as /v1/models describes it."""
+        """Describe the base under one of its names, as /v1/models does."""
         return self._card(name, self._started, parent=None)
 
     def adapter_card(self, name: str, since: int) -> dict[str, Any]:
-        """An adapter that is served since then, in Unix seconds, as /v1/models describes it."""
+        """Describe an adapter that is served since a time in Unix seconds, as /v1/models does."""
         return self._card(name, since, parent=self.base_names[0])
 
     def _card(self, name: str, created: int, parent: str | None) -> dict[str, Any]:
@@ -55,11 +55,10 @@ class Models:
         }
 
     def adapter_of(self, model: str | None) -> str | None:
-        """The adapter, or mix, that `model` names; None, and only None or a name of the base, is
-        the base.
+        """Return the adapter or mix that `model` names; None for the base, also the default.
 
         Raises:
-            Failure: 404; it lists the names that there are, or those nearest.
+            Failure: 404, with all names there are, or the nearest.
         """
         if model is None or model in self.base_names:
             return None
@@ -67,7 +66,7 @@ class Models:
             self._worker.adapters.check_model(model)
         except AdapterNotFoundError:
             raise self._unknown(model, "does not exist") from None
-        except AdapterError as error:  # it looks like a mix, and is none
+        except AdapterError as error:  # it looks like a mix, but is not one
             raise self._unknown(model, f"does not exist: {error}") from None
         return model
 
@@ -83,7 +82,7 @@ class Models:
 
 
 def _nearest(model: str, names: list[str]) -> list[str]:
-    """A few names that may have been meant. Bounded work: there may be thousands."""
+    """Return a few names similar to `model`. Bounded work, as there may be thousands of names."""
     alike = [
         n for n in names if n[:1].lower() == model[:1].lower() and abs(len(n) - len(model)) < 9
     ]

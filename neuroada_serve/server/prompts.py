@@ -1,8 +1,9 @@
-"""Text to token ids for requests: off the event loop, by turns, and never more of it than could
-ever fit."""
+"""Tokenize prompts and conversations off the event loop, in fair turns, and stop early at a text
+that cannot fit."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,19 +16,19 @@ from neuroada_serve.server.turns import Job, Turns
 
 T = TypeVar("T")
 
-# Texts above this are counted in pieces of it: some 20 ms each.
+# Longer texts are first counted in pieces of this size, some 20 ms each.
 PIECE_CHARS = 16_384
-# Texts up to this have a thread of their own, so they wait for no long one.
+# Texts up to this have a queue of their own, so that none waits for a long one.
 _SHORT_CHARS = 16_384
-# A text cut into pieces has a few tokens more than in one.
+# Pieces of a text have a few tokens more than the whole.
 _SLACK = 1.25
 
 
 class Prompts:
-    """
+    """Turns prompts and conversations into token ids.
+
     Args:
-        max_model_len: a prompt of so many tokens is refused, a longer text as soon as that is
-            certain.
+        max_model_len: tokens; longer texts are refused as soon as that is certain.
     """
 
     def __init__(self, base: BaseModel, max_model_len: int) -> None:
@@ -40,10 +41,11 @@ class Prompts:
     async def encode(
         self, given: Sequence[str | list[int]], caller: Caller, with_texts: bool = False
     ) -> tuple[list[list[int]], list[tuple[str, str]]]:
-        """Token ids of every prompt; and, if wanted, its text and its first token's name.
+        """Return the token ids of every prompt; and, `with_texts`, its text and the name of its
+        first token.
 
         Raises:
-            RequestError: one is too long, or has ids that are no tokens.
+            RequestError: a prompt is too long, or has ids that are not tokens.
         """
 
         def work() -> tuple[list[list[int]], list[tuple[str, str]]]:
@@ -60,19 +62,19 @@ class Prompts:
         return await self._run(caller, num_chars, work)
 
     async def encode_chat(self, messages: Sequence[Message], caller: Caller) -> list[int]:
-        """Token ids of a conversation.
+        """Return the token ids of a conversation.
 
         Raises:
             RequestError: it is too long, or the chat template refuses it.
         """
         num_chars = sum(len(str(message.get("content", ""))) for message in messages)
-        # An object for each message: a template takes as long for an empty one as for a short one.
+        # Templates take as long for an empty message as for a short one.
         cost = num_chars + 64 * len(messages)
         return await self._run(caller, cost, lambda: encode_chat(self._base, messages))
 
     async def _run(self, caller: Caller, cost: int, work: Callable[[], T]) -> T:
         def in_turn(job: Job) -> T:
-            with self._tokenizer.during(job):
+            with self._tokenizer.working_for(job):
                 return work()
 
         turns = self._short if cost <= _SHORT_CHARS else self._long
@@ -88,24 +90,29 @@ class Prompts:
 
 
 class _BoundedTokenizer:
-    """A tokenizer that gives up on what cannot fit, and when its job is cancelled.
+    """A tokenizer that stops at a text that cannot fit, and when its job is cancelled.
 
-    A long text is counted in pieces first. So a text of any length costs at most twice what the
-    longest that fits does, whatever its characters are; bounds from the vocabulary's longest token
-    (81 bytes for the demo base) would let through ten times as much.
+    A long text is counted in pieces first. So any text costs at most twice as much as the longest
+    one that fits, whatever its characters are. A bound from the vocabulary's longest token (81
+    bytes for the demo base) would let ten times as much through.
     """
 
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
-        self._of_thread = threading.local()
+        self._local = threading.local()
 
-    def during(self, job: Job) -> "_During":
-        """In the block, this thread works for a job."""
-        return _During(self._of_thread, job)
+    @contextmanager
+    def working_for(self, job: Job) -> Iterator[None]:
+        """Stop this thread's calls inside the block once the job is cancelled."""
+        self._local.job = job
+        try:
+            yield
+        finally:
+            del self._local.job
 
     def __call__(self, text: Any, *args: Any, **options: Any) -> Any:
-        self._of_thread.job.check()
+        self._local.job.check()
         if isinstance(text, str) and len(text) > PIECE_CHARS:
             self._check_length(text)
         return self._tokenizer(text, *args, **options)
@@ -116,23 +123,11 @@ class _BoundedTokenizer:
     def _check_length(self, text: str) -> None:
         num_tokens = 0
         for start in range(0, len(text), PIECE_CHARS):
-            self._of_thread.job.check()
+            self._local.job.check()
             piece = text[start : start + PIECE_CHARS]
             num_tokens += len(self._tokenizer(piece, add_special_tokens=False).input_ids)
             if num_tokens > _SLACK * self._max_model_len + 64:
                 raise _too_long(self._max_model_len, f"more than {self._max_model_len}")
-
-
-class _During:
-    def __init__(self, of_thread: threading.local, job: Job) -> None:
-        self._of_thread = of_thread
-        self._job = job
-
-    def __enter__(self) -> None:
-        self._of_thread.job = self._job
-
-    def __exit__(self, *exception: object) -> None:
-        del self._of_thread.job
 
 
 def _too_long(max_model_len: int, num_tokens: str) -> RequestError:

@@ -1,7 +1,8 @@
-"""What clients may send: the requests of OpenAI's API, with vLLM's extra sampling fields.
+"""Request bodies: those of OpenAI's API with vLLM's extra sampling fields, and of adapter routes.
 
 A field is either honoured or refused by name; the exceptions are WITHOUT_EFFECT. null means that a
-field was not given. What a fault costs is bounded: numbers first, lists up to their first fault.
+field is not given. The cost of a faulty body is bounded: sizes are checked before entries, and a
+list only up to its first fault.
 """
 
 from abc import abstractmethod
@@ -29,7 +30,7 @@ from neuroada_serve.request import (
     SamplingParams,
 )
 
-# Bookkeeping of OpenAI's own service, which many clients send: accepted, and changes no answer.
+# Bookkeeping of OpenAI's own service that many clients send: accepted, but changes no answer.
 WITHOUT_EFFECT = (
     "user",
     "metadata",
@@ -50,7 +51,7 @@ MAX_REPORTED_FAULTS = 10
 
 
 def _expect(expected: str) -> WrapValidator:
-    """One message for a field, instead of one for each type it could have had."""
+    """Report one message for a field, instead of one for each type that it may have."""
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -62,7 +63,7 @@ def _expect(expected: str) -> WrapValidator:
 
 
 def _at_most(most: int) -> BeforeValidator:
-    """Count before looking at each: pydantic collects a fault for every one."""
+    """Check the size before the entries, as pydantic collects a fault for each of them."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict | list) and len(value) > most:
@@ -72,7 +73,7 @@ def _at_most(most: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-# Lists end at their first fault, whatever of it: a request may have some hundred thousand.
+# Validation stops at a list's first fault: a request may have some hundred thousand.
 _FailFast = Field(fail_fast=True)
 _Strings = Annotated[list[str], _FailFast]
 _TokenIds = Annotated[list[int], _FailFast]
@@ -99,7 +100,7 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """include_usage: one more chunk, with the usage; continuous_usage_stats: all have it."""
+    """include_usage: end with a chunk that has the usage; continuous_usage_stats: in all chunks."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -158,22 +159,23 @@ class GenerationRequest(_Strict):
     @property
     @abstractmethod
     def num_logprobs(self) -> int | None:
-        """Alternatives to report per token; None: no logprobs at all."""
+        """Alternatives to report per generated token; None: no logprobs at all."""
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """Likewise for the prompt's tokens."""
+        """Alternatives to report per prompt token; None: no logprobs at all."""
         return None
 
     @property
     @abstractmethod
     def most_tokens(self) -> int | None:
-        """`SamplingParams.max_tokens`."""
+        """Limit on generated tokens; None: as many as fit."""
 
     def sampling_params(self) -> SamplingParams:
-        """
+        """Return the parameters for the engine.
+
         Raises:
-            RequestError: names the field.
+            RequestError: names the field at fault.
         """
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream=true", "stream_options")
@@ -218,7 +220,7 @@ def _logit_bias(biases: dict[str, float]) -> dict[int, float]:
 
 
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions."""
 
     prompt: Prompt
     echo: bool | None = None
@@ -255,7 +257,8 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:
-        """
+        """Every prompt, as text or token ids.
+
         Raises:
             RequestError: there is none, or an empty one.
         """
@@ -271,7 +274,7 @@ def _one_each(given: Any, field: str) -> Sequence[str | list[int]]:
 
 
 class ClassifyRequest(_Strict):
-    """POST /v1/classify, as vLLM's /classify. model: an adapter that is a classifier."""
+    """Body of POST /v1/classify, vLLM's /classify. model: an adapter that is a classifier."""
 
     model: Annotated[str, Field(max_length=MAX_MODEL_CHARS)]
     input: Prompt
@@ -280,7 +283,8 @@ class ClassifyRequest(_Strict):
 
     @property
     def inputs(self) -> Sequence[str | list[int]]:
-        """
+        """Every input, as text or token ids.
+
         Raises:
             RequestError: there is none, an empty one, or too many.
         """
@@ -303,12 +307,12 @@ Content = Annotated[
 
 
 class ChatMessage(_Strict):
-    """One message; `model.prompt.normalized` says what the chat template gets of it."""
+    """One message, which `model.prompt.normalized` prepares for the chat template."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
 
-    # null in the messages of other servers, which clients send back
+    # null in other servers' replies, which clients send back as messages
     refusal: Unsupported = None
     tool_calls: Unsupported = None
     function_call: Unsupported = None
@@ -320,7 +324,7 @@ class TextFormat(_Strict):
 
 
 class ChatCompletionRequest(GenerationRequest):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, fail_fast=True), _at_most(MAX_MESSAGES)
@@ -357,10 +361,10 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class LoadAdapterRequest(_Strict):
-    """POST /v1/load_lora_adapter; the names are vLLM's.
+    """Body of POST /v1/load_lora_adapter; the names are vLLM's.
 
     lora_path: the adapter's folder, absolute or relative to --adapter-dir, and under it.
-    load_inplace: replace the adapter of this name, which new requests then get.
+    load_inplace: replace a loaded adapter of this name; new requests use the new one.
     """
 
     lora_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
@@ -369,11 +373,11 @@ class LoadAdapterRequest(_Strict):
 
 
 class UnloadAdapterRequest(_Strict):
-    """POST /v1/unload_lora_adapter; lora_name is vLLM's.
+    """Body of POST /v1/unload_lora_adapter; lora_name is vLLM's.
 
-    timeout_s: most seconds to wait for the adapter's requests, 10 by default; if some remain after
-        that, 409, and the adapter stays.
-    abort: cancel those that remain; at once, unless timeout_s is given.
+    timeout_s: seconds to wait for the adapter's requests to finish, 10 by default; if some remain
+        then, the reply is 409 and the adapter stays.
+    abort: abort those that remain; at once, unless timeout_s is given.
     """
 
     lora_name: str
@@ -382,20 +386,20 @@ class UnloadAdapterRequest(_Strict):
 
     @property
     def patience_s(self) -> float:
-        """Seconds to wait before the adapter's requests are cancelled, or it stays."""
+        """Seconds to wait before the adapter's requests are aborted, or it stays."""
         if self.timeout_s is not None:
             return self.timeout_s
         return 0.0 if self.abort else DEFAULT_UNLOAD_TIMEOUT_S
 
 
 class MergeRequest(_Strict):
-    """POST /v1/adapters/merge: never, auto, or the name of an adapter to keep merged."""
+    """Body of POST /v1/adapters/merge. mode: never, auto, or an adapter to keep merged."""
 
     mode: str
 
 
 def describe_faults(faults: Sequence[Any]) -> tuple[str, str | None]:
-    """Message and field at fault, of pydantic's error list for a request body."""
+    """Return a message for pydantic's error list about a request body, and the field at fault."""
     lines = []
     for fault in faults[:MAX_REPORTED_FAULTS]:
         kind, where = fault["type"], _where(fault["loc"])
@@ -415,7 +419,7 @@ def describe_faults(faults: Sequence[Any]) -> tuple[str, str | None]:
 
 
 def _where(loc: Sequence[str | int]) -> str:
-    """('body', 'messages', 0, 'content') as messages[0].content"""
+    """Write ('body', 'messages', 0, 'content') as messages[0].content."""
     path = ""
     for part in loc[1:]:
         path += f"[{part}]" if isinstance(part, int) else f".{part[:80]}"

@@ -1,4 +1,4 @@
-"""A line in the log for every request, where that was asked for: no prompts, no answers."""
+"""The request log, one line per request, without prompts and answers."""
 
 import logging
 import time
@@ -12,7 +12,8 @@ _UNLOGGED = ("/health",)
 
 
 class RequestLog:
-    """Pure ASGI. A handler leaves its answer as `request.state.answer`, which then is told too."""
+    """Log every request; pure ASGI. Includes the summary of `request.state.answer`, if a handler
+    has set it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -45,6 +46,6 @@ class RequestLog:
 
 
 def client_of(scope: Scope) -> str:
-    """The address that a request came from."""
+    """Return address and port of the client."""
     host, port = scope.get("client") or ("unknown", 0)
     return f"{host}:{port}"

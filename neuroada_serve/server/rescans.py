@@ -1,15 +1,17 @@
-"""Looks at the adapter directory again, one at a time, however often it is asked for."""
+"""Rescans of the adapter directory, one at a time."""
 
 import asyncio
 
 from neuroada_serve.adapters.directory import Rescan
-from neuroada_serve.server.threads import in_daemon_thread
+from neuroada_serve.server.turns import in_daemon_thread
 from neuroada_serve.server.worker import Adapters
 
 
 class Rescans:
-    """Whoever asks while one runs gets the next, which sees what has changed by now; all who wait
-    get the same. Of the event loop."""
+    """Run rescans on request, one at a time; use on the event loop only.
+
+    Everyone who asks during a rescan shares the next one, which sees all changes made so far.
+    """
 
     def __init__(self, adapters: Adapters) -> None:
         self._adapters = adapters
@@ -18,11 +20,11 @@ class Rescans:
 
     @property
     def is_pending(self) -> bool:
-        """Whether one will begin, and so see all that is there now."""
+        """True if a rescan is about to begin, which sees all changes made so far."""
         return self._next is not None
 
     async def join(self) -> Rescan:
-        """The result of one that begins from here on.
+        """Return the result of a rescan that begins after this call.
 
         Raises:
             UsageError, OSError: as `Adapters.rescan`.
@@ -38,8 +40,8 @@ class Rescans:
         return await in_daemon_thread(self._adapters.rescan, "rescan")
 
 
-def told(found: Rescan) -> str:
-    """What came of it, in words."""
+def summary(found: Rescan) -> str:
+    """Describe the result of a rescan in one line."""
     changes = ("added", found.added), ("replaced", found.replaced), ("removed", found.removed)
     said = [f"{what} {', '.join(names)}" for what, names in changes if names]
     said += [f"not served: {error}" for error in found.failed.values()]

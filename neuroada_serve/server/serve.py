@@ -1,4 +1,4 @@
-"""Listen, serve, stop: uvicorn around one engine."""
+"""Listen, serve and stop: uvicorn around one engine."""
 
 import asyncio
 import contextlib
@@ -17,17 +17,18 @@ import uvicorn
 from neuroada_serve.config import ServerConfig
 from neuroada_serve.errors import NeuroAdaError
 from neuroada_serve.server.app import create_app
-from neuroada_serve.server.connection import Connection, ConnectionLimits, Slices
+from neuroada_serve.server.connection import Connection, Slices
 from neuroada_serve.server.guard import is_loopback
 from neuroada_serve.server.listener import Listener, bind, most_connections
-from neuroada_serve.server.rescans import Rescans, told
+from neuroada_serve.server.rescans import Rescans, summary
 from neuroada_serve.server.signals import RESCAN_SIGNAL, EarlySignals
 from neuroada_serve.server.stats import ThroughputLog
+from neuroada_serve.server.timeouts import ConnectionLimits
 from neuroada_serve.server.worker import Engine, Worker
 
 logger = logging.getLogger(__name__)
 
-LAST_BYTES_TIMEOUT_S = 5  # for replies that are finished, or aborted, when the drain is over
+LAST_BYTES_TIMEOUT_S = 5  # for replies already finished or aborted at the end of the drain
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -43,16 +44,16 @@ def serve(
 ) -> int:
     """Serve an engine over HTTP until SIGINT or SIGTERM, or until the engine dies.
 
-    After a signal new requests get 503 while running ones may finish for `drain_timeout_s`; a
-    second signal ends them at once. SIGHUP has it look at the adapter directory again.
+    After a signal new requests get 503, while running ones may finish for `drain_timeout_s`; a
+    second signal aborts them at once. SIGHUP rescans the adapter directory.
 
     Args:
-        engine: not used by anyone else from here on.
-        on_ready: called with address and port, once requests are heard.
-        notify: told what there is to know before it serves.
-        bound: a socket that has the address already, see `listener.bind`.
-        early: what came before; a SIGHUP is then seen to.
-        limits: how long clients may take.
+        engine: must not be used elsewhere from here on.
+        on_ready: called with address and port once the server listens.
+        notify: gets warnings for the user before the server listens.
+        bound: a socket bound to the address already, see `listener.bind`.
+        early: signals that came before; a SIGHUP among them leads to a rescan.
+        limits: time limits for clients.
 
     Returns:
         The process's exit code: 0 after a signal, 70 after the engine's death.
@@ -94,7 +95,7 @@ async def _serve(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with a stop that lets the engine finish while newcomers are told 503."""
+    """uvicorn, whose shutdown lets running requests finish while new ones get 503."""
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(self.worker, config, rescans),
-                http="h11",  # what Connection is
+                http="h11",  # Connection is a subclass of its protocol
                 loop="asyncio",
                 ws="none",
                 lifespan="off",
@@ -127,14 +128,14 @@ class _Server(uvicorn.Server):
         self._limits = limits
         self._max_connections = max_connections
         self._rescans = rescans
-        self._telling: set[asyncio.Task[None]] = set()
+        self._rescanning: set[asyncio.Task[None]] = set()
         self._on_ready = on_ready
 
     def stop(self) -> None:
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        # In the place of uvicorn's own, which leaves listening to asyncio.
+        # Replaces uvicorn's own, which lets asyncio listen.
         assert sockets is not None
         await self.lifespan.startup()
         waiting: dict[Any, None] = {}
@@ -156,7 +157,7 @@ class _Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # The listener is still open: until the drain is over, newcomers get an answer.
+        # The listener stays open, so that new requests get a reply until the drain is over.
         await self.worker.drain(self._drain_timeout_s, hurry=lambda: self.force_exit)
         await self._listener.close()
         await super().shutdown(sockets)
@@ -169,25 +170,25 @@ class _Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._rescan)
 
     def _rescan(self) -> None:
-        if self._rescans.is_pending:  # it will see what this signal is about
+        if self._rescans.is_pending:  # it will see the change that this signal announces
             return
-        telling = asyncio.get_running_loop().create_task(self._rescan_and_tell())
-        self._telling.add(telling)
-        telling.add_done_callback(self._telling.discard)
+        rescanning = asyncio.get_running_loop().create_task(self._rescan_and_log())
+        self._rescanning.add(rescanning)
+        rescanning.add_done_callback(self._rescanning.discard)
 
-    async def _rescan_and_tell(self) -> None:
+    async def _rescan_and_log(self) -> None:
         try:
             found = await self._rescans.join()
         except (NeuroAdaError, OSError) as error:  # the directory may have gone
-            logger.warning("adapters not looked at again by SIGHUP: %s", error)
+            logger.warning("adapter directory not rescanned by SIGHUP: %s", error)
         else:
-            # What is not served is told nowhere else: a signal has no answer.
+            # A signal gets no reply, so failures are reported here only.
             level = logging.WARNING if found.failed else logging.INFO
-            logger.log(level, "adapters looked at again by SIGHUP: %s", told(found))
+            logger.log(level, "adapter directory rescanned by SIGHUP: %s", summary(found))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        # uvicorn's own raises the signal again at the end, and the exit code would be lost.
+        # uvicorn's own raises the signal again at the end, which would lose the exit code.
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,4 +1,4 @@
-"""Signals that come before there is a server. Standard library only: first thing in a process."""
+"""Signals that come before the server runs. Standard library only, as this is imported first."""
 
 import signal
 import threading
@@ -11,12 +11,11 @@ _TERMINATED = 128 + signal.SIGTERM
 
 
 class EarlySignals:
-    """Keeps a SIGHUP until somebody can act on it, and ends the process at SIGTERM in an orderly
-    way: as process 1 of a container it would otherwise not end at all. While entered; a server's
-    own handlers take the place of these.
+    """While entered, remember a SIGHUP for the server, and exit at SIGTERM, which process 1 of a
+    container would otherwise ignore. The server later replaces these handlers by its own.
 
     Args:
-        notify: told why the process ends.
+        notify: gets the reason before the process exits.
     """
 
     def __init__(self, notify: Callable[[str], None] = lambda message: None) -> None:
@@ -25,7 +24,7 @@ class EarlySignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # others get no signals
+        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._stop)
             if RESCAN_SIGNAL is not None:
                 self._before[RESCAN_SIGNAL] = signal.signal(RESCAN_SIGNAL, self._keep)
@@ -40,5 +39,5 @@ class EarlySignals:
         self.hung_up = True
 
     def _stop(self, sig: int, frame: FrameType | None) -> None:
-        self._notify("Stopped before it served.")
+        self._notify("Stopped before the server was ready.")
         raise SystemExit(_TERMINATED)

@@ -1,4 +1,4 @@
-"""A line a minute in the log: what goes through the engine."""
+"""The throughput log, one line per minute."""
 
 import asyncio
 import logging
@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class ThroughputLog:
-    """Lines since the last one; none while nothing happens.
+    """Write what the engine has done since the last line; nothing while it is idle.
 
     Args:
-        clock: seconds.
+        clock: returns seconds.
     """
 
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,14 +25,14 @@ class ThroughputLog:
         self._was_busy = False
 
     async def run(self, period_s: float = 60.0) -> None:
-        """Log for ever."""
+        """Log until cancelled."""
         while True:
             await asyncio.sleep(period_s)
             if (line := self.line()) is not None:
                 logger.info(line)
 
     def line(self) -> str | None:
-        """What happened since; None if nothing did, and the last line said so."""
+        """Return the next line; None if the engine was idle and the last line has said so."""
         now, totals = self._clock(), self._totals()
         prompt, cached, generated = (new - old for new, old in zip(totals, self._seen, strict=True))
         elapsed_s = max(now - self._since, 1e-9)
@@ -53,5 +53,5 @@ class ThroughputLog:
         )
 
     def _totals(self) -> tuple[int, int, int]:
-        metrics = self._engine.metrics  # counted in another thread; a step more or less is the same
+        metrics = self._engine.metrics  # another thread counts; a step more or less is no matter
         return metrics.num_prompt_tokens, metrics.num_cached_tokens, metrics.num_output_tokens

@@ -1,4 +1,4 @@
-"""Replies that last: server-sent events, and work that ends when its client leaves."""
+"""Reply with outputs of the engine, whole or as events; stop when the client leaves."""
 
 import asyncio
 import json
@@ -46,13 +46,12 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
 
 
 async def reply(http: Request, stream: Stream, answer: Answer) -> Response:
-    """The reply to a request whose prompts the engine has accepted: a JSON object, or
-    server-sent events if the client asked for them. The stream is closed at its end.
+    """Reply to a request that the engine has accepted: with a JSON object, or with server-sent
+    events if the client asked for them. The stream is closed in the end, whatever happens.
 
     Raises:
-        ClientClosed: the client has left before its reply has begun.
-        Failure, Unavailable, EngineError: a choice could not be finished; of a reply in events,
-            before its first.
+        ClientClosed: the client left before the reply began.
+        Failure, Unavailable, EngineError: a choice could not be finished, and no event was sent.
     """
     if isinstance(answer, GenerationAnswer) and answer.is_streamed:
         try:
@@ -85,7 +84,7 @@ async def _whole(stream: Stream, answer: Answer) -> dict[str, Any]:
 
 
 class EventStream(StreamingResponse):
-    """A reply in chunks; a failure under way becomes an error event before [DONE]."""
+    """A reply in chunks. A failure after the first becomes an error event before [DONE]."""
 
     def __init__(self, stream: Stream, answer: GenerationAnswer) -> None:
         super().__init__(
@@ -128,12 +127,12 @@ def _to_json(body: dict[str, Any]) -> bytes:
 
 
 def _check(output: Output) -> None:
-    """A choice that the engine gave up has no place among the finished ones."""
+    """Raise if the engine could not finish a choice."""
     if output.may_retry:
         raise Unavailable(output.error)
     if output.finish_reason is FinishReason.ERROR:
         raise Failure(500, output.error or "the engine could not finish this request")
-    if output.finish_reason is FinishReason.ABORT:  # the client is there: it was not its wish
+    if output.finish_reason is FinishReason.ABORT:  # not by the client, which is still there
         raise Unavailable(
             "the request was ended: its adapter is unloaded, or the server is shutting down"
         )

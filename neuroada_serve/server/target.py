@@ -1,4 +1,4 @@
-"""What a request asks for, in all forms that HTTP has; pure ASGI."""
+"""Middleware that brings the target and method of a request into one form; pure ASGI."""
 
 import re
 from urllib.parse import unquote
@@ -9,8 +9,8 @@ _ABSOLUTE = re.compile(rb"https?://([^/]*)(.*)", re.IGNORECASE | re.DOTALL)
 
 
 class RequestTarget:
-    """Takes a target such as http://host/v1/models, which every server must (RFC 9112, 3.2.2), as
-    /v1/models with that host; and HEAD as GET, whose body is left out when it is sent."""
+    """Treat a target such as http://host/v1/models, which every server must accept (RFC 9112,
+    3.2.2), as /v1/models with that host; and HEAD as GET, whose body is not sent then."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

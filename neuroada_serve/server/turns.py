@@ -1,28 +1,55 @@
-"""Work off the event loop, one at a time, for whoever has had least of it."""
+"""Run work off the event loop: each in a thread of its own, or in turns by fair shares."""
 
 import asyncio
 import heapq
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from neuroada_serve.engine.accounts import Accounts, Party, charge
 from neuroada_serve.server.caller import Caller
-from neuroada_serve.server.threads import in_daemon_thread
 
 T = TypeVar("T")
 
-# What it goes by among its caller's, its number, its cost, told when it comes, who pays.
+# Order among its caller's jobs, sequence number, cost, done when the turn comes, payers.
 _Turn = tuple[float, int, float, asyncio.Future[None], list[Party]]
 
 
+def in_daemon_thread(run: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """Start a thread for `run` and return a future of its result, on the running event loop. The
+    thread does not keep the process alive, as an executor's would."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if found.cancelled():
+            return
+        if error is None:
+            found.set_result(result)
+        else:
+            found.set_exception(error)
+
+    def main() -> None:
+        result, failure = None, None
+        try:
+            result = run()
+        except BaseException as error:
+            failure = error
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=main, name=name, daemon=True).start()
+    return found
+
+
 class Cancelled(Exception):
-    """Nobody waits for the result any more."""
+    """Raised in a job whose result nobody waits for any more."""
 
 
 class Job:
-    """What runs may ask now and then whether it should go on."""
+    """Tells running work whether its result is still wanted."""
 
     def __init__(self) -> None:
         self._cancelled = threading.Event()
@@ -31,20 +58,21 @@ class Job:
         self._cancelled.set()
 
     def check(self) -> None:
-        """
+        """Return if the result is still wanted; call this now and then.
+
         Raises:
-            Cancelled: it should not.
+            Cancelled: it is not.
         """
         if self._cancelled.is_set():
             raise Cancelled
 
 
 class Turns:
-    """One job at a time. Tenants share its time by cost, and so do the clients of one; of one
-    client's jobs the cheap go first, but each is overtaken by no more than its own cost.
+    """Run one job at a time, by fair shares; use on the event loop only.
 
-    Of the event loop. A caller that is cancelled leaves the queue; if its job runs already, it is
-    told by `Job.check`.
+    Tenants share the time by cost, and so do the clients of a tenant. Of one client's jobs the
+    cheap ones go first, but a job is overtaken by no more than its own cost. If a caller is
+    cancelled, its job leaves the queue; if it is running, `Job.check` tells it.
     """
 
     def __init__(self, name: str) -> None:
@@ -56,22 +84,22 @@ class Turns:
         self._is_busy = False
 
     async def run(self, caller: Caller, cost: float, work: Callable[[Job], T]) -> T:
-        """The result of `work`, when its turn has come."""
+        """Run `work` in a thread when its turn has come; return its result."""
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
         line = self._accounts.enter(caller)
         queue = self._waiting.setdefault(caller, [])
         heapq.heappush(queue, (self._served + cost, next(self._order), cost, turn, line))
-        self._take_next()
+        self._begin_turn()
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._give_back()
+                self._end_turn()
             raise
         job = Job()
         working = in_daemon_thread(lambda: work(job), self._name)
-        working.add_done_callback(self._give_back)
+        working.add_done_callback(self._end_turn)
         try:
             await asyncio.wait([working])
         except asyncio.CancelledError:
@@ -79,13 +107,13 @@ class Turns:
             raise
         return working.result()
 
-    def _give_back(self, working: asyncio.Future[Any] | None = None) -> None:
+    def _end_turn(self, working: asyncio.Future[Any] | None = None) -> None:
         if working is not None and not working.cancelled():
-            working.exception()  # its caller may have left, and nobody else looks
+            working.exception()  # retrieved, as its caller may have left
         self._is_busy = False
-        self._take_next()
+        self._begin_turn()
 
-    def _take_next(self) -> None:
+    def _begin_turn(self) -> None:
         while not self._is_busy and self._waiting:
             caller = self._next_caller()
             _, _, cost, turn, line = heapq.heappop(self._waiting[caller])
@@ -99,7 +127,7 @@ class Turns:
             self._accounts.leave(caller)
 
     def _next_caller(self) -> Caller:
-        """Of the tenant that has had least, the client that has."""
+        """Return the client that has had least, of the tenant that has had least."""
         names, party = [], self._accounts.root
         while party.parties:
             name, party = min(party.parties.items(), key=lambda item: item[1].counter)

@@ -221,7 +221,7 @@ def test_sighup_serves_what_has_come_into_the_adapter_dir(model, adapter, tmp_pa
     *_, start, stop = said
     assert start.endswith("adapters: fr")
     assert logged == [
-        "adapters looked at again by SIGHUP: added de; "
+        "adapter directory rescanned by SIGHUP: added de; "
         "not served: adapter 'half' has no adapter_model.safetensors"
     ]
     assert stop.startswith("Stopped.")

@@ -1081,7 +1081,7 @@ def test_engine_death_ends_the_process_with_an_error() -> None:
 def test_sighup_looks_at_the_adapter_directory_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, said = FakeEngine(), "adapters looked at again by SIGHUP: "
+    engine, said = FakeEngine(), "adapter directory rescanned by SIGHUP: "
     caplog.set_level(logging.INFO, "neuroada_serve")
 
     def hang_up() -> str:
@@ -1092,11 +1092,11 @@ def test_sighup_looks_at_the_adapter_directory_again(
 
     def visit(url: str) -> None:
         assert hang_up() == (
-            "adapters not looked at again by SIGHUP: there is no adapter directory; "
+            "adapter directory not rescanned by SIGHUP: there is no adapter directory; "
             "start with --adapter-dir"
         )
         engine.adapters.directory = tmp_path / "adapters"
-        assert hang_up().startswith("adapters not looked at again by SIGHUP: [Errno 2] ")
+        assert hang_up().startswith("adapter directory not rescanned by SIGHUP: [Errno 2] ")
         write(tmp_path / "adapters" / "fr", "good")
         write(tmp_path / "adapters" / "bad", "bad")
         faults = "not served: adapter 'bad': k is 0; values are NaN"

@@ -11,7 +11,8 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from neuroada_serve.server.connection import Connection, ConnectionLimits, Slices
+from neuroada_serve.server.connection import Connection, Slices
+from neuroada_serve.server.timeouts import ConnectionLimits
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import serve_while, wait_for
 
@@ -194,7 +195,7 @@ def connected(pipe: Pipe) -> Connection:
     config = uvicorn.Config(lambda *args: None, log_config=None)
     connection = Connection(config, ServerState(), {}, limits=SHORT, slices=Slices(), waiting={})
     connection.connection_made(pipe)
-    connection._deadline.cancel()
+    connection._receiving.cancel()
     return connection
 
 

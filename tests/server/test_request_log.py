@@ -82,7 +82,7 @@ async def test_every_change_of_adapters_is_a_line(lines: Lines, tmp_path) -> Non
         f"adapter 'fr' pinned {by}, digest {two}",
         f"adapter 'fr' unpinned {by}, digest {two}",
         f"merge mode 'fr' set {by}",
-        f"adapters looked at again {by}: added new",
+        f"adapter directory rescanned {by}: added new",
         f"adapter 'fr' unloaded {by}, digest {two}",
     ]
 

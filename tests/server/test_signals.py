@@ -36,7 +36,7 @@ def test_sighup_before_it_serves_is_kept() -> None:
 def test_sigterm_before_it_serves_ends_it_with_a_word() -> None:
     done = run_with("SIGTERM")
     assert (done.returncode, done.stdout) == (143, "")
-    assert done.stderr == "Stopped before it served.\n"
+    assert done.stderr == "Stopped before the server was ready.\n"
 
 
 def test_kept_sighup_is_seen_to_once_it_serves(caplog: pytest.LogCaptureFixture) -> None:
@@ -49,7 +49,9 @@ def test_kept_sighup_is_seen_to_once_it_serves(caplog: pytest.LogCaptureFixture)
 
     assert serve_while(engine, visit, early=early) == 0
     found = caplog.messages[0]
-    assert found.startswith("adapters not looked at again by SIGHUP: there is no adapter directory")
+    assert found.startswith(
+        "adapter directory not rescanned by SIGHUP: there is no adapter directory"
+    )
 
 
 def test_storm_of_sighup_makes_few_threads(

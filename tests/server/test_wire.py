@@ -11,8 +11,9 @@ import httpx
 import openai
 import pytest
 
-from neuroada_serve.server.connection import MAX_HEADER_BYTES, ConnectionLimits
+from neuroada_serve.server.connection import MAX_HEADER_BYTES
 from neuroada_serve.server.guard import MAX_BODY_BYTES
+from neuroada_serve.server.timeouts import ConnectionLimits
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import serve_while, wait_for
 

@@ -14,9 +14,9 @@ import httpx
 
 from neuroada_serve.config import ServerConfig
 from neuroada_serve.server.app import create_app
-from neuroada_serve.server.connection import ConnectionLimits
 from neuroada_serve.server.serve import serve
 from neuroada_serve.server.signals import EarlySignals
+from neuroada_serve.server.timeouts import ConnectionLimits
 from neuroada_serve.server.worker import Worker
 from tests.support.fake_engine import FakeEngine
 

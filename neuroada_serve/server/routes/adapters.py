@@ -31,9 +31,9 @@ from neuroada_serve.server.protocol import (
     UnloadAdapterRequest,
 )
 from neuroada_serve.server.request_log import client_of
-from neuroada_serve.server.rescans import told
+from neuroada_serve.server.rescans import summary
 from neuroada_serve.server.state import Server, ServerState
-from neuroada_serve.server.threads import in_daemon_thread
+from neuroada_serve.server.turns import in_daemon_thread
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ async def require_permission(server: Server) -> None:
 
 
 async def require_directory(server: Server) -> Path:
-    """The directory that adapters may be loaded from."""
+    """Return the directory to load from, or refuse where the server has none."""
     if server.config.adapter_dir is None:
         raise Failure(403, "The server was started without --adapter-dir to load from.")
     return server.config.adapter_dir
@@ -71,7 +71,7 @@ AdapterDir = Annotated[Path, Depends(require_directory)]
 
 @router.get("/v1/adapters")
 async def list_adapters(server: Server) -> dict[str, Any]:
-    """Every adapter with its version, state and place, and the memory they have."""
+    """List every adapter with its version, state and place, and the memory they use."""
     adapters = server.adapters
     found = await anyio.to_thread.run_sync(lambda: list(map(asdict, adapters.describe())))
     return {
@@ -121,9 +121,9 @@ async def unload(http: Request, request: UnloadAdapterRequest, server: Server) -
 
 @router.post("/v1/adapters/rescan", dependencies=PERMISSION)
 async def rescan(http: Request, server: Server, directory: AdapterDir) -> dict[str, Any]:
-    """Look at --adapter-dir again: serve new folders, replace changed ones, drop gone ones."""
+    """Rescan --adapter-dir: serve new folders, replace changed ones, unload removed ones."""
     result = await server.rescans.join()
-    logger.info("adapters looked at again by %s: %s", client_of(http.scope), told(result))
+    logger.info("adapter directory rescanned by %s: %s", client_of(http.scope), summary(result))
     found = asdict(result)
     # Clients do not learn where the directory is on this machine.
     inside = f"{directory}{os.sep}"
@@ -133,7 +133,7 @@ async def rescan(http: Request, server: Server, directory: AdapterDir) -> dict[s
 
 @router.post("/v1/adapters/merge", dependencies=PERMISSION)
 async def merge(http: Request, request: MergeRequest, server: Server) -> dict[str, Any]:
-    """Set the merge mode. What is merged follows between two steps."""
+    """Set the merge mode. The weights follow between two steps."""
     server.adapters.set_merge_mode(request.mode)
     logger.info("merge mode %r set by %s", request.mode[:256], client_of(http.scope))
     return {"merge_mode": server.adapters.merge_mode, "merged": server.adapters.merged}
@@ -141,7 +141,7 @@ async def merge(http: Request, request: MergeRequest, server: Server) -> dict[st
 
 @router.post("/v1/adapters/{name}/pin", dependencies=PERMISSION)
 async def pin(http: Request, name: str, server: Server) -> dict[str, Any]:
-    """Keep an adapter on the device."""
+    """Keep an adapter on the device, whatever else needs room."""
     server.adapters.pin(name)
     _log(http, name, "pinned", _digest_of(server, name))
     return asdict(server.adapters.describe_one(name))
@@ -149,7 +149,7 @@ async def pin(http: Request, name: str, server: Server) -> dict[str, Any]:
 
 @router.post("/v1/adapters/{name}/unpin", dependencies=PERMISSION)
 async def unpin(http: Request, name: str, server: Server) -> dict[str, Any]:
-    """Let an adapter leave the device like others again."""
+    """Allow an adapter to be evicted from the device again."""
     server.adapters.pin(name, False)
     _log(http, name, "unpinned", _digest_of(server, name))
     return asdict(server.adapters.describe_one(name))

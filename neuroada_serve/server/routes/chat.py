@@ -19,6 +19,6 @@ async def chat(http: Request, request: ChatCompletionRequest, server: Server) ->
     with server.worker.arrival():
         encoding = server.prompts.encode_chat(messages, server.caller_of(http))
         ids = await unless_disconnected(http.receive, encoding)
-        answer = ChatAnswer(request, server.models.shown(adapter), len(ids), params.n)
+        answer = ChatAnswer(request, server.models.name_of(adapter), len(ids), params.n)
         stream = await server.submit(http, answer, [ids], params, adapter, request.cache_salt)
     return await reply(http, stream, answer)

@@ -22,7 +22,7 @@ async def complete(http: Request, request: CompletionRequest, server: Server) ->
         ids, texts = await unless_disconnected(http.receive, encoding)
         answer = CompletionAnswer(
             request,
-            server.models.shown(adapter),
+            server.models.name_of(adapter),
             num_prompt_tokens=sum(map(len, ids)),
             num_choices=len(ids) * params.n,
             echoes=[Echo(*text) for text in texts for _ in range(params.n)],

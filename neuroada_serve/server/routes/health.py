@@ -11,10 +11,11 @@ router = APIRouter(route_class=BoundedRoute)
 
 @router.get("/health")
 async def health(server: Server) -> Response:
-    """200 while requests are taken, else 503; no body."""
+    """Return 200 while requests are accepted, else 503; no body."""
     return Response(status_code=200 if server.worker.ready else 503)
 
 
 @router.get("/version")
 async def version() -> dict[str, str]:
+    """Return the version of this package."""
     return {"version": __version__}

@@ -13,7 +13,7 @@ router = APIRouter(route_class=BoundedRoute)
 
 @router.get("/v1/models")
 async def list_models(server: Server) -> dict[str, Any]:
-    """The base model, and every adapter that can be requested now."""
+    """List the base model, and every adapter that can be requested now."""
     models = server.models
     found = await anyio.to_thread.run_sync(server.adapters.describe)
     cards = [models.base_card(name) for name in models.base_names]
@@ -23,6 +23,7 @@ async def list_models(server: Server) -> dict[str, Any]:
 
 @router.get("/v1/models/{model:path}")  # a base's name may hold a slash
 async def get_model(model: str, server: Server) -> dict[str, Any]:
+    """Describe the base model, or one adapter."""
     adapter = server.models.adapter_of(model)
     if adapter is None:
         return server.models.base_card(model)
