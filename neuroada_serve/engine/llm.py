@@ -24,7 +24,8 @@ from neuroada_serve.engine.arguments import (
     prompt_list,
 )
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.engine.progress import Progress, UseTqdm
+from neuroada_serve.engine.offline import request_output, run_batch
+from neuroada_serve.engine.progress import UseTqdm
 from neuroada_serve.errors import EngineError, UsageError
 from neuroada_serve.model.loader import find_device, load_base
 from neuroada_serve.model.prompt import Message, encode_chat, encode_text
@@ -33,7 +34,6 @@ from neuroada_serve.ops import cpu_forward
 from neuroada_serve.request import (
     CLASSIFY,
     ClassifyOutput,
-    Completion,
     FinishReason,
     Output,
     RequestOutput,
@@ -269,29 +269,8 @@ class LLM:
         """Return all outputs of each prompt's request."""
         request_ids = [f"llm-{self._num_requests + i}" for i in range(len(prompts))]
         self._num_requests += len(prompts)
-        collected: dict[str, list[Output]] = {request_id: [] for request_id in request_ids}
-        if use_tqdm is True and on_output is not None:
-            use_tqdm = False
-        lengths = dict(zip(request_ids, map(len, prompts), strict=True))
-        progress = Progress(use_tqdm, lengths, params)
-        try:
-            for request in zip(request_ids, prompts, params, adapters, strict=True):
-                self.engine.add_request(*request)
-            while self.engine.has_unfinished:
-                outputs = self.engine.step()
-                progress.see(outputs)
-                for output in outputs:
-                    collected[output.request_id].append(output)
-                    if on_output is not None:
-                        on_output(output)
-        except BaseException:
-            for request_id in request_ids:
-                self.engine.abort(request_id)
-            self.engine.step()  # hands out, and so forgets, the aborted ones
-            raise
-        finally:
-            progress.close()
-        return list(collected.values())
+        requests = list(zip(request_ids, prompts, params, adapters, strict=True))
+        return run_batch(self.engine, requests, use_tqdm, on_output)
 
     def _run(
         self,
@@ -305,38 +284,5 @@ class LLM:
         each_params = params_list(params, len(prompts))
         each_adapter = adapter_list(adapters, len(prompts))
         collected = self._collect(prompts, each_params, each_adapter, use_tqdm, on_output)
-        return [
-            RequestOutput(
-                outputs[0].request_id,
-                text,
-                tuple(prompt),
-                adapter,
-                tuple(
-                    _completion(i, [o for o in outputs if o.index == i], sampling)
-                    for i in range(sampling.n)
-                ),
-                None
-                if sampling.prompt_logprobs is None
-                else tuple(p for o in outputs if o.index == 0 for p in o.prompt_logprobs),
-                outputs[-1].adapter_digest,
-                next(o.num_cached_tokens for o in outputs if o.index == 0),
-            )
-            for outputs, text, prompt, sampling, adapter in zip(
-                collected, texts, prompts, each_params, each_adapter, strict=True
-            )
-        ]
-
-
-def _completion(index: int, outputs: Seq[Output], params: SamplingParams) -> Completion:
-    last = outputs[-1]
-    assert isinstance(last.finish_reason, FinishReason)
-    return Completion(
-        index=index,
-        text="".join(o.text for o in outputs),
-        token_ids=tuple(t for o in outputs for t in o.token_ids),
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        logprobs=None
-        if params.logprobs is None
-        else tuple(logprob for o in outputs for logprob in o.logprobs),
-    )
+        each = zip(collected, texts, prompts, each_params, each_adapter, strict=True)
+        return [request_output(*one) for one in each]
