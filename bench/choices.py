@@ -3,8 +3,8 @@
 Constants in the code rest on these.
 
     lanes      a decode step with few lanes, computed one by one or side by side
-               (cpu_bypass.FEW_LANES)
-    threads    one layer's `bypass_add_` in one thread or in all (cpu_bypass.THREADED_ENTRIES)
+               (cpu_blocks.FEW_LANES)
+    threads    one layer's `bypass_add_` in one thread or in all (cpu_team.THREADED_ENTRIES)
     kernel     a prompt as one kernel or through transformers' modules (cpu_decoder.MAX_TOKENS)
     runs       a prompt of one adapter through the weights or token by token, as one kernel
                (cpu_decoder.RUN_TOKENS) and through the modules (bank.RUN_TOKENS)
@@ -37,7 +37,7 @@ from neuroada_serve.engine import cpu_decoder
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import resolve_model
-from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops import cpu_blocks, cpu_team
 from neuroada_serve.ops.bypass import BypassTable, TokenSlots, bypass_add_
 
 KS = (1, 8)
@@ -132,7 +132,7 @@ def lane_choices(model: str, steps: int) -> list[Choice]:
 
     def step(few: int, k: int, lanes: int) -> float:
         names = [f"k{k}-{number}" for number in range(lanes)]
-        with patch.object(cpu_bypass, "FEW_LANES", few):
+        with patch.object(cpu_blocks, "FEW_LANES", few):
             prompts = random_prompts(lanes, 16, vocab, 0)
             return statistics.median(run_requests(engine, prompts, names, steps).step_ms)
 
@@ -164,7 +164,7 @@ def thread_choices(repeats: int = 40) -> list[Choice]:
                 def call(least: int, tables: list[BypassTable] = tables, n: int = lanes) -> float:
                     x = torch.randn(n, tables[0].d_out).bfloat16()
                     y, slots = torch.zeros_like(x), TokenSlots(tuple(range(n)), x.device)
-                    with patch.object(cpu_bypass, "THREADED_ENTRIES", least):
+                    with patch.object(cpu_team, "THREADED_ENTRIES", least):
                         start = time.perf_counter()
                         for table in tables:
                             bypass_add_(y, x, table, slots)

@@ -198,9 +198,9 @@ def test_core_imports_without_any_kernel_library():
         "import sys\n"
         "for name in ('numba', 'llvmlite', 'triton'): sys.modules[name] = None\n"
         "from neuroada_serve.engine import llm\n"
-        "from neuroada_serve.ops import cpu_bypass\n"
+        "from neuroada_serve.ops import cpu_team\n"
         "import torch\n"
-        "assert not cpu_bypass.supports(torch.zeros(1))\n"
+        "assert not cpu_team.supports(torch.zeros(1))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -9,8 +9,8 @@ of its own beside that of k=8, whose first column it is: read out of the wider o
 would cost a cache line (bench/LOG.md).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count, groupby
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from neuroada_serve.adapters.extents import Extents
 from neuroada_serve.adapters.values import IndexTable, Stretch, realise
 from neuroada_serve.ops.bypass import NO_SLOT, BypassTable, TokenSlots
+from neuroada_serve.ops.step_plan import StepPlan, Tables, TokenRun
 
 SLOT_BYTES = 128  # a GPU reads lines of this size
 _MOST_ORIGINALS = 8  # planes whose base weights are kept at hand
@@ -37,32 +38,6 @@ class Extent:
         self.size = size
 
 
-@dataclass(eq=False)
-class SiteBypass:
-    """What all adapters of a plane have for some rows of a site; lives until the bank changes.
-
-    rows: of the site.
-    table: views into the bank's memory.
-    positions: where the entries lie in the site's weight; kept here by the site.
-    """
-
-    rows: slice
-    table: BypassTable
-    positions: Tensor | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, eq=False)
-class SiteBias:
-    """What all adapters of a plane add to the biases of some rows of a site.
-
-    rows: of the site.
-    values: [num_slots, rows], a view into the bank's memory.
-    """
-
-    rows: slice
-    values: Tensor
-
-
 class Plane:
     """The adapters on one index table.
 
@@ -76,10 +51,9 @@ class Plane:
         self.index = index  # columns, [nnz] int32
         self.num_slots = 0  # taken
         self.originals: Tensor | None = None
-        # By site, of views_version of the bank.
-        self.views: dict[str, list[SiteBypass]] = {}
-        self.biases: dict[str, list[SiteBias]] = {}
-        self.views_version = -1
+        # Views into the memory of the bank at its `tables_version`: see `AdapterBank.tables`.
+        self.tables: tuple[Tables, Tables] = ({}, {})
+        self.tables_version = -1
 
     @property
     def k(self) -> int:
@@ -109,96 +83,6 @@ class ResidentAdapter:
     @property
     def slot(self) -> int:
         return self.extent.start
-
-
-@dataclass(frozen=True)
-class Run:
-    """Tokens start..stop - 1 of one adapter.
-
-    adds: (plane, slot, sign): what to add to the weights for them, in this order.
-    """
-
-    start: int
-    stop: int
-    adds: tuple[tuple[Plane, int, int], ...]
-
-
-class BankBatch:
-    """What one forward adds.
-
-    runs: long stretches of tokens of one adapter, in order; their tokens are in no call.
-    """
-
-    def __init__(
-        self,
-        bank: "AdapterBank",
-        plan: Sequence[tuple[Plane, TokenSlots]],
-        runs: Sequence[Run] = (),
-    ) -> None:
-        self._bank = bank
-        self._plan = plan
-        self._views = [(bank.views(plane), token_slots) for plane, token_slots in plan]
-        self._biases = [
-            (bank.biases(plane), token_slots) for plane, token_slots in plan if plane.has_biases
-        ]
-        self.runs = runs
-
-    @property
-    def layout(self) -> tuple[int, ...]:
-        """Two batches of one layout read the same memory: a CUDA graph of one serves the other."""
-        return (self._bank.version, *(plane.number for plane, _ in self._plan))
-
-    @property
-    def token_slots(self) -> list[TokenSlots]:
-        """Per plane in use, in the order of `layout`."""
-        return [token_slots for _, token_slots in self._plan]
-
-    def with_static(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> "BankBatch":
-        """The same batch reading its slots from these buffers, one pair per plane in use."""
-        plan = [
-            (plane, replace(token_slots, static=pair))
-            for (plane, token_slots), pair in zip(self._plan, buffers, strict=True)
-        ]
-        return BankBatch(self._bank, plan, self.runs)
-
-    def calls(self, site: str) -> list[tuple[SiteBypass, TokenSlots]]:
-        """The calls of `bypass_add_` that a site needs."""
-        return [
-            (part, token_slots)
-            for views, token_slots in self._views
-            for part in views.get(site, ())
-        ]
-
-    def bias_calls(self, site: str) -> list[tuple[SiteBias, TokenSlots]]:
-        """The calls of `bias_add_` that a site needs."""
-        return [
-            (part, token_slots)
-            for biases, token_slots in self._biases
-            for part in biases.get(site, ())
-        ]
-
-    def run_parts(self, site: str, run: Run) -> list[tuple[SiteBypass, int, int]]:
-        """What a run adds to a site's weight: parts with their slot and sign, in order."""
-        return [
-            (part, slot, sign)
-            for plane, slot, sign in run.adds
-            for part in self._bank.views(plane).get(site, ())
-        ]
-
-    def adds(self, site: str, run: Run) -> list[tuple[SiteBypass, Tensor]]:
-        """The same with their values, [rows, k]."""
-        return [
-            (part, part.table.bypass[slot] if sign > 0 else -part.table.bypass[slot])
-            for part, slot, sign in self.run_parts(site, run)
-        ]
-
-    def run_biases(self, site: str, run: Run) -> list[tuple[slice, Tensor, int]]:
-        """What a run adds to a site's bias: rows, values [rows] and their sign, in order."""
-        return [
-            (part.rows, part.values[slot], sign)
-            for plane, slot, sign in run.adds
-            for part in self._bank.biases(plane).get(site, ())
-        ]
 
 
 class AdapterBank:
@@ -355,38 +239,30 @@ class AdapterBank:
             self._empty[plane.table] = None
         self._give_back(resident.extent)
 
-    def views(self, plane: Plane) -> Mapping[str, list[SiteBypass]]:
-        """What a plane has, by site, one part per stretch of adjacent rows."""
-        self._update_views(plane)
-        return plane.views
+    def tables(self, plane: Plane) -> tuple[Tables, Tables]:
+        """A plane's tables and those of its biases, one per stretch of adjacent rows of a site."""
+        if plane.tables_version != self.version:
+            layout, columns = plane.table.layout, self._columns_of(plane)
+            tables: dict[str, list[BypassTable]] = {}
+            for stretch in layout.stretches:
+                entries = slice(stretch.offset, stretch.offset + stretch.rows * plane.k)
+                index = columns[entries].view(stretch.rows, plane.k)
+                table = BypassTable(index, self._strided(plane, stretch, plane.k), stretch.first)
+                tables.setdefault(stretch.site, []).append(table)
+            biases: dict[str, list[BypassTable]] = {}
+            for stretch in layout.biases:
+                table = BypassTable(None, self._strided(plane, stretch, 1), stretch.first)
+                biases.setdefault(stretch.site, []).append(table)
+            plane.tables, plane.tables_version = (tables, biases), self.version
+        return plane.tables
 
-    def biases(self, plane: Plane) -> Mapping[str, list[SiteBias]]:
-        """The same of its biases."""
-        self._update_views(plane)
-        return plane.biases
-
-    def _update_views(self, plane: Plane) -> None:
-        if plane.views_version != self.version:
-            plane.views, plane.biases, k = {}, {}, plane.k
-            for stretch in plane.table.layout.stretches:
-                entries = slice(stretch.offset, stretch.offset + stretch.rows * k)
-                index = self._columns_of(plane)[entries].view(stretch.rows, k)
-                table = BypassTable(index, self._strided(plane, stretch, k))
-                part = SiteBypass(slice(stretch.first, stretch.stop), table)
-                plane.views.setdefault(stretch.site, []).append(part)
-            for stretch in plane.table.layout.biases:
-                values = self._strided(plane, stretch, 1).squeeze(2)
-                bias = SiteBias(slice(stretch.first, stretch.stop), values)
-                plane.biases.setdefault(stretch.site, []).append(bias)
-            plane.views_version = self.version
-
-    def batch(
+    def plan(
         self,
         residents: Sequence[ResidentAdapter | None],
         merged: ResidentAdapter | None,
         runs: bool = True,
         shortest: int | None = None,
-    ) -> BankBatch:
+    ) -> StepPlan:
         """Plan one forward.
 
         Args:
@@ -397,20 +273,46 @@ class AdapterBank:
         """
         if shortest is None:
             shortest = RUN_TOKENS.get(self._device.type, RUN_TOKENS["cpu"])
-        long = _runs(residents, merged, shortest) if runs else []
+        long = self._runs(residents, merged, shortest) if runs else []
         in_runs = list(residents)
         for run in long:
             in_runs[run.start : run.stop] = [merged] * (run.stop - run.start)  # nothing to add
         # The merged adapter's first: a token's sums are in one order, whatever else there is.
         planes = {r.plane: None for r in (merged, *in_runs) if r is not None}
-        plan = []
+        layout, groups, of_biases = [self.version], [], []
         for plane in planes:
             slots = tuple(r.slot if r and r.plane is plane else NO_SLOT for r in in_runs)
             merged_slot = merged.slot if merged is not None and merged.plane is plane else None
             token_slots = TokenSlots(slots, self._device, merged_slot)
             if not token_slots.idle:
-                plan.append((plane, token_slots))
-        return BankBatch(self, plan, long)
+                tables, biases = self.tables(plane)
+                layout.append(plane.number)
+                groups.append((tables, token_slots))
+                if biases:
+                    of_biases.append((biases, token_slots))
+        return StepPlan(tuple(layout), [*groups, *of_biases], long)
+
+    def _runs(
+        self,
+        residents: Sequence[ResidentAdapter | None],
+        merged: ResidentAdapter | None,
+        shortest: int,
+    ) -> list[TokenRun]:
+        """The stretches of at least `shortest` tokens of one adapter that is not in the weights."""
+        runs, start = [], 0
+        for resident, tokens in groupby(residents):
+            stop = start + sum(1 for _ in tokens)
+            if stop - start >= shortest and resident is not merged:
+                signed = [(r, sign) for r, sign in ((merged, -1), (resident, 1)) if r]
+                adds = [
+                    (tables, r.slot, sign)
+                    for r, sign in signed
+                    for tables in self.tables(r.plane)
+                    if tables
+                ]
+                runs.append(TokenRun(start, stop, adds))
+            start = stop
+        return runs
 
     def _strided(self, plane: Plane, stretch: Stretch, each: int) -> Tensor:
         """[num_slots, rows, each]: the stretch's values of an adapter in any slot of the memory."""
@@ -433,17 +335,3 @@ class AdapterBank:
         """[num_entries] int32, a view."""
         num_entries = plane.table.layout.num_entries
         return self._columns[plane.index.start * SLOT_BYTES // 4 :][:num_entries]
-
-
-def _runs(
-    residents: Sequence[ResidentAdapter | None], merged: ResidentAdapter | None, shortest: int
-) -> list[Run]:
-    """The stretches of at least `shortest` tokens of one adapter that is not in the weights."""
-    runs, start = [], 0
-    for resident, tokens in groupby(residents):
-        stop = start + sum(1 for _ in tokens)
-        if stop - start >= shortest and resident is not merged:
-            adds = [(r.plane, r.slot, sign) for r, sign in ((merged, -1), (resident, 1)) if r]
-            runs.append(Run(start, stop, tuple(adds)))
-        start = stop
-    return runs

@@ -6,31 +6,25 @@ run as one kernel (`ops/cpu_forward.py`) on the same packed weights, KV cache an
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter, Run, SiteBypass
+from neuroada_serve.adapters.bank import AdapterBank, ResidentAdapter
 from neuroada_serve.engine.fused import same_code
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.model.bypass_linear import BypassLinear, PackedLinear
 from neuroada_serve.ops import cpu_forward
-from neuroada_serve.ops.cpu_bypass import BypassLaunch
 from neuroada_serve.ops.cpu_forward import (
-    Additions,
     Attention,
     Caches,
-    Call,
     CpuForward,
     Decoder,
     Layer,
     Norm,
     Product,
-    RunAdd,
-    RunAdditions,
     Tokens,
 )
 from neuroada_serve.ops.matrix import PackedMatrix
@@ -81,9 +75,9 @@ class CpuDecoder:
         Returns:
             [n, vocab] float32, valid until the next step.
         """
-        batch = self._bank.batch(residents, merged, shortest=RUN_TOKENS)
+        plan = self._bank.plan(residents, merged, shortest=RUN_TOKENS)
         caches = Caches(self._cache.version, self._cache.layer)
-        return self._forward(tokens, kept, caches, _additions(batch))
+        return self._forward(tokens, kept, caches, plan)
 
     def release(self) -> None:
         """Give back what grows with requests."""
@@ -92,33 +86,6 @@ class CpuDecoder:
     def seen_by_head(self, num_kept: int) -> Tensor:
         """[num_kept, hidden] what the last run's logits were made of; valid until the next step."""
         return self._forward.seen_by_head(num_kept)
-
-
-def _additions(batch: BankBatch) -> Additions:
-    all_slots = batch.token_slots
-
-    def calls(site: str) -> list[Call]:
-        return [
-            Call(_launch(part), part.rows.start, all_slots.index(token_slots))
-            for part, token_slots in batch.calls(site)
-        ]
-
-    def adds(run: Run, site: str) -> list[RunAdd]:
-        return [
-            RunAdd(_launch(part), part.rows.start, slot, sign)
-            for part, slot, sign in batch.run_parts(site, run)
-        ]
-
-    runs = [RunAdditions(run.start, run.stop, partial(adds, run)) for run in batch.runs]
-    version, *planes = batch.layout
-    lanes = [token_slots.cpu_lanes for token_slots in all_slots]
-    return Additions(version, tuple(planes), lanes, calls, runs)
-
-
-def _launch(part: SiteBypass) -> BypassLaunch:
-    launch = part.table.cpu_launch
-    assert launch is not None, "values are kept in the weights' dtype, which the kernels have"
-    return launch
 
 
 def cpu_decoder(model: nn.Module, bank: AdapterBank, cache: KVCache) -> CpuDecoder | None:

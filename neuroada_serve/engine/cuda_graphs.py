@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuroada_serve.adapters.bank import BankBatch
 from neuroada_serve.ops.bypass import NO_SLOT
+from neuroada_serve.ops.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
-# (ids, positions, slots, batch) -> logits [bucket, vocab]; the first three are [bucket] int32
-Forward = Callable[[Tensor, Tensor, Tensor, BankBatch], Tensor]
+# (ids, positions, slots, plan) -> logits [bucket, vocab]; the first three are [bucket] int32
+Forward = Callable[[Tensor, Tensor, Tensor, StepPlan], Tensor]
 # Records what a function launches; calling the result launches it all again.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -72,7 +72,7 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class _Graph:
-    inputs: Tensor  # [rows, width] int32: ids, positions, slots, then two rows per plane in use
+    inputs: Tensor  # [rows, width] int32: ids, positions, slots, two rows per group
     replay: Callable[[], None]
 
 
@@ -115,47 +115,47 @@ class DecodeGraphs:
         """The smallest batch size with a graph that holds num_seqs sequences."""
         return next(size for size in self._buckets if size >= num_seqs)
 
-    def run(self, rows: DecodeRows, batch: BankBatch, cache_version: int) -> Tensor | None:
+    def run(self, rows: DecodeRows, plan: StepPlan, cache_version: int) -> Tensor | None:
         """Replay one decode step.
 
         Args:
             rows: at most max_num_seqs.
-            batch: of `bucket(len(rows))` tokens.
+            plan: of `bucket(len(rows))` tokens.
             cache_version: changes whenever the KV cache moves.
 
         Returns:
             [len(rows), vocab] float32, valid until the next step; None where this step, or since
             a failed capture every step, must run without a graph.
         """
-        if self._failed or batch.runs:  # a run changes the weights, by its length
+        if self._failed or plan.runs:  # a run changes the weights, by its length
             return None
         bucket = self.bucket(len(rows))
-        version, *planes = batch.layout
+        version, *groups = plan.layout
         if (version, cache_version) != self._memory:
             self._graphs.clear()
             self._memory = (version, cache_version)
 
-        host = self._host_inputs(rows, batch, bucket)
-        graph = self._graphs.get((bucket, *planes))
+        host = self._host_inputs(rows, plan, bucket)
+        graph = self._graphs.get((bucket, *groups))
         if graph is None:
             try:
-                graph = self._new_graph(host, batch, bucket)
+                graph = self._new_graph(host, plan, bucket)
             except Exception:
                 logger.warning("no CUDA graph can be captured; steps run without", exc_info=True)
                 self._failed = True
                 self._graphs.clear()
                 return None
-            self._graphs[(bucket, *planes)] = graph
+            self._graphs[(bucket, *groups)] = graph
             while len(self._graphs) > self._max_graphs:
                 self._graphs.popitem(last=False)
         else:
-            self._graphs.move_to_end((bucket, *planes))
+            self._graphs.move_to_end((bucket, *groups))
             graph.inputs.copy_(host, non_blocking=True)
         graph.replay()
         assert self._logits is not None
         return self._logits[: len(rows)]
 
-    def _host_inputs(self, rows: DecodeRows, batch: BankBatch, bucket: int) -> Tensor:
+    def _host_inputs(self, rows: DecodeRows, plan: StepPlan, bucket: int) -> Tensor:
         """[rows, width] int32, pinned where the device is a GPU, so that the copy need not wait."""
         width, pad = max(4, bucket), bucket - len(rows)
         lines: list[list[int]] = [
@@ -163,18 +163,18 @@ class DecodeGraphs:
             [*rows.positions, *[0] * pad],
             [*rows.slots, *[-1] * pad],
         ]
-        for token_slots in batch.token_slots:
+        for token_slots in plan.token_slots:
             assert len(token_slots.slots) == bucket
             merged = token_slots.merged_slot
             lines += [list(token_slots.slots), [NO_SLOT if merged is None else merged] * bucket]
         padded = [line + [0] * (width - bucket) for line in lines]
         return torch.tensor(padded, dtype=torch.int32, pin_memory=self._device.type == "cuda")
 
-    def _new_graph(self, host: Tensor, batch: BankBatch, bucket: int) -> _Graph:
+    def _new_graph(self, host: Tensor, plan: StepPlan, bucket: int) -> _Graph:
         inputs = host.to(self._device)
         ids, positions, slots, *planes = inputs[:, :bucket]
         pairs = [(planes[i], planes[i + 1][:1]) for i in range(0, len(planes), 2)]
-        static = batch.with_static(pairs)
+        static = plan.with_static(pairs)
 
         def launch() -> None:
             logits = self._forward(ids, positions, slots, static)

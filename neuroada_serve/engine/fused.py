@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops import cpu_team
+from neuroada_serve.ops.cpu_norm import RmsNorm
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +101,15 @@ def use_cpu_kernels(model: nn.Module) -> list[nn.Module]:
             continue
         norm: Any = module
         weight = norm.weight.detach()
-        if weight.element_size() == 2 and cpu_bypass.supports(weight):
+        if weight.element_size() == 2 and cpu_team.supports(weight):
             norm.forward = partial(
-                _norm, norm, cpu_bypass.RmsNorm(weight, norm.variance_epsilon), weight.dtype
+                _norm, norm, RmsNorm(weight, norm.variance_epsilon), weight.dtype
             )
             changed.append(module)
     return changed
 
 
-def _norm(module: Any, kernel: cpu_bypass.RmsNorm, dtype: torch.dtype, x: torch.Tensor) -> Any:
+def _norm(module: Any, kernel: RmsNorm, dtype: torch.dtype, x: torch.Tensor) -> Any:
     if x.dtype == dtype and x.is_contiguous():
         return kernel(x)
     return type(module).forward(module, x)

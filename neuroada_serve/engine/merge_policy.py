@@ -22,7 +22,7 @@ BASE_CORRECTION = 0.6
 SAME_INDEX_CORRECTION = 0.4
 OTHER_INDEX_CORRECTION = 0.65
 # The CPU's kernels compute so many tokens side by side, however many of them there are; but so few
-# alone (ops/cpu_bypass.py).
+# alone (ops/cpu_blocks.py).
 LANES = 16
 FEW_LANES = 3
 # Tokens of a request that are counted on: it may end before its limit.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neuroada_serve.adapters.bank import AdapterBank, BankBatch, ResidentAdapter
+from neuroada_serve.adapters.bank import AdapterBank, ResidentAdapter
 from neuroada_serve.adapters.store import AdapterVersion
 from neuroada_serve.engine.attention import ATTENTION, PackedStep, PrefillSpan
 from neuroada_serve.engine.cpu_decoder import cpu_decoder
@@ -23,6 +23,7 @@ from neuroada_serve.errors import ModelError
 from neuroada_serve.model.bypass_linear import BypassContext
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.ops.cpu_forward import Tokens
+from neuroada_serve.ops.step_plan import StepPlan
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -169,8 +170,8 @@ class ModelRunner:
             if pools:
                 seen.append(decoder.seen_by_head(len(kept))[None])
         else:
-            batch = self._bank.batch(residents, in_weights, runs=not self._deterministic)
-            with self._context.forward_batch(batch, num_decodes), ExitStack() as stack:
+            plan = self._bank.plan(residents, in_weights, runs=not self._deterministic)
+            with self._context.applying(plan, num_decodes), ExitStack() as stack:
                 if pools:
                     head = self._base.model.get_output_embeddings()
                     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -224,15 +225,15 @@ class ModelRunner:
             slots=slots,
         )
         self.cache.reserve(max(slots) + 1, max(rows.positions) + 1)
-        batch = self._bank.batch(residents, in_weights, runs=False)
-        logits = graphs.run(rows, batch, self.cache.version)
+        plan = self._bank.plan(residents, in_weights, runs=False)
+        logits = graphs.run(rows, plan, self.cache.version)
         if logits is None:
             return None
         for sequence in decodes:
             sequence.num_computed += 1
         return StepLogits(list(decodes), logits, None, [])
 
-    def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor, batch: BankBatch) -> Tensor:
+    def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor, plan: StepPlan) -> Tensor:
         """Logits [n, vocab] of n decodes, from tensors alone: what a graph records."""
         step = PackedStep(
             cache=self.cache,
@@ -243,7 +244,7 @@ class ModelRunner:
             prefills=(),
             is_static=True,
         )
-        with self._context.forward_batch(batch):
+        with self._context.applying(plan):
             output = self._base.model(
                 input_ids=ids[None],
                 position_ids=positions[None],

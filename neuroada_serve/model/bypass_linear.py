@@ -1,4 +1,4 @@
-"""Frozen linear layers with room for bypasses, and the way a batch reaches them."""
+"""Frozen linear layers with room for bypasses, and the way a step's plan reaches them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuroada_serve.adapters.bank import BankBatch, SiteBypass
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, matrix_shape
 from neuroada_serve.ops import triton_bypass
-from neuroada_serve.ops.bypass import bias_add_, bypass_add_
+from neuroada_serve.ops.bypass import BypassTable, bypass_add_
 from neuroada_serve.ops.matrix import (
     DenseMatrix,
     FrozenMatrix,
@@ -22,6 +21,7 @@ from neuroada_serve.ops.matrix import (
     packed_matrix,
     packs_faster,
 )
+from neuroada_serve.ops.step_plan import StepPlan
 from neuroada_serve.ops.weights import add_entries_, write_entries_
 
 # Layers of one parent that read the same input in every model that has them.
@@ -35,29 +35,29 @@ DECODE_ROWS, PROMPT_ROWS = 32, 64
 
 
 class BypassContext:
-    """Carries the running forward's batch to the layers of one model.
+    """Carries the running forward's plan to the layers of one model.
 
     fixed_shapes: multiply in pieces of DECODE_ROWS and PROMPT_ROWS.
     """
 
     def __init__(self, fixed_shapes: bool = False) -> None:
-        self.batch: BankBatch | None = None
+        self.plan: StepPlan | None = None
         self.fixed_shapes = fixed_shapes
         self._num_decodes = 0
 
     @contextmanager
-    def forward_batch(self, batch: BankBatch, num_decodes: int = 0) -> Iterator[None]:
-        """Apply `batch` in every layer until the block ends. Refuses nesting.
+    def applying(self, plan: StepPlan, num_decodes: int = 0) -> Iterator[None]:
+        """Apply a plan in every layer until the block ends. Refuses nesting.
 
         Args:
             num_decodes: of its tokens, which come first; the others are of prompts.
         """
-        assert self.batch is None, "a forward is already running on this model"
-        self.batch, self._num_decodes = batch, num_decodes
+        assert self.plan is None, "a forward is already running on this model"
+        self.plan, self._num_decodes = plan, num_decodes
         try:
             yield
         finally:
-            self.batch = None
+            self.plan = None
 
     def multiply(self, matrix: FrozenMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product for x [tokens, d_in] of the running forward."""
@@ -74,7 +74,7 @@ class BypassSite:
 
     Args:
         members: name -> layer, in the order of their rows; only a lone one may be transposed.
-        context: where the running batch is found.
+        context: has the running forward's plan.
         pack: store the matrix the way that is fastest here; the layers keep no weight then.
     """
 
@@ -119,69 +119,69 @@ class BypassSite:
         return y
 
     def _forward(self, x: Tensor) -> Tensor:
-        batch = self._context.batch
-        if batch is None:
+        plan = self._context.plan
+        if plan is None:
             return self.matrix.multiply(x, self.bias)
         tokens = x.view(-1, x.shape[-1])
-        if batch.runs:
-            y = self._multiply_runs(tokens, batch)
+        if plan.runs:
+            y = self._multiply_runs(tokens, plan)
         else:
             y = self._context.multiply(self.matrix, tokens, self.bias)
-        for part, token_slots in batch.calls(self.name):
-            whole = part.table.d_out == self._d_out
-            rows = y if whole else y[:, part.rows]
-            bypass_add_(rows, tokens, part.table, token_slots)
-        for bias, token_slots in batch.bias_calls(self.name):
-            bias_add_(y[:, bias.rows], bias.values, token_slots)
+        for table, token_slots in plan.calls(self.name):
+            rows = y if table.d_out == self._d_out else y[:, table.rows]
+            bypass_add_(rows, tokens, table, token_slots)
         return y.view(*x.shape[:-1], -1)
 
-    def _multiply_runs(self, x: Tensor, batch: BankBatch) -> Tensor:
-        """The product for x [tokens, d_in], each run's by a weight and a bias that hold its
-        values."""
+    def _multiply_runs(self, x: Tensor, plan: StepPlan) -> Tensor:
+        """Multiply x [tokens, d_in], each run by a weight and a bias that hold its values."""
         products, done = [], 0
-        for run in batch.runs:
+        for run in plan.runs:
             if run.start > done:
                 products.append(self.matrix.multiply(x[done : run.start], self.bias))
-            with self._added(batch.adds(self.name, run)):
-                bias = self._bias_of(batch.run_biases(self.name, run))
+            adds = run.added(self.name)
+            with self._added(adds):
+                bias = self._bias_with(adds)
                 products.append(self.matrix.multiply(x[run.start : run.stop], bias))
             done = run.stop
         if done < len(x):
             products.append(self.matrix.multiply(x[done:], self.bias))
         return products[0] if len(products) == 1 else torch.cat(products)
 
-    def _bias_of(self, adds: Sequence[tuple[slice, Tensor, int]]) -> Tensor | None:
+    def _bias_with(self, adds: Sequence[tuple[BypassTable, int, int]]) -> Tensor | None:
         """The bias with values added, summed in float32 and rounded once."""
+        adds = [add for add in adds if add[0].index is None]
         if not adds or self.bias is None:
             return self.bias
         total = self.bias.to(torch.float32, copy=True)
-        for rows, values, sign in adds:
-            total[rows] += sign * values.float()
+        for table, slot, sign in adds:
+            total[table.rows] += sign * table.bypass[slot, :, 0].float()
         return total.to(self.bias.dtype)
 
     @contextmanager
-    def _added(self, adds: Sequence[tuple[SiteBypass, Tensor]]) -> Iterator[None]:
+    def _added(self, adds: Sequence[tuple[BypassTable, int, int]]) -> Iterator[None]:
         """Have values in the weight for a while. What was there is put back in reverse order."""
         undo: list[Callable[[], None]] = []
         try:
-            for part, values in adds:
-                undo.append(self._add(part, values))
+            for table, slot, sign in adds:
+                if table.index is not None:
+                    values = table.bypass[slot] if sign > 0 else -table.bypass[slot]
+                    undo.append(self._add(table, table.index, values))
             yield
         finally:
             for put_back in reversed(undo):
                 put_back()
 
-    def _add(self, part: SiteBypass, values: Tensor) -> Callable[[], None]:
-        """Add values [rows, k] to the weight; what puts back what was there."""
+    def _add(self, table: BypassTable, index: Tensor, values: Tensor) -> Callable[[], None]:
+        """Add values [rows, k] to the weight; returns what puts back what was there."""
         entries = self.matrix.entries
         if entries.is_cuda and triton_bypass.HAS_TRITON:
-            weight, index = self.matrix.dense()[part.rows], part.table.index
+            weight = self.matrix.dense()[table.rows]
             before = triton_bypass.add_entries_(weight, index, values.contiguous())
             return partial(triton_bypass.restore_entries_, weight, index, before)
-        if part.positions is None:
-            part.positions = self.matrix.positions(part.table.index, part.rows.start)
-        saved = add_entries_(entries, part.positions, values.reshape(-1))
-        return partial(write_entries_, entries, part.positions, saved)
+        if table.positions is None:
+            table.positions = self.matrix.positions(index, table.first_row)
+        saved = add_entries_(entries, table.positions, values.reshape(-1))
+        return partial(write_entries_, entries, table.positions, saved)
 
 
 class BypassLinear(nn.Module):
@@ -263,7 +263,7 @@ class AttachedBypass:
 
     layers: by module name.
     sites: site -> its modules in the order of their rows, with their d_out.
-    context: hands a forward's batch to the layers.
+    context: hands a forward's plan to the layers.
     """
 
     layers: Mapping[str, BypassLinear]

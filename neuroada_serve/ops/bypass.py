@@ -10,20 +10,22 @@ import torch
 from torch import Tensor
 
 from neuroada_serve.errors import ShapeError
-from neuroada_serve.ops import cpu_bypass, triton_bypass
+from neuroada_serve.ops import cpu_team, triton_bypass
+from neuroada_serve.ops.cpu_blocks import LanesBlock, TableBlock, lanes_block, table_block
+from neuroada_serve.ops.cpu_bypass import bypass_add_cpu_
 
 NO_SLOT = -1  # in token slots: this token runs on the base
 
 
 @dataclass(frozen=True)
 class TokenSlots:
-    """Which slot each token of a forward uses; analysed once, read by every layer.
+    """The slot that each token of a forward uses; analysed once, read by every layer.
 
     slots: per token, the row of `bypass` that holds its adapter's values, or NO_SLOT.
     merged_slot: the adapter that is merged into the weights just now. Its own tokens need
         nothing; all others, also those on the base, take its values out again.
-    static: device tensors that `on_device` gives out in place of copies of the above, because a
-        captured CUDA graph reads them again later.
+    static: device tensors for `on_device` to return instead of copies, because a captured CUDA
+        graph reads them again later.
     """
 
     slots: tuple[int, ...]
@@ -64,54 +66,63 @@ class TokenSlots:
         )
 
     @cached_property
-    def cpu_lanes(self) -> cpu_bypass.Lanes:
-        return cpu_bypass.Lanes(*self.lanes, self.merged_slot)
+    def cpu_block(self) -> LanesBlock:
+        """The lanes as CPU kernels read them."""
+        return lanes_block(*self.lanes, self.merged_slot)
 
 
 @dataclass(eq=False)
 class BypassTable:
-    """What a group of adapters has for some neurons: the inputs they keep, the values by slot.
+    """The values of a group of adapters for adjacent rows of a weight, or of a bias.
 
-    index: [d_out, k] int32, columns within [0, d_in), distinct within a row.
+    index: [d_out, k] int32, the inputs that a neuron keeps: columns within [0, d_in), distinct
+        within a row. None for a bias, where k is 1.
     bypass: [num_slots, d_out, k] float; slots may lie apart, or begin within each other.
+    first_row: of the weight, or bias.
+    positions: where the entries lie in the weight's storage; noted here by its owner.
 
     Raises:
         ShapeError: names the shapes that disagree.
     """
 
-    index: Tensor
+    index: Tensor | None
     bypass: Tensor
+    first_row: int = 0
+    positions: Tensor | None = field(default=None, init=False, repr=False)
     d_out: int = field(init=False)
+    k: int = field(init=False)
+    rows: slice = field(init=False)
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.bypass.shape[1:] != self.index.shape:
+        if self.index is not None and self.bypass.shape[1:] != self.index.shape:
             raise ShapeError(
                 f"bypass {tuple(self.bypass.shape)} must be "
                 f"[num_slots, *index {tuple(self.index.shape)}]"
             )
-        self.d_out = self.index.shape[0]
+        self.d_out, self.k = self.bypass.shape[1:]
+        self.rows = slice(self.first_row, self.first_row + self.d_out)
         self.dtype = self.bypass.dtype
 
     @cached_property
-    def cpu_launch(self) -> cpu_bypass.BypassLaunch | None:
-        """The CPU kernel set up for this table; None where it cannot run."""
-        if not cpu_bypass.supports(self.bypass):
+    def cpu_block(self) -> TableBlock | None:
+        """The table as CPU kernels read it; None where they cannot."""
+        if self.index is None or not cpu_team.supports(self.bypass):
             return None
-        return cpu_bypass.BypassLaunch(self.index, self.bypass)
+        return table_block(self.index, self.bypass, self.first_row)
 
 
 def bypass_add_reference(
     y: Tensor, x: Tensor, table: BypassTable, token_slots: TokenSlots
 ) -> Tensor:
-    """What `bypass_add_` computes, out of place, in float32 and differentiable. For tests."""
+    """Compute what `bypass_add_` does, out of place, in float32 and differentiable. For tests."""
     index, bypass = table.index, table.bypass
     slots = torch.tensor(token_slots.slots, device=x.device)
     token_values = bypass[slots.clamp_min(0)].float()  # (num_tokens, d_out, k)
     token_values = token_values.masked_fill((slots == NO_SLOT)[:, None, None], 0)
     if token_slots.merged_slot is not None:
         token_values = token_values - bypass[token_slots.merged_slot].float()
-    gathered = x.float()[:, index.long()]  # (num_tokens, d_out, k)
+    gathered: Tensor | float = 1.0 if index is None else x.float()[:, index.long()]
     return (y.float() + (token_values * gathered).sum(-1)).to(y.dtype)
 
 
@@ -121,11 +132,13 @@ def bypass_add_(y: Tensor, x: Tensor, table: BypassTable, token_slots: TokenSlot
     Semantics, with s = token_slots.slots[t] and m = token_slots.merged_slot, where NO_SLOT and
     None stand for a slot of zeros:
         y[t, i] += sum_j (bypass[s, i, j] - bypass[m, i, j]) * x[t, index[i, j]]
+    and, for a table of a bias:
+        y[t, i] += bypass[s, i, 0] - bypass[m, i, 0]
 
     Args:
         y: [num_tokens, d_out]. Changed in place; sums are kept in float32, rounded once.
         x: [num_tokens, d_in], same dtype and device as y.
-        table: index [d_out, k] and bypass [num_slots, d_out, k].
+        table: index [d_out, k] or None, and bypass [num_slots, d_out, k].
         token_slots: num_tokens slots, each NO_SLOT or in [0, num_slots).
 
     Raises:
@@ -135,44 +148,28 @@ def bypass_add_(y: Tensor, x: Tensor, table: BypassTable, token_slots: TokenSlot
     """
     num_tokens = token_slots.num_tokens
     if y.shape != (num_tokens, table.d_out) or x.ndim != 2 or x.shape[0] != num_tokens:
+        name, of = ("bias", table.bypass[..., 0]) if table.index is None else ("index", table.index)
         raise ShapeError(
             f"y {tuple(y.shape)} and x {tuple(x.shape)} must be [num_tokens, d], for "
-            f"{num_tokens} token slots and index {tuple(table.index.shape)}"
+            f"{num_tokens} token slots and {name} {tuple(of.shape)}"
         )
     if token_slots.idle:
+        return
+    if table.index is None:
+        _add_biases(y, table.bypass[..., 0], token_slots)
         return
     if x.is_cuda and triton_bypass.HAS_TRITON:
         slots, merged_slot = token_slots.on_device
         triton_bypass.bypass_add_triton_(y, x, table.index, table.bypass, slots, merged_slot)
         return
-    launch = table.cpu_launch
-    if launch is not None and x.dtype == y.dtype == table.dtype:
-        launch(y, x, token_slots.cpu_lanes)
+    block = table.cpu_block
+    if block is not None and x.dtype == y.dtype == table.dtype:
+        bypass_add_cpu_(y, x, block, token_slots.cpu_block)
     else:
         _add_lane_by_lane(y, x, table.index, table.bypass, token_slots)
 
 
-def bias_add_(y: Tensor, bias: Tensor, token_slots: TokenSlots) -> None:
-    """Add what each token's adapter adds to a layer's bias, in place.
-
-    Semantics, with s and m as of `bypass_add_`:
-        y[t, i] += bias[s, i] - bias[m, i]
-
-    Args:
-        y: [num_tokens, d_out]. Changed in place; sums are in float32, rounded once.
-        bias: [num_slots, d_out]; slots may lie apart, or begin within each other.
-        token_slots: num_tokens slots, each NO_SLOT or in [0, num_slots).
-
-    Raises:
-        ShapeError: names the shapes that disagree.
-    """
-    if y.shape != (token_slots.num_tokens, bias.shape[1]):
-        raise ShapeError(
-            f"y {tuple(y.shape)} must be [num_tokens, d_out], for {token_slots.num_tokens} token "
-            f"slots and bias {tuple(bias.shape)}"
-        )
-    if token_slots.idle:
-        return
+def _add_biases(y: Tensor, bias: Tensor, token_slots: TokenSlots) -> None:
     slots, merged_slot = token_slots.on_device
     added = _biases_of(bias, slots) - _biases_of(bias, merged_slot)
     y.copy_(y.float() + added)

@@ -1,19 +1,22 @@
 """Runs a whole decoder forward over a few tokens as one kernel, `cpu_forward_kernels.py`."""
 
 import ctypes
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuroada_serve.ops import cpu_bypass
-from neuroada_serve.ops.cpu_product import forward_kernels
+from neuroada_serve.ops import cpu_blocks as blocks
+from neuroada_serve.ops import cpu_team
+from neuroada_serve.ops.bypass import BypassTable
+from neuroada_serve.ops.cpu_team import forward_kernels
 from neuroada_serve.ops.matrix import PackedMatrix
+from neuroada_serve.ops.step_plan import StepPlan, TokenRun
 
 _ALIGNMENT = 64  # bytes
-_MOST_PLANS = 64
+_MOST_LAYOUTS = 64
 
 
 @dataclass(frozen=True)
@@ -102,55 +105,6 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One table's share in a product: rows first_row and on, for the lanes of this number."""
-
-    launch: cpu_bypass.BypassLaunch
-    first_row: int
-    lanes: int
-
-
-@dataclass(frozen=True)
-class RunAdd:
-    """One table's share in the weight that a run is multiplied by: sign times a slot's values."""
-
-    launch: cpu_bypass.BypassLaunch
-    first_row: int
-    slot: int
-    sign: int
-
-
-@dataclass(frozen=True)
-class RunAdditions:
-    """Tokens start..stop - 1, which are multiplied by weights that hold their adapter's values.
-
-    adds: site -> what is added to its weight, one after the other.
-    """
-
-    start: int
-    stop: int
-    adds: Callable[[str], Sequence[RunAdd]]
-
-
-@dataclass(frozen=True)
-class Additions:
-    """What adapters add in one forward.
-
-    version: changes whenever the memory that calls read does.
-    layout: of one version and equal layouts, the calls are equal; what differs from step to step is
-        in `lanes`.
-    calls: site -> its calls.
-    runs: in the order of their tokens, which are in no call.
-    """
-
-    version: int
-    layout: Hashable
-    lanes: Sequence[cpu_bypass.Lanes]
-    calls: Callable[[str], Sequence[Call]]
-    runs: Sequence[RunAdditions] = ()
-
-
-@dataclass(frozen=True)
 class Caches:
     """Keys and values of every layer, [slots, kv_heads, tokens, head_dim] bf16, contiguous.
 
@@ -159,21 +113,6 @@ class Caches:
 
     version: int
     layer: Callable[[int], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Calls of one layout as the kernel reads them.
-
-    lanes: the blocks of lanes that they read, filled anew in every step.
-    products: per product (number of calls, address of their list).
-    kept: what there are addresses of.
-    """
-
-    lanes: list[Any]
-    products: list[tuple[int, int]]
-    largest_k: int
-    kept: list[Any]
 
 
 class CpuForward:
@@ -186,57 +125,57 @@ class CpuForward:
     def __init__(self, decoder: Decoder, max_tokens: int) -> None:
         self._decoder = decoder
         self.max_tokens = max_tokens
-        self._at = forward_kernels()
         self._threads = torch.get_num_threads()
         self._kept: list[Any] = []  # what the blocks hold addresses of
-        self._products: list[tuple[Product, Any]] = []
-        self._attentions: list[tuple[Attention, Any]] = []
-        self._ops: list[tuple[int, Any]] = []
-        self._plans: dict[Hashable, _Plan] = {}
-        self._version: int | None = None  # of the plans
+        self._products: list[tuple[Product, blocks.ProductBlock]] = []
+        self._attentions: list[tuple[Attention, blocks.AttentionBlock]] = []
+        self._ops: list[tuple[int, ctypes.Structure]] = []
+        # By the layout of a plan: for every product its tables and what the kernel reads of them.
+        self._calls: dict[tuple[int, ...], list[tuple[list[BypassTable], Any]]] = {}
+        self._lanes: list[blocks.LanesBlock] = []  # by group of the plan, filled in every step
+        self._layout: tuple[int, ...] = ()  # that the blocks are set to
         self._runs: list[Any] = []  # what the blocks hold addresses of, while there are runs
-        self._layout: Hashable = None  # that the blocks are set to
         self._caches_version: int | None = None
-        self._hidden, self._normed, self._logits, self._head_block = self._set_up()
+        self._hidden, self._normed, self._logits = self._set_up()
         self._largest_d_in = max(product.weight.d_in for product, _ in self._products)
         self._group = max(a.heads // a.kv_heads for a, _ in self._attentions)
-        self._step = (ctypes.c_int64 * self._at.NUM_STEP_FIELDS)()
+        self._step = blocks.StepBlock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._program = self._new_program()
 
-    def __call__(
-        self, tokens: Tokens, kept: Tensor, caches: Caches, additions: Additions
-    ) -> Tensor:
+    def __call__(self, tokens: Tokens, kept: Tensor, caches: Caches, plan: StepPlan) -> Tensor:
         """
         Args:
             tokens: at most max_tokens.
             kept: [n] int64, the tokens whose logits are wanted.
             caches: get the tokens' keys and values.
-            additions: of the tokens' adapters.
+            plan: of the tokens' adapters; without biases.
 
         Returns:
             [n, vocab] float32, rounded to bf16; valid until the next run.
         """
-        at, step, num_tokens = self._at, self._step, len(tokens.ids)
+        step, kernels, num_tokens = self._step, forward_kernels(), len(tokens.ids)
         positions, slots = tokens.positions, tokens.slots
         assert num_tokens <= self.max_tokens
         cos, sin = self._decoder.rotary(positions[None])
         torch.index_select(self._decoder.embedding, 0, tokens.ids, out=self._hidden[:num_tokens])
-        step[at.NUM_TOKENS], step[at.NUM_KEPT] = num_tokens, len(kept)
-        step[at.POSITIONS], step[at.SLOTS] = positions.data_ptr(), slots.data_ptr()
-        step[at.KEPT], step[at.COS], step[at.SIN] = kept.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        step.num_tokens, step.num_kept = num_tokens, len(kept)
+        step.positions, step.slots = positions.data_ptr(), slots.data_ptr()
+        step.kept, step.cos, step.sin = kept.data_ptr(), cos.data_ptr(), sin.data_ptr()
         if caches.version != self._caches_version:
             self._set_caches(caches)
         if len(self._logits) < len(kept):
             self._logits = torch.empty(len(kept), self._decoder.head.weight.d_out)
-            self._head_block[at.Y] = self._logits.data_ptr()
-        plan = self._plan_for(additions)
-        for own, lanes in zip(plan.lanes, additions.lanes, strict=True):
-            own[:] = lanes.block
-        num_lanes = sum(lanes.num_lanes + at.LANES for lanes in additions.lanes)
-        largest_k = step[at.LARGEST_K] = max(plan.largest_k, self._set_runs(additions.runs))
-        product_bytes = at.scratch_bytes(num_tokens, num_lanes, self._largest_d_in, largest_k)
-        attention_bytes = at.attention_scratch_bytes(self._group, tokens.context_length)
+            self._products[-1][1].y = self._logits.data_ptr()
+        self._set_calls(plan)
+        self._set_runs(plan.runs)
+        lanes = [token_slots.cpu_block for token_slots in plan.token_slots]
+        for own, block in zip(self._lanes, lanes, strict=False):
+            ctypes.memmove(ctypes.byref(own), ctypes.byref(block), ctypes.sizeof(block))
+        num_lanes = sum(block.num_lanes + blocks.LANES for block in lanes)
+        largest_k = step.largest_k = plan.largest_k
+        product_bytes = kernels.scratch_bytes(num_tokens, num_lanes, self._largest_d_in, largest_k)
+        attention_bytes = kernels.attention_scratch_bytes(self._group, tokens.context_length)
         self._reserve(max(product_bytes, attention_bytes))
         self._run()
         return self._logits[: len(kept)]
@@ -251,78 +190,63 @@ class CpuForward:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def _set_caches(self, caches: Caches) -> None:
-        at = self._at
         for attention, block in self._attentions:
             keys, values = caches.layer(attention.layer)
-            block[at.KEYS], block[at.VALUES] = keys.data_ptr(), values.data_ptr()
-            block[at.MAX_TOKENS] = keys.shape[2]
+            block.keys, block.values = keys.data_ptr(), values.data_ptr()
+            block.max_tokens = keys.shape[2]
         self._caches_version = caches.version
 
-    def _plan_for(self, additions: Additions) -> _Plan:
-        """Hand every product the calls of a layout."""
-        at = self._at
-        if additions.version != self._version or len(self._plans) > _MOST_PLANS:
-            self._plans, self._version, self._layout = {}, additions.version, None
-        plan = self._plans.get(additions.layout)
-        if plan is None:
-            plan = self._plans[additions.layout] = self._new_plan(additions)
-        if additions.layout != self._layout:
-            for (_, block), (count, address) in zip(self._products, plan.products, strict=True):
-                block[at.NUM_CALLS], block[at.CALLS] = count, address
-            self._layout = additions.layout
-        return plan
+    def _set_calls(self, plan: StepPlan) -> None:
+        """Hand every product the calls of the plan's layout."""
+        if plan.layout == self._layout:
+            return
+        if plan.layout[:1] != self._layout[:1] or len(self._calls) > _MOST_LAYOUTS:
+            self._calls, self._layout = {}, ()  # of memory as it was, or too many
+        self._lanes += [blocks.LanesBlock() for _ in plan.groups[len(self._lanes) :]]
+        if plan.layout not in self._calls:
+            self._calls[plan.layout] = [self._calls_of(p.site, plan) for p, _ in self._products]
+        for (_, block), (tables, array) in zip(
+            self._products, self._calls[plan.layout], strict=True
+        ):
+            block.num_calls, block.calls = len(tables), ctypes.addressof(array)
+        self._layout = plan.layout
 
-    def _set_runs(self, runs: Sequence[RunAdditions]) -> int:
-        """Hand every product the runs of this step; their largest k."""
-        at, largest_k = self._at, 0
+    def _calls_of(self, site: str | None, plan: StepPlan) -> tuple[list[BypassTable], Any]:
+        tables: list[BypassTable] = []
+        addresses: list[int] = []
+        for lanes, (by_site, _) in zip(self._lanes, plan.groups, strict=False):
+            for table in () if site is None else by_site.get(site, ()):
+                tables.append(table)
+                addresses += [_address(table), ctypes.addressof(lanes)]
+        return tables, _array(addresses)
+
+    def _set_runs(self, runs: Sequence[TokenRun]) -> None:
+        """Hand every product the runs of this step."""
         if not runs and not self._runs:
-            return 0
-        kept: list[Any] = []
-        lists: list[Any] = []
+            return
+        kept: list[Any] = [runs]
+        arrays: list[Any] = []
         for product, _ in self._products:
             entries: list[int] = []
             for run in runs if product.site is not None else ():
-                adds: list[int] = []
-                for add in run.adds(product.site or ""):
-                    adds += [add.launch.address, add.first_row, add.slot, add.sign]
-                    largest_k = max(largest_k, add.launch.k)
-                    kept.append(add.launch)
-                array = (ctypes.c_int64 * len(adds))(*adds)
-                kept.append(array)
-                entries += [run.start, run.stop, ctypes.addressof(array), len(adds) // 4]
-            lists.append((ctypes.c_int64 * len(entries))(*entries))
+                added = run.added(product.site or "")
+                adds = _array(n for t, slot, sign in added for n in (_address(t), slot, sign))
+                entries += [run.start, run.stop, ctypes.addressof(adds), len(added)]
+                kept.append(adds)
+            arrays.append(_array(entries))
         # Only now that all is there: until then, the blocks' old addresses hold.
-        for (_, block), array in zip(self._products, lists, strict=True):
-            block[at.NUM_RUNS], block[at.RUNS] = len(array) // 4, ctypes.addressof(array)
-        self._runs = [*kept, *lists] if runs else []
-        return largest_k
+        for (_, block), array in zip(self._products, arrays, strict=True):
+            block.num_runs, block.runs = len(array) // 4, ctypes.addressof(array)
+        self._runs = [kept, arrays] if runs else []
 
-    def _new_plan(self, additions: Additions) -> _Plan:
-        lanes = [own.copy() for own in additions.lanes]
-        products: list[tuple[int, int]] = []
-        largest_k, kept = 0, list[Any]()
-        for product, _ in self._products:
-            calls = () if product.site is None else additions.calls(product.site)
-            entries: list[int] = []
-            for call in calls:
-                block = call.launch.arguments(ctypes.addressof(lanes[call.lanes]))
-                entries += [ctypes.addressof(block), call.first_row]
-                kept += [block, call.launch]
-                largest_k = max(largest_k, call.launch.k)
-            array = (ctypes.c_int64 * len(entries))(*entries)
-            products.append((len(calls), ctypes.addressof(array)))
-            kept.append(array)
-        return _Plan(lanes, products, largest_k, kept)
-
-    def _set_up(self) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Buffers for the activations, and a block of arguments for every operation.
+    def _set_up(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Make buffers for the activations, and a block of arguments for every operation.
 
         Returns:
-            The hidden states, the same after a norm, the logits, which have no room yet, and the
-            head's block.
+            The hidden states, the same after a norm, and the logits, which have no room yet.
         """
-        at, decoder = self._at, self._decoder
-        rows = self.max_tokens + at.CHUNK  # products read beyond the last token
+        decoder = self._decoder
+        rows = self.max_tokens + forward_kernels().CHUNK  # products read beyond the last token
 
         def buffer(width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.zeros(rows, width, dtype=dtype)
@@ -337,83 +261,92 @@ class CpuForward:
 
         for layer in decoder.layers:
             self._norm(layer.attention_norm, x, normed)
-            self._product(layer.qkv, normed, qkv, at.STORE)
+            self._product(layer.qkv, normed, qkv, blocks.STORE)
             self._attention(layer.attention, qkv, attended)
-            self._product(layer.o, attended, x, at.ADD)
+            self._product(layer.o, attended, x, blocks.ADD)
             self._norm(layer.mlp_norm, x, normed)
-            self._product(layer.gate_up, normed, gated, at.GATE)
-            self._product(layer.down, gated, x, at.ADD)
+            self._product(layer.gate_up, normed, gated, blocks.GATE)
+            self._product(layer.down, gated, x, blocks.ADD)
         self._norm(decoder.norm, x, normed, is_last=True)
-        self._product(decoder.head, normed, logits, at.LOGITS)
-        return x, normed, logits, self._products[-1][1]
-
-    def _block(self, kind: int) -> Any:
-        block = (ctypes.c_int64 * self._at.NUM_OP_FIELDS)()
-        self._ops.append((kind, block))
-        return block
-
-    def _number(self, value: float) -> int:
-        """The address of a float32."""
-        number = ctypes.c_float(value)
-        self._kept.append(number)
-        return ctypes.addressof(number)
+        self._product(decoder.head, normed, logits, blocks.LOGITS)
+        return x, normed, logits
 
     def _norm(self, norm: Norm, x: Tensor, y: Tensor, is_last: bool = False) -> None:
-        at, block = self._at, self._block(self._at.NORM)
-        block[at.NORM_X], block[at.NORM_Y] = x.data_ptr(), y.data_ptr()
-        block[at.NORM_WEIGHT], block[at.NORM_WIDTH] = norm.weight.data_ptr(), len(norm.weight)
-        block[at.NORM_EPS], block[at.NORM_IS_LAST] = self._number(norm.eps), int(is_last)
+        block = blocks.NormBlock(
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            width=len(norm.weight),
+            weight=norm.weight.data_ptr(),
+            is_last=is_last,
+            eps=norm.eps,
+        )
+        self._ops.append((blocks.NORM, block))
 
     def _product(self, product: Product, x: Tensor, y: Tensor, epilogue: int) -> None:
-        at, block = self._at, self._block(self._at.PRODUCT)
         weight, bias = product.weight, product.bias
         assert x.shape[1] == weight.d_in
-        block[at.WEIGHT] = weight.entries.data_ptr()
-        block[at.BIAS] = 0 if bias is None else bias.data_ptr()
-        block[at.NUM_ROWS], block[at.D_IN] = weight.d_out, weight.d_in
-        block[at.X], block[at.Y], block[at.Y_STRIDE] = x.data_ptr(), y.data_ptr(), y.shape[1]
-        block[at.EPILOGUE] = epilogue
+        block = blocks.ProductBlock(
+            weight=weight.entries.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            num_rows=weight.d_out,
+            d_in=weight.d_in,
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            y_stride=y.shape[1],
+            epilogue=epilogue,
+        )
+        self._ops.append((blocks.PRODUCT, block))
         self._products.append((product, block))
 
     def _attention(self, attention: Attention, qkv: Tensor, out: Tensor) -> None:
-        at = self._at
-        rotate, attend = self._block(at.ROTATE), self._block(at.ATTEND)
-        for block in (rotate, attend):
-            block[at.QKV], block[at.QKV_STRIDE] = qkv.data_ptr(), qkv.shape[1]
-            block[at.OUT] = out.data_ptr()
-            block[at.HEADS], block[at.KV_HEADS] = attention.heads, attention.kv_heads
-            block[at.HEAD_DIM] = attention.head_dim
-            block[at.SCALE] = self._number(attention.scaling)
-            block[at.WINDOW] = attention.window or 0
+        for operation in (blocks.ROTATE, blocks.ATTEND):
+            block = blocks.AttentionBlock(
+                qkv=qkv.data_ptr(),
+                qkv_stride=qkv.shape[1],
+                out=out.data_ptr(),
+                heads=attention.heads,
+                kv_heads=attention.kv_heads,
+                head_dim=attention.head_dim,
+                window=attention.window or 0,
+                scale=attention.scaling,
+            )
             if attention.q_norm is not None and attention.k_norm is not None:
-                block[at.Q_NORM] = attention.q_norm.weight.data_ptr()
-                block[at.K_NORM] = attention.k_norm.weight.data_ptr()
-                block[at.HEAD_EPS] = self._number(attention.q_norm.eps)
+                block.q_norm = attention.q_norm.weight.data_ptr()
+                block.k_norm = attention.k_norm.weight.data_ptr()
+                block.head_eps = attention.q_norm.eps
+            self._ops.append((operation, block))
             self._attentions.append((attention, block))
 
-    def _new_program(self) -> Any:
-        at = self._at
-        ops = (ctypes.c_int64 * (2 * len(self._ops)))()
-        for i, (kind, block) in enumerate(self._ops):
-            ops[2 * i], ops[2 * i + 1] = kind, ctypes.addressof(block)
-        program = (ctypes.c_int64 * at.NUM_PROGRAM_FIELDS)()
-        program[at.NUM_OPS], program[at.OPS] = len(self._ops), ctypes.addressof(ops)
-        program[at.STEP] = ctypes.addressof(self._step)
+    def _new_program(self) -> blocks.ProgramBlock:
+        ops = _array(n for kind, block in self._ops for n in (kind, ctypes.addressof(block)))
         self._kept.append(ops)
-        return program
+        step = ctypes.addressof(self._step)
+        return blocks.ProgramBlock(num_ops=len(self._ops), ops=ctypes.addressof(ops), step=step)
 
     def _reserve(self, size_bytes: int) -> None:
         """Scratch memory for every thread."""
-        at, aligned = self._at, -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
+        aligned = -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
         needed = aligned * self._threads + _ALIGNMENT
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(2 * needed, dtype=torch.uint8)
         start = -(-self._scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        self._program[at.SCRATCH], self._program[at.SCRATCH_BYTES] = start, aligned
+        self._program.scratch, self._program.scratch_bytes = start, aligned
 
     def _run(self) -> None:
         threads = min(self._threads, torch.get_num_threads())
-        cpu_bypass.run_team(self._at.run, self._program, self._at.BARRIER, threads)
+        cpu_team.run_program(self._program, threads)
+
+
+def _array(numbers: Iterable[int]) -> Any:
+    """Numbers as kernels read them."""
+    values = list(numbers)
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _address(table: BypassTable) -> int:
+    block = table.cpu_block
+    assert block is not None, "values are kept in the weights' dtype, which the kernels have"
+    return ctypes.addressof(block)
 
 
 def prepare() -> None:
@@ -423,4 +356,4 @@ def prepare() -> None:
 
 def available() -> bool:
     """Whether there are kernels, and a team of threads that can wait for each other."""
-    return forward_kernels() is not None and (torch.get_num_threads() == 1 or cpu_bypass.has_team())
+    return forward_kernels() is not None and (torch.get_num_threads() == 1 or cpu_team.has_team())

@@ -4,8 +4,7 @@ At decode sizes a forward is bound by reading the weights; what else it does mus
 So it is one parallel region that walks through a list of operations with a barrier after each, and
 an adapter's values are added where a product's tile is still in the cache.
 
-Every operation has a block of int64 arguments as in `cpu_kernels.py`, its first field the counter
-that its threads draw pieces of work from; what all of them share stands in the step's block. Sums
+Every operation has a block of `cpu_blocks.py`; what all of them share stands in the step's. Sums
 are float32; where transformers keeps a bf16 tensor between two modules, values are rounded to bf16.
 
 Weights lie as oneDNN packs them (`ops/matrix.py`): blocks of 64 neurons; in a block, for each pair
@@ -16,35 +15,34 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
 
-from neuroada_serve.ops.cpu_kernels import (
-    BYPASS,
-    D_OUT,
-    INDEX,
-    INDEX_STRIDE,
-    LANE_POSITIONS,
-    LANE_SLOTS,
-    LANES_AT,
-    MERGED_SLOT,
-    NUM_BLOCKS,
-    NUM_LANES,
-    SLOT_STRIDE,
-    K,
-    add_one,
-    fetch_values,
-    norm_row,
+from neuroada_serve.ops.cpu_blocks import (
+    ADD,
+    GATE,
+    LANES,
+    LOGITS,
+    NORM,
+    PRODUCT,
+    ROTATE,
+    STORE,
+    AttentionBlock,
+    NormBlock,
+    ProductBlock,
+    ProgramBlock,
+    StepBlock,
 )
+from neuroada_serve.ops.cpu_kernels import add_one, fetch_values, lanes_at, norm_row, table_at
 from neuroada_serve.ops.cpu_vectors import (
     BFLOAT16,
     F32X16,
     I32X16,
     I64,
-    LANES,
     TILE,
     add_to_rows,
     address_of,
+    block_reader,
     c_function,
     concealed,
     constant,
@@ -94,30 +92,9 @@ GROUP = 8  # values that are weighted at once by the attention
 QUERIES = 4  # tokens of a sequence that attend together, in a step of more than SINGLE tokens
 SINGLE = 32
 
-COUNTER = 0  # of every block
-
-# the step: what changes from one forward to the next
-(NUM_TOKENS, NUM_KEPT, POSITIONS, SLOTS, KEPT, COS, SIN, LARGEST_K) = range(1, 9)
-NUM_STEP_FIELDS = 9
-
-# operations
-NORM, PRODUCT, ROTATE, ATTEND = range(4)
-
-(NORM_X, NORM_Y, NORM_WIDTH, NORM_WEIGHT, NORM_EPS, NORM_IS_LAST) = range(1, 7)
-
-(WEIGHT, BIAS, NUM_ROWS, D_IN, X, Y, Y_STRIDE, EPILOGUE) = range(1, 9)
-(CALLS, NUM_CALLS, RUNS, NUM_RUNS) = range(9, 13)
-# what becomes of a product: stored, added to what is there, gated (its first half by its second)
-STORE, ADD, GATE, LOGITS = range(4)
-
-(QKV, QKV_STRIDE, OUT, HEADS, KV_HEADS, HEAD_DIM, SCALE, WINDOW) = range(1, 9)
-(KEYS, VALUES, MAX_TOKENS, Q_NORM, K_NORM, HEAD_EPS) = range(9, 15)
-
-NUM_OP_FIELDS = 15
-
-# the program
-(NUM_OPS, OPS, STEP, BARRIER, SCRATCH, SCRATCH_BYTES) = range(1, 7)
-NUM_PROGRAM_FIELDS = 7
+_norm_block, _product_block = block_reader(NormBlock), block_reader(ProductBlock)
+_attention_block, _step_block = block_reader(AttentionBlock), block_reader(StepBlock)
+_program_block = block_reader(ProgramBlock)
 
 
 # --- products --------------------------------------------------------------------------------
@@ -220,6 +197,12 @@ def _multiply(weight: int, d_in: int, x: int, num_tokens: int, y: int) -> None:
         first += CHUNK
 
 
+@njit(inline="always")
+def _has(table: Any, row: int) -> Any:
+    """Whether a row of the site is one of the table's."""
+    return table.first_row <= row < table.first_row + table.d_out
+
+
 @njit
 def _add_to_weight(table: Any, slot: int, sign: int, row: int, weight: int, log: int) -> Any:
     """Add a slot's values for neurons row..row + 31 to their 32 packed neurons at `weight`.
@@ -229,7 +212,7 @@ def _add_to_weight(table: Any, slot: int, sign: int, row: int, weight: int, log:
     Returns:
         The end of the log.
     """
-    k, stride, index = table[K], table[INDEX_STRIDE], ints_at(table[INDEX])
+    k, stride, index = table.k, table.index_stride, ints_at(table.index)
     count, entry = TILE * k, 0
     places, before = longs_at(log), shorts_at(log + 8 * count)
     for r in range(TILE):
@@ -241,7 +224,7 @@ def _add_to_weight(table: Any, slot: int, sign: int, row: int, weight: int, log:
     end = log + 10 * count
     sums, values, factor = end, end + 4 * count, spread(np.float32(sign))
     widen(log + 8 * count, sums, count, BFLOAT16)
-    widen(table[BYPASS] + 2 * (slot * table[SLOT_STRIDE] + row * k), values, count, BFLOAT16)
+    widen(table.bypass + 2 * (slot * table.slot_stride + row * k), values, count, BFLOAT16)
     for i in range(0, 4 * count, 4 * LANES):
         put(fma(vector_at(values + i), factor, vector_at(sums + i)), sums + i)
     narrow(sums, values, count, BFLOAT16)
@@ -267,28 +250,27 @@ def _multiply_runs(args: Any, row: int, weight: int, num_tokens: int, y: int, wo
 
     No other thread reads these 32 neurons in this operation.
     """
-    d_in, done = args[D_IN], 0
-    runs = longs_at(args[RUNS])
-    for run in range(args[NUM_RUNS] + 1):
+    d_in, done = args.d_in, 0
+    runs = longs_at(args.runs)
+    for run in range(args.num_runs + 1):
         start, stop, log = num_tokens, num_tokens, work
-        if run < args[NUM_RUNS]:
+        if run < args.num_runs:
             start, stop = runs[4 * run], runs[4 * run + 1]
         if start > done:
-            _multiply(weight, d_in, args[X] + 2 * d_in * done, start - done, y + 4 * TILE * done)
-        if run < args[NUM_RUNS]:
-            adds = longs_at(runs[4 * run + 2])
-            for a in range(runs[4 * run + 3]):
-                table, first_row = longs_at(adds[4 * a]), adds[4 * a + 1]
-                if first_row <= row < first_row + table[D_OUT]:
-                    slot, sign = adds[4 * a + 2], adds[4 * a + 3]
-                    log = _add_to_weight(table, slot, sign, row - first_row, weight, log)
-            at = args[X] + 2 * d_in * start
+            _multiply(weight, d_in, args.x + 2 * d_in * done, start - done, y + 4 * TILE * done)
+        if run < args.num_runs:
+            adds, num_adds = longs_at(runs[4 * run + 2]), runs[4 * run + 3]
+            for a in range(num_adds):
+                table, slot, sign = table_at(adds[3 * a]), adds[3 * a + 1], adds[3 * a + 2]
+                if _has(table, row):
+                    log = _add_to_weight(table, slot, sign, row - table.first_row, weight, log)
+            at = args.x + 2 * d_in * start
             _multiply(weight, d_in, at, stop - start, y + 4 * TILE * start)
-            for a in range(runs[4 * run + 3] - 1, -1, -1):
-                table, first_row = longs_at(adds[4 * a]), adds[4 * a + 1]
-                if first_row <= row < first_row + table[D_OUT]:
-                    log -= 10 * TILE * table[K]
-                    _put_back(log, TILE * table[K])
+            for a in range(num_adds - 1, -1, -1):
+                table = table_at(adds[3 * a])
+                if _has(table, row):
+                    log -= 10 * TILE * table.k
+                    _put_back(log, TILE * table.k)
         done = stop
 
 
@@ -303,18 +285,16 @@ def _lay_out_lanes(args: Any, y: int, spare: int, at: int) -> None:
 
     What is left of a call's lanes is computed one by one, from rows of float32.
     """
-    d_in = args[D_IN]
-    calls = longs_at(args[CALLS])
-    for c in range(args[NUM_CALLS]):
-        call = longs_at(calls[2 * c])
-        lanes = longs_at(call[LANES_AT])
-        positions, slots = longs_at(lanes[LANE_POSITIONS]), longs_at(lanes[LANE_SLOTS])
-        num_lanes, blocks = lanes[NUM_LANES], lanes[NUM_BLOCKS]
+    d_in, calls = args.d_in, longs_at(args.calls)
+    for c in range(args.num_calls):
+        table, lanes = table_at(calls[2 * c]), lanes_at(calls[2 * c + 1])
+        positions, slots = longs_at(lanes.positions), longs_at(lanes.slots)
+        num_lanes, blocks = lanes.num_lanes, lanes.num_blocks
         for b in range(blocks):
             y_rows, values, own = longs_at(at), longs_at(at + VALUE_ROWS), floats_at(at + OWN)
             for i in range(LANES):
                 lane = min(b * LANES + i, num_lanes - 1)
-                y_rows[i] = args[X] + 2 * d_in * positions[lane]
+                y_rows[i] = args.x + 2 * d_in * positions[lane]
             for column in range(0, d_in, TILE):
                 read_twice(at, 2 * column, at + LANES_X + 4 * LANES * column)
             for i in range(LANES):
@@ -323,11 +303,11 @@ def _lay_out_lanes(args: Any, y: int, spare: int, at: int) -> None:
                 y_rows[i] = y + 4 * TILE * positions[lane] if is_lane else spare
                 own[i] = 1.0 if slot >= 0 else 0.0
                 if slot < 0:
-                    slot = lanes[MERGED_SLOT]
-                values[i] = call[BYPASS] + 2 * slot * call[SLOT_STRIDE]
+                    slot = lanes.merged_slot
+                values[i] = table.bypass + 2 * slot * table.slot_stride
             at += LANES_X + 4 * LANES * d_in
         for lane in range(blocks * LANES, num_lanes):
-            widen(args[X] + 2 * d_in * positions[lane], at, d_in, BFLOAT16)
+            widen(args.x + 2 * d_in * positions[lane], at, d_in, BFLOAT16)
             at += 4 * d_in
 
 
@@ -352,13 +332,13 @@ def _dot(k: int, r: int, pairs: int, index: Any, columns: int, x: int) -> Any:
 
 
 @njit
-def _add_block(call: Any, row: int, at: int, y_offset: int, work: int) -> None:
+def _add_block(table: Any, merged_slot: int, row: int, at: int, y_offset: int, work: int) -> None:
     """The bypass of a table's neurons row..row + 31 to the rows of y of a block of lanes.
 
     work: room for 32 sums and for 32 * k values, each of 16 lanes.
     """
-    k, stride = call[K], call[INDEX_STRIDE]
-    index, x, pairs = ints_at(call[INDEX]), at + LANES_X, work + 4 * LANES * TILE
+    k, stride = table.k, table.index_stride
+    index, x, pairs = ints_at(table.index), at + LANES_X, work + 4 * LANES * TILE
     for part in range(k):
         offset = 2 * row * k + 2 * TILE * part
         read_pairs(at + VALUE_ROWS, offset, pairs + 2 * LANES * TILE * part)
@@ -374,12 +354,11 @@ def _add_block(call: Any, row: int, at: int, y_offset: int, work: int) -> None:
     else:
         for r in range(TILE):
             put(_dot(k, r, pairs, index, (row + r) * stride, x), work + 4 * LANES * r)
-    merged_slot = longs_at(call[LANES_AT])[MERGED_SLOT]
     if merged_slot >= 0:
         rows_at = work + 4 * LANES * TILE * (1 + k)
         rows = longs_at(rows_at)
         for i in range(LANES):
-            rows[i] = call[BYPASS] + 2 * merged_slot * call[SLOT_STRIDE]
+            rows[i] = table.bypass + 2 * merged_slot * table.slot_stride
         for part in range(k):
             offset = 2 * row * k + 2 * TILE * part
             read_pairs(rows_at, offset, pairs + 2 * LANES * TILE * part)
@@ -400,40 +379,40 @@ def _tile_of_product(
 
     at: what `_lay_out_lanes` set up.
     """
-    d_in, target = args[D_IN], y + y_offset
+    d_in, target = args.d_in, y + y_offset
     block, within = row // BLOCK_NEURONS, row % BLOCK_NEURONS
-    weight = args[WEIGHT] + 2 * (block * BLOCK_NEURONS * d_in + 2 * within)
-    calls = longs_at(args[CALLS])
-    for c in range(args[NUM_CALLS]):  # to arrive while the weights are multiplied
-        call, first_row = longs_at(calls[2 * c]), calls[2 * c + 1]
-        if first_row <= row < first_row + call[D_OUT]:
-            fetch_values(call, row - first_row, row - first_row + TILE)
+    weight = args.weight + 2 * (block * BLOCK_NEURONS * d_in + 2 * within)
+    calls = longs_at(args.calls)
+    for c in range(args.num_calls):  # to arrive while the weights are multiplied
+        table = table_at(calls[2 * c])
+        if _has(table, row):
+            i = row - table.first_row
+            fetch_values(table, lanes_at(calls[2 * c + 1]), i, i + TILE)
     _multiply_runs(args, row, weight, num_tokens, target, work)
-    if args[BIAS]:
-        widen(args[BIAS] + 2 * row, work, min(TILE, args[NUM_ROWS] - row), BFLOAT16)
+    if args.bias:
+        widen(args.bias + 2 * row, work, min(TILE, args.num_rows - row), BFLOAT16)
         for t in range(num_tokens):
             for half in range(2):
                 place, offset = target + 4 * TILE * t, 4 * LANES * half
                 put(plus(vector_at(place + offset), vector_at(work + offset)), place + offset)
-    for c in range(args[NUM_CALLS]):
-        call, first_row = longs_at(calls[2 * c]), calls[2 * c + 1]
-        lanes = longs_at(call[LANES_AT])
-        num_lanes, blocks = lanes[NUM_LANES], lanes[NUM_BLOCKS]
-        inside = first_row <= row < first_row + call[D_OUT]
+    for c in range(args.num_calls):
+        table, lanes = table_at(calls[2 * c]), lanes_at(calls[2 * c + 1])
+        blocks, merged_slot = lanes.num_blocks, lanes.merged_slot
+        inside, i = _has(table, row), row - table.first_row
         for _ in range(blocks):
             if inside:
-                _add_block(call, row - first_row, at, y_offset, work)
+                _add_block(table, merged_slot, i, at, y_offset, work)
             at += LANES_X + 4 * LANES * d_in
-        positions, slots = longs_at(lanes[LANE_POSITIONS]), longs_at(lanes[LANE_SLOTS])
-        for lane in range(blocks * LANES, num_lanes):
+        positions, slots = longs_at(lanes.positions), longs_at(lanes.slots)
+        for lane in range(blocks * LANES, lanes.num_lanes):
             if inside:
-                slot, i = slots[lane], row - first_row
+                slot = slots[lane]
                 own = np.float32(1 if slot >= 0 else 0)
                 if slot < 0:
-                    slot = lanes[MERGED_SLOT]
-                values = call[BYPASS] + 2 * slot * call[SLOT_STRIDE]
+                    slot = merged_slot
+                values = table.bypass + 2 * slot * table.slot_stride
                 place = target + 4 * TILE * positions[lane]
-                add_one(call, place, values, own, at, work, i, i + TILE)
+                add_one(table, merged_slot, place, values, own, at, work, i, i + TILE)
             at += 4 * d_in
 
 
@@ -454,8 +433,8 @@ def scratch_bytes(num_tokens: int, num_lanes: int, d_in: int, largest_k: int) ->
 @njit
 def _product(args: Any, step: Any, scratch: int) -> None:
     """scratch: as `scratch_bytes` says."""
-    epilogue, num_rows = args[EPILOGUE], args[NUM_ROWS]
-    num_tokens = step[NUM_KEPT] if epilogue == LOGITS else step[NUM_TOKENS]
+    epilogue, num_rows = args.epilogue, args.num_rows
+    num_tokens = step.num_kept if epilogue == LOGITS else step.num_tokens
     num_out = num_rows // 2 if epilogue == GATE else num_rows
     pieces = (num_out + TILE - 1) // TILE
     y, spare = scratch, scratch + 4 * TILE * (num_tokens + CHUNK)
@@ -463,7 +442,7 @@ def _product(args: Any, step: Any, scratch: int) -> None:
     up, raw = y + tile_bytes, y + 2 * tile_bytes
     before = raw + 2 * TILE
     work = before + 4 * TILE
-    lanes_at = work + 4 * LANES * TILE * (1 + step[LARGEST_K]) + 8 * LANES
+    lanes_at = work + 4 * LANES * TILE * (1 + step.largest_k) + 8 * LANES
     counter = address_of(args)
     piece = draw(counter)
     if piece < pieces:
@@ -476,14 +455,14 @@ def _product(args: Any, step: Any, scratch: int) -> None:
             _tile_of_product(args, place, num_tokens, y, offset, work, lanes_at)
         for t in range(num_tokens):
             tile = y + 4 * TILE * t
-            target = args[Y] + 2 * (t * args[Y_STRIDE] + row)
+            target = args.y + 2 * (t * args.y_stride + row)
             if epilogue == STORE:
                 narrow(tile, target, count, BFLOAT16)
             elif epilogue == LOGITS:
                 _rounded(tile, raw, TILE)
                 totals, logits = (
                     floats_at(tile),
-                    floats_at(args[Y] + 4 * (t * args[Y_STRIDE] + row)),
+                    floats_at(args.y + 4 * (t * args.y_stride + row)),
                 )
                 for i in range(count):
                     logits[i] = totals[i]
@@ -517,19 +496,19 @@ def _product(args: Any, step: Any, scratch: int) -> None:
 @njit
 def _norm(args: Any, step: Any) -> None:
     """Norms of all tokens; of the last layer's, those whose logits are kept."""
-    width = args[NORM_WIDTH]
-    eps = floats_at(args[NORM_EPS])[0]
-    is_last, kept = args[NORM_IS_LAST], longs_at(step[KEPT])
-    count = step[NUM_KEPT] if is_last else step[NUM_TOKENS]
+    width = args.width
+    eps = args.eps
+    is_last, kept = args.is_last, longs_at(step.kept)
+    count = step.num_kept if is_last else step.num_tokens
     counter = address_of(args)
     row = draw(counter)
     if row >= count:
         return
     x, weight = np.empty(width + LANES, np.float32), np.empty(width, np.float32)
-    widen(args[NORM_WEIGHT], address_of(weight), width, BFLOAT16)
+    widen(args.weight, address_of(weight), width, BFLOAT16)
     while row < count:
         source = kept[row] if is_last else row
-        at, target = args[NORM_X] + 2 * width * source, args[NORM_Y] + 2 * width * row
+        at, target = args.x + 2 * width * source, args.y + 2 * width * row
         norm_row(at, target, weight, width, eps, x, BFLOAT16)
         row = draw(counter)
     x[0] = weight[0] = 0
@@ -538,41 +517,41 @@ def _norm(args: Any, step: Any) -> None:
 @njit
 def _rotate(args: Any, step: Any) -> None:
     """Rotary embedding of queries and keys; keys and values go into the cache."""
-    heads, kv_heads, dim = args[HEADS], args[KV_HEADS], args[HEAD_DIM]
+    heads, kv_heads, dim = args.heads, args.kv_heads, args.head_dim
     half = dim // 2
-    positions, slots = longs_at(step[POSITIONS]), longs_at(step[SLOTS])
+    positions, slots = longs_at(step.positions), longs_at(step.slots)
     counter = address_of(args)
     token = draw(counter)
-    if token >= step[NUM_TOKENS]:
+    if token >= step.num_tokens:
         return
     cos, sin = np.empty(dim, np.float32), np.empty(dim, np.float32)
     x, turned = np.empty(dim + LANES, np.float32), np.empty(dim, np.float32)
     norms = np.empty((2, dim), np.float32)
-    if args[Q_NORM]:
-        widen(args[Q_NORM], address_of(norms[0]), dim, BFLOAT16)
-        widen(args[K_NORM], address_of(norms[1]), dim, BFLOAT16)
-    while token < step[NUM_TOKENS]:
-        widen(step[COS] + 2 * dim * token, address_of(cos), dim, BFLOAT16)
-        widen(step[SIN] + 2 * dim * token, address_of(sin), dim, BFLOAT16)
-        row = args[QKV] + 2 * args[QKV_STRIDE] * token
+    if args.q_norm:
+        widen(args.q_norm, address_of(norms[0]), dim, BFLOAT16)
+        widen(args.k_norm, address_of(norms[1]), dim, BFLOAT16)
+    while token < step.num_tokens:
+        widen(step.cos + 2 * dim * token, address_of(cos), dim, BFLOAT16)
+        widen(step.sin + 2 * dim * token, address_of(sin), dim, BFLOAT16)
+        row = args.qkv + 2 * args.qkv_stride * token
         for head in range(heads + kv_heads):
             at, is_key = row + 2 * dim * head, head >= heads
-            if args[Q_NORM]:
-                eps = floats_at(args[HEAD_EPS])[0]
+            if args.q_norm:
+                eps = args.head_eps
                 norm_row(at, at, norms[1 if is_key else 0], dim, eps, x, BFLOAT16)
             widen(at, address_of(x), dim, BFLOAT16)
             for i in range(half):
                 turned[i] = x[i] * cos[i] - x[half + i] * sin[i]
                 turned[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i]
             if is_key:
-                entry = (slots[token] * kv_heads + head - heads) * args[MAX_TOKENS]
-                at = args[KEYS] + 2 * dim * (entry + positions[token])
+                entry = (slots[token] * kv_heads + head - heads) * args.max_tokens
+                at = args.keys + 2 * dim * (entry + positions[token])
             narrow(address_of(turned), at, dim, BFLOAT16)
         for head in range(kv_heads):
-            entry = (slots[token] * kv_heads + head) * args[MAX_TOKENS] + positions[token]
+            entry = (slots[token] * kv_heads + head) * args.max_tokens + positions[token]
             at = row + 2 * dim * (heads + kv_heads + head)
             widen(at, address_of(x), dim, BFLOAT16)
-            narrow(address_of(x), args[VALUES] + 2 * dim * entry, dim, BFLOAT16)
+            narrow(address_of(x), args.values + 2 * dim * entry, dim, BFLOAT16)
         token = draw(counter)
     cos[0] = sin[0] = x[0] = turned[0] = norms[0, 0] = 0
 
@@ -585,9 +564,9 @@ def attention_scratch_bytes(group: int, context_length: int) -> int:
 @njit
 def _attend(args: Any, step: Any, scratch: int) -> None:
     """Softmax attention of each token over its slot's entries up to its own position."""
-    heads, kv_heads, dim = args[HEADS], args[KV_HEADS], args[HEAD_DIM]
-    positions, slots = longs_at(step[POSITIONS]), longs_at(step[SLOTS])
-    num_tokens = step[NUM_TOKENS]
+    heads, kv_heads, dim = args.heads, args.kv_heads, args.head_dim
+    positions, slots = longs_at(step.positions), longs_at(step.slots)
+    num_tokens = step.num_tokens
     together = QUERIES if num_tokens > SINGLE else 1
     pieces = (num_tokens + together - 1) // together * kv_heads
     counter = address_of(args)
@@ -632,18 +611,18 @@ def _attend_together(
     scratch: num_tokens * group rows of scores.
     work: addresses of room for 16 keys, for GROUP values, and for what all tokens get.
     """
-    heads, kv_heads, dim = args[HEADS], args[KV_HEADS], args[HEAD_DIM]
+    heads, kv_heads, dim = args.heads, args.kv_heads, args.head_dim
     group = heads // kv_heads
-    scale = spread(floats_at(args[SCALE])[0])
+    scale = spread(args.scale)
     keys, values, out = work
     row_bytes, first = 2 * dim, 0
-    if args[WINDOW]:
-        first = max(0, position - args[WINDOW] + 1)
+    if args.window:
+        first = max(0, position - args.window + 1)
     count = position + num_tokens - first
     padded = (count + LANES - 1) // LANES * LANES
-    entry = (slot * kv_heads + kv_head) * args[MAX_TOKENS] + first
-    keys_at, values_at = args[KEYS] + row_bytes * entry, args[VALUES] + row_bytes * entry
-    queries = args[QKV] + 2 * (args[QKV_STRIDE] * token + kv_head * group * dim)
+    entry = (slot * kv_heads + kv_head) * args.max_tokens + first
+    keys_at, values_at = args.keys + row_bytes * entry, args.values + row_bytes * entry
+    queries = args.qkv + 2 * (args.qkv_stride * token + kv_head * group * dim)
 
     # 1. Scores, 16 positions side by side; what stands for missing ones repeats the last.
     rows = longs_at(values)
@@ -653,7 +632,7 @@ def _attend_together(
         for column in range(0, dim, TILE):
             read_pairs(values, 2 * column, keys + 2 * LANES * column)
         for row in range(num_tokens * group):
-            query = queries + 2 * (row // group * args[QKV_STRIDE] + row % group * dim)
+            query = queries + 2 * (row // group * args.qkv_stride + row % group * dim)
             a = spread(np.float32(0))
             b, c, d = a, a, a
             for i in range(0, dim, 8):
@@ -670,8 +649,8 @@ def _attend_together(
         weights_at = scratch + 4 * row * padded
         weights = floats_at(weights_at)
         own_stop, own_first = position + row // group + 1 - first, 0
-        if args[WINDOW]:
-            own_first = max(0, own_stop - args[WINDOW])
+        if args.window:
+            own_first = max(0, own_stop - args.window)
         for i in range(own_first):
             weights[i] = weights[own_first]
         for i in range(own_stop, padded):
@@ -711,7 +690,7 @@ def _attend_together(
                     total = fma(spread(weights[i]), value, total)
                 put(total, at)
     for i in range(num_tokens):
-        target = args[OUT] + 2 * ((token + i) * heads + kv_head * group) * dim
+        target = args.out + 2 * ((token + i) * heads + kv_head * group) * dim
         narrow(out + 4 * i * group * dim, target, group * dim, BFLOAT16)
 
 
@@ -734,29 +713,30 @@ def _call(typing: Any, function: Any) -> Any:
 def _run(program: Any) -> None:
     """Every thread of the team runs this, with a barrier after each operation."""
     thread = draw(address_of(program))
-    scratch = program[SCRATCH] + thread * program[SCRATCH_BYTES]
-    ops = longs_at(program[OPS])
-    step = carray(longs_at(program[STEP]), (NUM_STEP_FIELDS,))
-    for i in range(program[NUM_OPS]):
-        kind, args = ops[2 * i], carray(longs_at(ops[2 * i + 1]), (NUM_OP_FIELDS,))
+    scratch = program.scratch + thread * program.scratch_bytes
+    ops = longs_at(program.ops)
+    step = _step_block(program.step)
+    for i in range(program.num_ops):
+        kind, block = ops[2 * i], ops[2 * i + 1]
         if kind == NORM:
-            _norm(args, step)
+            _norm(_norm_block(block), step)
         elif kind == PRODUCT:
-            _product(args, step, scratch)
+            _product(_product_block(block), step, scratch)
         elif kind == ROTATE:
-            _rotate(args, step)
+            _rotate(_attention_block(block), step)
         else:
-            _attend(args, step, scratch)
-        if program[BARRIER]:
-            _call(program[BARRIER])
+            _attend(_attention_block(block), step, scratch)
+        if program.barrier:
+            _call(program.barrier)
         if thread == 0:  # all are past it, and none draws from it before the next run
-            args[COUNTER] = 0
+            counter = longs_at(block)
+            counter[0] = 0
 
 
 def _c_functions(sources: int) -> Any:
     def run(block: Any) -> None:
         if sources:
-            _run(carray(block, (NUM_PROGRAM_FIELDS,), np.int64))
+            _run(_program_block(block))
 
     return c_function(run)
 

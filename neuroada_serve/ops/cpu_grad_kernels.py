@@ -9,12 +9,13 @@ to be added in order: how the pieces fall to the threads does not change a bit.
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import njit
 
+from neuroada_serve.ops.cpu_blocks import LANES, ValueGradBlock
 from neuroada_serve.ops.cpu_vectors import (
-    LANES,
     TILE,
     address_of,
+    block_reader,
     c_function,
     draw,
     floats_at,
@@ -33,10 +34,7 @@ SPAN = 128  # tokens in one piece of work
 BLOCKS = SPAN // LANES
 ROW = 4 * LANES  # bytes of a turned row's block
 
-# fields of the argument block; addresses, element counts and strides in elements
-(COUNTER, KIND, GRADS, GRAD_STRIDE, X, X_STRIDE, TOKENS, D_OUT, D_IN, INDEX, K) = range(11)
-(PARTS, GROUP, ZEROS) = range(11, 14)  # GROUP: neurons in one piece; ZEROS: d_out or d_in of them
-NUM_FIELDS = 14
+_block_at = block_reader(ValueGradBlock)
 
 
 @njit
@@ -52,10 +50,10 @@ def _set_rows(
 @njit
 def _value_grad(args: Any) -> None:
     """parts[span, i, j] = sum over the span's tokens of grads[t, i] * x[t, index[i, j]]"""
-    kind, tokens, k = args[KIND], args[TOKENS], args[K]
-    d_out, d_in, group = args[D_OUT], args[D_IN], args[GROUP]
+    kind, tokens, k = args.kind, args.tokens, args.k
+    d_out, d_in, group = args.d_out, args.d_in, args.group
     size = size_of(kind)
-    index = ints_at(args[INDEX])
+    index = ints_at(args.index)
     groups = (d_out + group - 1) // group
     spans = (tokens + SPAN - 1) // SPAN
     counter = address_of(args)
@@ -73,8 +71,8 @@ def _value_grad(args: Any) -> None:
         stop = min(row + group, d_out)
         if span != ready:
             first = span * SPAN
-            _set_rows(x_rows, args[X], args[X_STRIDE] * size, first, tokens, args[ZEROS])
-            _set_rows(g_rows, args[GRADS], args[GRAD_STRIDE] * size, first, tokens, args[ZEROS])
+            _set_rows(x_rows, args.x, args.x_stride * size, first, tokens, args.zeros)
+            _set_rows(g_rows, args.grads, args.grad_stride * size, first, tokens, args.zeros)
             for start in range(0, d_in, TILE):
                 column = min(start, d_in - TILE)  # the last tile overlaps the one before
                 for b in range(BLOCKS):
@@ -82,7 +80,7 @@ def _value_grad(args: Any) -> None:
                     for i in range(TILE):
                         put(vector_at(tile_at + ROW * i), x_at + ROW * ((column + i) * BLOCKS + b))
             ready = span
-        parts = floats_at(args[PARTS] + 4 * span * d_out * k)
+        parts = floats_at(args.parts + 4 * span * d_out * k)
         for start in range(row, stop, TILE):
             neuron = min(start, d_out - TILE)
             for b in range(BLOCKS):
@@ -106,7 +104,7 @@ def _value_grad(args: Any) -> None:
 def _c_functions(sources: int) -> Any:
     def value_grad(block: Any) -> None:
         if sources:
-            _value_grad(carray(block, (NUM_FIELDS,), np.int64))
+            _value_grad(_block_at(block))
 
     return c_function(value_grad)
 

@@ -1,8 +1,8 @@
 """The CPU kernels, compiled by numba when first used and kept in its cache.
 
-A kernel is a C function of one pointer, to a block of int64 arguments that `cpu_bypass.py` sets.
-Every thread runs the same function; the block's first field is a counter from which the threads
-draw pieces of work until none is left.
+A kernel is a C function of one pointer, to a block of `cpu_blocks.py`. Every thread runs the same
+function; the block's first field is a counter from which the threads draw pieces of work until none
+is left.
 
 Lanes: up to 16 tokens are computed side by side, one per vector lane. A neuron reads column c of
 all of them as one row of the transposed activations xT [d_in, 16], so the gather that the sparse
@@ -13,13 +13,21 @@ into that shape 32 x 16 elements at a time, in registers.
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import njit
 
+from neuroada_serve.ops.cpu_blocks import (
+    LANES,
+    BypassBlock,
+    EntriesBlock,
+    LanesBlock,
+    RmsNormBlock,
+    TableBlock,
+)
 from neuroada_serve.ops.cpu_vectors import (
     FLOAT32,
-    LANES,
     TILE,
     address_of,
+    block_reader,
     c_function,
     draw,
     fetch,
@@ -50,36 +58,28 @@ AHEAD = 256  # bytes of a lane's values between those that are used and those th
 
 # --- bypass_add_ -----------------------------------------------------------------------------
 
-# fields of the argument block of `bypass_add`; addresses, element counts and strides in elements
-(COUNTER, KIND, Y, Y_STRIDE, X, X_STRIDE, D_OUT, D_IN, INDEX, INDEX_STRIDE, K) = range(11)
-(BYPASS, SLOT_STRIDE, LANES_AT) = range(11, 14)
-NUM_FIELDS = 14
-# fields behind LANES_AT: what many tables have in common in one forward
-(LANE_POSITIONS, LANE_SLOTS, NUM_LANES, NUM_BLOCKS, MERGED_SLOT) = range(5)
-NUM_LANE_FIELDS = 5
+table_at, lanes_at = block_reader(TableBlock), block_reader(LanesBlock)
+_bypass_block, _entries_block = block_reader(BypassBlock), block_reader(EntriesBlock)
+_rms_norm_block = block_reader(RmsNormBlock)
 
 
 @njit
-def set_lanes(
-    args: Any, first: int, y: int, y_bytes: int, x: int, x_bytes: int, rows: Any, own: Any
-) -> None:
-    """Where the rows of lanes first..first + 15 begin; a missing lane repeats the last one.
+def _set_lanes(args: Any, table: Any, lanes: Any, first: int, rows: Any, own: Any) -> None:
+    """Find where the rows of lanes first..first + 15 begin; a missing lane repeats the last one.
 
-    y, x: addresses; y_bytes, x_bytes: from one row to the next.
     rows: [3, 16] int64, addresses in y, x and the values.
     own: [16] float32, 0 for a lane on the base, which reads the merged slot's values, else 1.
     """
-    lanes = longs_at(args[LANES_AT])
-    positions, slots = longs_at(lanes[LANE_POSITIONS]), longs_at(lanes[LANE_SLOTS])
+    positions, slots, size = longs_at(lanes.positions), longs_at(lanes.slots), size_of(table.kind)
     for i in range(LANES):
-        lane = min(first + i, lanes[NUM_LANES] - 1)
+        lane = min(first + i, lanes.num_lanes - 1)
         slot = slots[lane]
-        rows[0, i] = y + positions[lane] * y_bytes
-        rows[1, i] = x + positions[lane] * x_bytes
+        rows[0, i] = args.y + positions[lane] * args.y_stride * size
+        rows[1, i] = args.x + positions[lane] * args.x_stride * size
         own[i] = 0.0 if slot < 0 else 1.0
         if slot < 0:
-            slot = lanes[MERGED_SLOT]
-        rows[2, i] = args[BYPASS] + slot * args[SLOT_STRIDE] * size_of(args[KIND])
+            slot = lanes.merged_slot
+        rows[2, i] = table.bypass + slot * table.slot_stride * size
 
 
 @njit
@@ -97,32 +97,32 @@ def transpose_x(rows: Any, d_in: int, kind: int, x_t: int) -> None:
 
 
 @njit
-def fetch_values(args: Any, row: int, stop: int) -> None:
+def fetch_values(table: Any, lanes: Any, row: int, stop: int) -> None:
     """Begin to fetch what all lanes have for neurons row..stop - 1, and the index."""
-    lanes, k, size = longs_at(args[LANES_AT]), args[K], size_of(args[KIND])
-    slots = longs_at(lanes[LANE_SLOTS])
-    fetch(args[INDEX] + 4 * row * args[INDEX_STRIDE], 4 * (stop - row) * args[INDEX_STRIDE])
+    k, size, slots = table.k, size_of(table.kind), longs_at(lanes.slots)
+    fetch(table.index + 4 * row * table.index_stride, 4 * (stop - row) * table.index_stride)
     offset, size_bytes = row * k * size, (stop - row) * k * size
-    for lane in range(lanes[NUM_LANES]):
+    for lane in range(lanes.num_lanes):
         if slots[lane] >= 0:
-            fetch(args[BYPASS] + slots[lane] * args[SLOT_STRIDE] * size + offset, size_bytes)
-    if lanes[MERGED_SLOT] >= 0:
-        fetch(args[BYPASS] + lanes[MERGED_SLOT] * args[SLOT_STRIDE] * size + offset, size_bytes)
+            fetch(table.bypass + slots[lane] * table.slot_stride * size + offset, size_bytes)
+    if lanes.merged_slot >= 0:
+        fetch(table.bypass + lanes.merged_slot * table.slot_stride * size + offset, size_bytes)
 
 
 @njit
-def add_side_by_side(args: Any, rows: Any, own: Any, x_t: int, tiles: Any, row: int) -> None:
+def _add_side_by_side(
+    table: Any, merged_slot: int, rows: Any, own: Any, x_t: int, tiles: Any, row: int
+) -> None:
     """tiles[0] [32, 16] += the bypass of neurons row..row + 31, for 16 lanes.
 
     tiles: [3, 512] float32; the other two are overwritten.
     """
-    kind, k, index_stride = args[KIND], args[K], args[INDEX_STRIDE]
+    kind, k, index_stride = table.kind, table.k, table.index_stride
     size = size_of(kind)
     value_rows = address_of(rows[2])
     sums, values = address_of(tiles[0]), address_of(tiles[1])
-    index = ints_at(args[INDEX])
-    merged_slot = longs_at(args[LANES_AT])[MERGED_SLOT]
-    merged = args[BYPASS] + merged_slot * args[SLOT_STRIDE] * size
+    index = ints_at(table.index)
+    merged = table.bypass + merged_slot * table.slot_stride * size
     entry, e = row * k, TILE
     for r in range(TILE):
         total = vector_at(sums + 4 * LANES * r)
@@ -149,7 +149,15 @@ def add_side_by_side(args: Any, rows: Any, own: Any, x_t: int, tiles: Any, row: 
 
 @njit
 def add_one(
-    args: Any, y: int, values_row: int, own: float, x: int, buffer: int, row: int, stop: int
+    table: Any,
+    merged_slot: int,
+    y: int,
+    values_row: int,
+    own: float,
+    x: int,
+    buffer: int,
+    row: int,
+    stop: int,
 ) -> None:
     """y[: stop - row] += the bypass of neurons row..stop - 1 of one lane.
 
@@ -157,17 +165,16 @@ def add_one(
     values_row: address of the lane's values.
     buffer: address of float32, 2 * k per neuron; overwritten.
     """
-    kind, k, index_stride = args[KIND], args[K], args[INDEX_STRIDE]
+    kind, k, index_stride = table.kind, table.k, table.index_stride
     count, size = stop - row, size_of(kind)
     totals, columns, values = floats_at(y), floats_at(x), floats_at(buffer)
-    index = ints_at(args[INDEX])
-    merged_slot = longs_at(args[LANES_AT])[MERGED_SLOT]
+    index = ints_at(table.index)
     offset = row * k * size
     widen(values_row + offset, buffer, count * k, kind)
     if merged_slot >= 0:
         less_address = buffer + 4 * count * k
         less = floats_at(less_address)
-        merged = args[BYPASS] + merged_slot * args[SLOT_STRIDE] * size
+        merged = table.bypass + merged_slot * table.slot_stride * size
         widen(merged + offset, less_address, count * k, kind)
         for e in range(count * k):
             values[e] = values[e] * own - less[e]
@@ -184,9 +191,9 @@ def add_one(
 
 @njit
 def _bypass_add(args: Any) -> None:
-    kind, d_out, d_in = args[KIND], args[D_OUT], args[D_IN]
-    lanes = longs_at(args[LANES_AT])
-    num_lanes, blocks = lanes[NUM_LANES], lanes[NUM_BLOCKS]
+    table, lanes = table_at(args.table), lanes_at(args.lanes)
+    kind, d_out, d_in = table.kind, table.d_out, args.d_in
+    num_lanes, blocks, merged_slot = lanes.num_lanes, lanes.num_blocks, lanes.merged_slot
     size = size_of(kind)
     pieces = (d_out + ROWS - 1) // ROWS  # of the neurons
     singles = max(num_lanes - blocks * LANES, 0)  # lanes that are in no block
@@ -197,7 +204,7 @@ def _bypass_add(args: Any) -> None:
         return
     rows, own = np.empty((3, LANES), np.int64), np.empty(LANES, np.float32)
     tiles = np.empty((3, TILE * LANES), np.float32)
-    y, buffer = np.empty(ROWS, np.float32), np.empty(ROWS * 2 * args[K], np.float32)
+    y, buffer = np.empty(ROWS, np.float32), np.empty(ROWS * 2 * table.k, np.float32)
     x = np.empty(d_in * (LANES if blocks else 1), np.float32)
     column_of = np.empty(d_in, np.float32)
     ready = -1  # the block or single lane that rows, own and x are set for
@@ -207,8 +214,7 @@ def _bypass_add(args: Any) -> None:
         stop = min(row + ROWS, d_out)
         if part != ready:
             first = part * LANES if part < blocks else blocks * LANES + part - blocks
-            y_bytes, x_bytes = args[Y_STRIDE] * size, args[X_STRIDE] * size
-            set_lanes(args, first, args[Y], y_bytes, args[X], x_bytes, rows, own)
+            _set_lanes(args, table, lanes, first, rows, own)
             if part < blocks:
                 transpose_x(rows, d_in, kind, address_of(x))
             else:
@@ -219,7 +225,7 @@ def _bypass_add(args: Any) -> None:
             whole = row + (stop - row) // TILE * TILE
             for i in range(row, whole, TILE):
                 read_tile(address_of(rows[0]), i, address_of(tiles), kind)
-                add_side_by_side(args, rows, own, address_of(x), tiles, i)
+                _add_side_by_side(table, merged_slot, rows, own, address_of(x), tiles, i)
                 write_tile(address_of(tiles), address_of(rows[0]), i, kind)
             row = whole
             num_alone = min(LANES, num_lanes - part * LANES) if row < stop else 0
@@ -230,11 +236,11 @@ def _bypass_add(args: Any) -> None:
                     column_of[i] = x[i * LANES + lane]
                 lane_x = address_of(column_of)
             target = rows[0, lane] + row * size
-            widen(target, address_of(y), stop - row, kind)
-            add_one(
-                args, address_of(y), rows[2, lane], own[lane], lane_x, address_of(buffer), row, stop
-            )
-            narrow(address_of(y), target, stop - row, kind)
+            sums, work_at = address_of(y), address_of(buffer)
+            widen(target, sums, stop - row, kind)
+            values = rows[2, lane]
+            add_one(table, merged_slot, sums, values, own[lane], lane_x, work_at, row, stop)
+            narrow(sums, target, stop - row, kind)
         work = draw(counter)
     # numba frees an array after its last use in the code
     tiles[0, 0] = y[0] = buffer[0] = x[0] = column_of[0] = 0.0
@@ -242,18 +248,14 @@ def _bypass_add(args: Any) -> None:
 
 # --- entries of a weight matrix --------------------------------------------------------------
 
-# fields of the argument blocks of `add_entries` and `put_entries`; COUNTER and KIND as above
-(WEIGHT, POSITIONS, VALUES, SAVED, NUM_ENTRIES) = range(2, 7)
-NUM_ENTRY_FIELDS = 7
-
 
 @njit
 def _add_entries(args: Any) -> None:
     """saved = weight[positions]; weight[positions] = round(weight[positions] + values)"""
-    kind, count, size = args[KIND], args[NUM_ENTRIES], size_of(args[KIND])
-    positions, weight = longs_at(args[POSITIONS]), args[WEIGHT]
-    shorts, saved_shorts = shorts_at(weight), shorts_at(args[SAVED])
-    floats, saved_floats = floats_at(weight), floats_at(args[SAVED])
+    kind, count, size = args.kind, args.num_entries, size_of(args.kind)
+    positions, weight = longs_at(args.positions), args.weight
+    shorts, saved_shorts = shorts_at(weight), shorts_at(args.saved)
+    floats, saved_floats = floats_at(weight), floats_at(args.saved)
     counter = address_of(args)
     own, values = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     raw = np.empty(2 * LANES, np.uint16)
@@ -270,7 +272,7 @@ def _add_entries(args: Any) -> None:
                 else:
                     short[e] = saved_shorts[first + e] = shorts[position]
             widen(address_of(raw), address_of(own), n, kind)
-            widen(args[VALUES] + first * size, address_of(values), n, kind)
+            widen(args.values + first * size, address_of(values), n, kind)
             for e in range(n):
                 own[e] += values[e]
             narrow(address_of(own), address_of(raw), n, kind)
@@ -287,10 +289,10 @@ def _add_entries(args: Any) -> None:
 @njit
 def _put_entries(args: Any) -> None:
     """weight[positions] = values"""
-    kind, count = args[KIND], args[NUM_ENTRIES]
-    positions = longs_at(args[POSITIONS])
-    shorts, values = shorts_at(args[WEIGHT]), shorts_at(args[VALUES])
-    floats, float_values = floats_at(args[WEIGHT]), floats_at(args[VALUES])
+    kind, count = args.kind, args.num_entries
+    positions = longs_at(args.positions)
+    shorts, values = shorts_at(args.weight), shorts_at(args.values)
+    floats, float_values = floats_at(args.weight), floats_at(args.values)
     counter = address_of(args)
     work = draw(counter)
     while work * ENTRIES < count:
@@ -303,10 +305,6 @@ def _put_entries(args: Any) -> None:
 
 
 # --- rms_norm --------------------------------------------------------------------------------
-
-# fields of the argument block of `rms_norm`; COUNTER and KIND as above
-(NORM_Y, NORM_X, NORM_WEIGHT, NORM_ROWS, NORM_WIDTH, NORM_EPS) = range(2, 8)
-NUM_NORM_FIELDS = 8
 
 
 @njit
@@ -338,14 +336,14 @@ def norm_row(
 @njit
 def _rms_norm(args: Any) -> None:
     """y = weight * round(x / sqrt(mean(x * x) + eps)), row by row, both products rounded."""
-    kind, width, size = args[KIND], args[NORM_WIDTH], size_of(args[KIND])
-    eps = floats_at(args[NORM_EPS])[0]
+    kind, width, size = args.kind, args.width, size_of(args.kind)
+    eps = args.eps
     x, weight = np.empty(width + LANES, np.float32), np.empty(width, np.float32)
-    widen(args[NORM_WEIGHT], address_of(weight), width, kind)
+    widen(args.weight, address_of(weight), width, kind)
     counter = address_of(args)
     row = draw(counter)
-    while row < args[NORM_ROWS]:
-        source, target = args[NORM_X] + row * width * size, args[NORM_Y] + row * width * size
+    while row < args.rows:
+        source, target = args.x + row * width * size, args.y + row * width * size
         norm_row(source, target, weight, width, eps, x, kind)
         row = draw(counter)
     x[0] = weight[0] = 0
@@ -354,19 +352,19 @@ def _rms_norm(args: Any) -> None:
 def _c_functions(sources: int) -> tuple[Any, ...]:
     def bypass_add(block: Any) -> None:
         if sources:
-            _bypass_add(carray(block, (NUM_FIELDS,), np.int64))
+            _bypass_add(_bypass_block(block))
 
     def add_entries(block: Any) -> None:
         if sources:
-            _add_entries(carray(block, (NUM_ENTRY_FIELDS,), np.int64))
+            _add_entries(_entries_block(block))
 
     def put_entries(block: Any) -> None:
         if sources:
-            _put_entries(carray(block, (NUM_ENTRY_FIELDS,), np.int64))
+            _put_entries(_entries_block(block))
 
     def rms_norm(block: Any) -> None:
         if sources:
-            _rms_norm(carray(block, (NUM_NORM_FIELDS,), np.int64))
+            _rms_norm(_rms_norm_block(block))
 
     return tuple(map(c_function, (bypass_add, add_entries, put_entries, rms_norm)))
 

@@ -3,13 +3,12 @@ operation of `cpu_forward_kernels.py` as a program of its own.
 """
 
 import ctypes
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops import cpu_team
+from neuroada_serve.ops.cpu_blocks import PRODUCT, STORE, ProductBlock, ProgramBlock, StepBlock
 
 _MOST_TOKENS = 512  # are multiplied at once: beyond, a tile's sums would leave the cache
 
@@ -26,11 +25,13 @@ class BlockProduct:
     def __init__(self, entries: Tensor, d_out: int, d_in: int) -> None:
         self._entries = entries  # the block below holds their address
         self._d_out, self._d_in = d_out, d_in
-        self._at = at = forward_kernels()
-        self._block = block = (ctypes.c_int64 * at.NUM_OP_FIELDS)()
-        block[at.WEIGHT], block[at.NUM_ROWS] = entries.data_ptr(), d_out
-        block[at.D_IN] = d_in + d_in % 2
-        block[at.Y_STRIDE], block[at.EPILOGUE] = d_out, at.STORE
+        self._block = ProductBlock(
+            weight=entries.data_ptr(),
+            num_rows=d_out,
+            d_in=d_in + d_in % 2,
+            y_stride=d_out,
+            epilogue=STORE,
+        )
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """
@@ -47,34 +48,21 @@ class BlockProduct:
         return y
 
     def _multiply(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        at, block, threads = self._at, self._block, torch.get_num_threads()
+        kernels, block, threads = cpu_team.forward_kernels(), self._block, torch.get_num_threads()
         # The kernel reads beyond the last token, and an odd column's partner.
-        padded = x.new_zeros(len(x) + at.CHUNK, block[at.D_IN])
+        padded = x.new_zeros(len(x) + kernels.CHUNK, block.d_in)
         padded[: len(x), : self._d_in] = x
-        block[at.X], block[at.Y] = padded.data_ptr(), y.data_ptr()
-        block[at.BIAS] = 0 if bias is None else bias.data_ptr()
-        size = -(-at.scratch_bytes(len(x), 0, block[at.D_IN], 0) // 64) * 64
+        block.x, block.y = padded.data_ptr(), y.data_ptr()
+        block.bias = 0 if bias is None else bias.data_ptr()
+        size = -(-kernels.scratch_bytes(len(x), 0, block.d_in, 0) // 64) * 64
         scratch = torch.empty(threads * size + 64, dtype=torch.uint8)
-        step = (ctypes.c_int64 * at.NUM_STEP_FIELDS)()
-        step[at.NUM_TOKENS] = len(x)
-        ops = (ctypes.c_int64 * 2)(at.PRODUCT, ctypes.addressof(block))
-        program = (ctypes.c_int64 * at.NUM_PROGRAM_FIELDS)()
-        program[at.NUM_OPS], program[at.OPS] = 1, ctypes.addressof(ops)
-        program[at.STEP], program[at.SCRATCH_BYTES] = ctypes.addressof(step), size
-        program[at.SCRATCH] = -(-scratch.data_ptr() // 64) * 64
-        cpu_bypass.run_team(at.run, program, at.BARRIER, threads)
-
-
-def available() -> bool:
-    """Whether there are kernels."""
-    return forward_kernels() is not None
-
-
-@cache
-def forward_kernels() -> Any:
-    """`cpu_forward_kernels`; None without numba."""
-    try:
-        from neuroada_serve.ops import cpu_forward_kernels
-    except ImportError:
-        return None
-    return cpu_forward_kernels
+        step = StepBlock(num_tokens=len(x))
+        ops = (ctypes.c_int64 * 2)(PRODUCT, ctypes.addressof(block))
+        program = ProgramBlock(
+            num_ops=1,
+            ops=ctypes.addressof(ops),
+            step=ctypes.addressof(step),
+            scratch=-(-scratch.data_ptr() // 64) * 64,
+            scratch_bytes=size,
+        )
+        cpu_team.run_program(program, threads)

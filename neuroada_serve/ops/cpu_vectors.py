@@ -5,6 +5,7 @@ numba's cache notices changes of a kernel's own file only; `c_function` makes it
 the others that kernels are made of.
 """
 
+import ctypes
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from llvmlite import binding, ir
 from numba import cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
+from numba.np.numpy_support import from_dtype
 
-LANES = 16
+from neuroada_serve.ops.cpu_blocks import KINDS, LANES
+
 TILE = 32  # elements of each lane that are turned at once
 LINE = 64  # bytes of a cache line
 
-BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # kinds of elements; sums are float32 for all
+BFLOAT16, FLOAT16, FLOAT32 = KINDS.values()  # kinds of elements; sums are float32 for all
 
 I64 = ir.IntType(64)
 F32X16 = ir.VectorType(ir.FloatType(), LANES)
@@ -571,9 +574,30 @@ def exp(typing: Any, x: Any) -> Any:
     return float32x16(float32x16), generate
 
 
+def block_reader(structure: type[ctypes.Structure]) -> Any:
+    """A function that takes an address for that of a C structure, whose fields are attributes."""
+    record = from_dtype(np.dtype(structure))
+
+    @intrinsic
+    def block_at(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            pointer = context.get_value_type(record)
+            if isinstance(address, types.RawPointer):
+                return builder.bitcast(args[0], pointer)
+            return builder.inttoptr(args[0], pointer)
+
+        return record(address if isinstance(address, types.RawPointer) else types.intp), generate
+
+    return block_at
+
+
 @intrinsic
 def address_of(typing: Any, array: Any) -> Any:
+    """The address of an array's first element, or of a block."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if isinstance(array, types.Record):
+            return builder.ptrtoint(args[0], I64)
         made = context.make_array(signature.args[0])(context, builder, args[0])
         return builder.ptrtoint(made.data, I64)
 

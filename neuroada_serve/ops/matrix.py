@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuroada_serve.ops import cpu_product
+from neuroada_serve.ops import cpu_product, cpu_team
 
 _LARGEST_CODE = 32_000  # numbers up to here are finite positive values when read as bf16
 
@@ -182,7 +182,7 @@ def packed_matrix(weight: Tensor) -> PackedMatrix:
 def packs_faster(weight: Tensor) -> bool:
     """Whether there is a faster form for this weight."""
     is_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return is_bf16 and (_onednn_packs() or cpu_product.available())
+    return is_bf16 and (_onednn_packs() or cpu_team.forward_kernels() is not None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from neuroada_serve.errors import ShapeError
-from neuroada_serve.ops import cpu_bypass, triton_value_grad
+from neuroada_serve.ops import cpu_team, triton_value_grad
+from neuroada_serve.ops.cpu_blocks import KINDS, ValueGradBlock
 
 # A private operator: a torch without it loops over k.
 _FUSED = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
@@ -16,6 +17,8 @@ _SUM = 0  # embedding_bag's mode
 # Llama-3-8B's shapes with 4,096 tokens, they meet near k = d_in / 220; on the CPU never.
 _DENSE_FROM = 220
 _DENSE_BYTES = 32 << 20  # of the dense gradient at a time
+_SMALLEST = 32  # rows of x and of gradients shorter than a tile of the kernel are left to torch
+_FEWEST_NEURONS = 256  # in one piece of the kernel's work
 
 
 def value_grad_reference(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
@@ -68,8 +71,8 @@ def _dispatched(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
             return value_grad_by_rows(grad_output, x, index)
         if triton_value_grad.HAS_TRITON and x.dtype != torch.float64:
             return triton_value_grad.value_grad_triton(grad_output, x, index)
-    elif cpu_bypass.supports_value_grad(grad_output, x, index):
-        return cpu_bypass.value_grad(grad_output, x, index)
+    elif _kernel_supports(grad_output, x, index):
+        return _by_kernel(grad_output, x, index)
     elif _FUSED is not None and x.device.type == "cpu":
         return _by_embedding_bag(grad_output, x, index)
     return _column_by_column(grad_output, x, index)
@@ -97,6 +100,46 @@ def value_grad_by_rows(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
         dense = grad_output[:, part].t() @ x  # (rows, d_in)
         grad[part] = dense.gather(1, index[part].long())
     return grad
+
+
+def _kernel_supports(grads: Tensor, x: Tensor, index: Tensor) -> bool:
+    return (
+        cpu_team.supports(grads, x)
+        and min(grads.shape[1], x.shape[1]) >= _SMALLEST
+        and index.dtype == torch.int32
+        and index.is_contiguous()
+        and grads.stride(1) == x.stride(1) == 1
+    )
+
+
+def _by_kernel(grads: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """`value_grad` by the kernel of `cpu_grad_kernels.py`, in float32."""
+    from neuroada_serve.ops import cpu_grad_kernels as kernels
+    from neuroada_serve.ops.cpu_vectors import TILE
+
+    (tokens, d_out), (d_in, k) = grads.shape, (x.shape[1], index.shape[1])
+    spans = max(1, -(-tokens // kernels.SPAN))
+    parts = torch.zeros(spans, d_out, k)
+    zeros = x.new_zeros(max(d_out, d_in))
+    wanted = 2 * torch.get_num_threads()  # pieces; each group of neurons turns x once more
+    groups = max(1, min(-(-wanted // spans), d_out // _FEWEST_NEURONS))
+    block = ValueGradBlock(
+        kind=KINDS[x.dtype],
+        grads=grads.data_ptr(),
+        grad_stride=grads.stride(0),
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        tokens=tokens,
+        d_out=d_out,
+        d_in=d_in,
+        index=index.data_ptr(),
+        k=k,
+        parts=parts.data_ptr(),
+        group=-(-d_out // groups // TILE) * TILE,
+        zeros=zeros.data_ptr(),
+    )
+    cpu_team.TeamKernel(kernels.value_grad)(block, tokens * d_out)
+    return parts[0] if spans == 1 else parts.sum(dim=0)
 
 
 def _by_embedding_bag(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neuroada_serve.ops import cpu_bypass, triton_bypass
+from neuroada_serve.ops import cpu_team, triton_bypass
+from neuroada_serve.ops.cpu_blocks import KINDS, EntriesBlock
 
 
 def read_entries(storage: Tensor, positions: Tensor) -> Tensor:
@@ -19,19 +20,29 @@ def read_entries(storage: Tensor, positions: Tensor) -> Tensor:
 
 def write_entries_(storage: Tensor, positions: Tensor, values: Tensor) -> None:
     """storage[positions] = values, in place; positions distinct, values in its dtype."""
-    if cpu_bypass.supports(storage, values):
-        cpu_bypass.put_entries(storage, positions, values.contiguous())
+    if cpu_team.supports(storage, values):
+        _run_kernel("put_entries", storage, positions, values.contiguous(), values)
     else:
         storage.index_copy_(0, positions, values)
 
 
 def add_entries_(storage: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     """storage[positions] += values, summed in float32 and rounded once; what was there before."""
-    if cpu_bypass.supports(storage, values):
-        return cpu_bypass.add_entries(storage, positions, values.contiguous())
+    if cpu_team.supports(storage, values):
+        saved = torch.empty_like(values)
+        _run_kernel("add_entries", storage, positions, values.contiguous(), saved)
+        return saved
     saved = read_entries(storage, positions)
     storage.index_copy_(0, positions, (saved.float() + values.float()).to(storage.dtype))
     return saved
+
+
+def _run_kernel(
+    name: str, storage: Tensor, positions: Tensor, values: Tensor, saved: Tensor
+) -> None:
+    addresses = [t.data_ptr() for t in (storage, positions, values, saved)]
+    block = EntriesBlock(0, KINDS[storage.dtype], *addresses, len(positions))
+    cpu_team.TeamKernel(getattr(cpu_team.kernels(), name))(block, len(positions))
 
 
 class WeightEntries:
@@ -61,8 +72,8 @@ class WeightEntries:
         """Write values [nnz], in the weights' dtype."""
         if self._origin.is_cuda and triton_bypass.HAS_TRITON:
             triton_bypass.put_entries_(self._origin, self._places, values)
-        elif cpu_bypass.supports(self._origin, values):
-            cpu_bypass.put_entries(self._origin, self._places, values.contiguous())
+        elif cpu_team.supports(self._origin, values):
+            _run_kernel("put_entries", self._origin, self._places, values.contiguous(), values)
         else:
             parts = torch.split(values, self._sizes)
             for (storage, positions), part in zip(self._parts, parts, strict=True):

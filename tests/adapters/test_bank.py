@@ -135,7 +135,7 @@ def test_batch_gives_each_plane_the_slots_of_its_own_tokens():
     bank = new_bank()
     a, b = bank.upload(new_adapter(0)), bank.upload(new_adapter(1))
     c = bank.upload(new_adapter(2, k=5))
-    calls = bank.batch([a, None, c, b, c], None).calls("a.q")
+    calls = bank.plan([a, None, c, b, c], None).calls("a.q")
     assert [slots.slots for _, slots in calls] == [
         (a.slot, -1, -1, b.slot, -1),
         (-1, -1, c.slot, -1, c.slot),
@@ -147,7 +147,7 @@ def test_batch_takes_the_merged_adapter_out_for_all_others():
     bank = new_bank()
     a, c = bank.upload(new_adapter(0)), bank.upload(new_adapter(2, k=5))
     # The merged one's plane comes first in every batch.
-    (_, of_a), (_, of_c) = bank.batch([None, c, a], merged=a).calls("a.q")
+    (_, of_a), (_, of_c) = bank.plan([None, c, a], merged=a).calls("a.q")
     assert (of_c.slots, of_c.merged_slot) == ((-1, c.slot, -1), None)
     assert (of_a.slots, of_a.merged_slot) == ((-1, -1, a.slot), a.slot)
 
@@ -155,9 +155,9 @@ def test_batch_takes_the_merged_adapter_out_for_all_others():
 def test_batch_without_work_calls_nothing():
     bank = new_bank()
     a = bank.upload(new_adapter(0))
-    assert bank.batch([None, None], None).calls("a.q") == []
-    assert bank.batch([a, a], merged=a).calls("a.q") == []
-    assert bank.batch([a], None).calls("another.module") == []
+    assert bank.plan([None, None], None).calls("a.q") == []
+    assert bank.plan([a, a], merged=a).calls("a.q") == []
+    assert bank.plan([a], None).calls("another.module") == []
 
 
 class BankMachine(RuleBasedStateMachine):

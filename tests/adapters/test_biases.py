@@ -11,7 +11,13 @@ from neuroada_serve import LLM, SamplingParams, load_adapter, save_adapter
 from neuroada_serve.adapters.format import CONFIG_FILE, WEIGHTS_FILE, ModuleBypass
 from neuroada_serve.errors import AdapterFormatError, ShapeError, UsageError
 from neuroada_serve.model.loader import load_base, load_spec
-from neuroada_serve.ops.bypass import NO_SLOT, TokenSlots, bias_add_
+from neuroada_serve.ops.bypass import (
+    NO_SLOT,
+    BypassTable,
+    TokenSlots,
+    bypass_add_,
+    bypass_add_reference,
+)
 from neuroada_serve.train.data import load_data
 from neuroada_serve.train.trainer import train_adapter
 from tests.support.bypass_cases import NUM_SLOTS, assert_close, slots_of
@@ -103,14 +109,16 @@ def test_every_token_gets_the_bias_of_its_adapter(dtype, popularity, merged):
     unused = set(range(NUM_SLOTS)) - {*slots, merged}
     bias[sorted(unused)] = torch.nan
     y = torch.randn(7, 5).to(dtype)
-    expected = y.float()
+    expected = y.to(torch.float32, copy=True)
     for t, slot in enumerate(slots):
         if slot != NO_SLOT:
             expected[t] += bias[slot].float()
         if merged is not None:
             expected[t] -= bias[merged].float()
     before = y.clone()
-    bias_add_(y, bias, TokenSlots(slots, CPU, merged))
+    table, token_slots = BypassTable(None, bias.unsqueeze(2)), TokenSlots(slots, CPU, merged)
+    assert_close(bypass_add_reference(y, y, table, token_slots), expected.to(dtype))
+    bypass_add_(y, torch.randn(7, 3).to(dtype), table, token_slots)
     assert_close(y, expected.to(dtype))
     idle = NO_SLOT if merged is None else merged
     for t, slot in enumerate(slots):
@@ -118,8 +126,9 @@ def test_every_token_gets_the_bias_of_its_adapter(dtype, popularity, merged):
 
 
 def test_shapes_that_disagree_are_named():
+    table = BypassTable(None, torch.zeros(9, 5, 1))
     with pytest.raises(ShapeError, match=r"y \(2, 4\) .* bias \(9, 5\)"):
-        bias_add_(torch.zeros(2, 4), torch.zeros(9, 5), TokenSlots((0, 1), CPU))
+        bypass_add_(torch.zeros(2, 4), torch.zeros(2, 3), table, TokenSlots((0, 1), CPU))
 
 
 # --- training --------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from safetensors import safe_open
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from neuroada_serve.adapters.bank import BankBatch
 from neuroada_serve.adapters.format import BaseSpec
 from neuroada_serve.benchmark import offline
 from neuroada_serve.benchmark.adapters import save_random_lora
@@ -42,6 +41,7 @@ from neuroada_serve.cli.main import app
 from neuroada_serve.errors import EngineError, UsageError
 from neuroada_serve.model import bypass_linear
 from neuroada_serve.ops.bypass import bypass_add_
+from neuroada_serve.ops.step_plan import StepPlan
 from tests.support.tiny import save_tiny_model
 
 SMALL = ["--output-len", "3", "--prompt-len", "5", "--rounds", "2", "--k", "1,2"]
@@ -357,7 +357,7 @@ def test_broken_op_fails_the_check(engine, monkeypatch):
 
 
 def test_op_that_is_never_called_voids_the_check(engine, monkeypatch):
-    monkeypatch.setattr(BankBatch, "calls", lambda self, site: [])
+    monkeypatch.setattr(StepPlan, "calls", lambda self, site: [])
     with pytest.raises(EngineError, match="void"):
         Checker(engine, 4).check(Case("decode", 3, "distinct", 2), works("distinct"))
 

@@ -11,7 +11,7 @@ from neuroada_serve.engine import cpu_decoder
 from neuroada_serve.engine.cpu_decoder import CpuDecoder, known_decoder
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import load_base
-from neuroada_serve.ops import cpu_bypass, cpu_forward, cpu_vectors, matrix
+from neuroada_serve.ops import cpu_forward, cpu_team, cpu_vectors, matrix
 from neuroada_serve.tasks import SEQ_CLS
 from tests.support.decoder_sizes import SIZES
 from tests.support.tiny import FAMILIES, VOCAB, adapter_for, plain_merged, save_tiny_model
@@ -244,7 +244,7 @@ def test_only_what_the_kernel_computes_is_known(sources, monkeypatch):
 def test_without_numba_or_torchs_threads_modules_run(sources, monkeypatch, missing):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(
-        cpu_forward if missing == "forward_kernels" else cpu_bypass, missing, lambda: None
+        cpu_forward if missing == "forward_kernels" else cpu_team, missing, lambda: None
     )
     llm = new_llm(sources("llama"), {})
     assert llm.engine._runner._cpu_decoder is None

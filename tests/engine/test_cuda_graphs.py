@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import configuration_auto
 
-from neuroada_serve.adapters.bank import AdapterBank, BankBatch, Extent, Plane, ResidentAdapter
+from neuroada_serve.adapters.bank import AdapterBank, Extent, Plane, ResidentAdapter
 from neuroada_serve.adapters.values import IndexTable, Layout
 from neuroada_serve.engine.cuda_graphs import DecodeGraphs, DecodeRows, buckets
 from neuroada_serve.engine.fused import compile_elementwise
 from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.ops.step_plan import StepPlan, TokenRun
 from tests.support.python import needs_triton, run_interpreted
 from tests.support.tiny import FAMILIES
 
@@ -36,9 +37,9 @@ class Recorder:
         self.seen.clear()  # warming up is not a step
         return launch
 
-    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, batch: BankBatch) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, plan: StepPlan) -> Tensor:
         tensors = [ids, positions, slots]
-        for token_slots in batch.token_slots:
+        for token_slots in plan.token_slots:
             tensors += token_slots.on_device
         self.seen.append([t.tolist() for t in tensors])
         return ids[:, None] * torch.ones(VOCAB, dtype=torch.bfloat16)
@@ -79,7 +80,7 @@ def test_buckets_are_dense_enough_and_end_at_the_largest_batch():
 
 def test_padding_rows_have_no_kv_slot_and_no_adapter(graphs, recorder, bank):
     a = resident(0, 7)
-    logits = graphs.run(rows(3, 4, 5), bank.batch([a, None, a, None], None), 0)
+    logits = graphs.run(rows(3, 4, 5), bank.plan([a, None, a, None], None), 0)
     assert recorder.seen == [
         [[3, 4, 5, 0], [103, 104, 105, 0], [0, 1, 2, -1], [7, -1, 7, -1], [-1]]
     ]
@@ -91,8 +92,8 @@ def test_padding_rows_have_no_kv_slot_and_no_adapter(graphs, recorder, bank):
 def test_replay_reads_the_new_step(graphs, recorder, bank):
     one = resident(0, 1)
     two = ResidentAdapter(one.plane, Extent(2, 1))
-    graphs.run(rows(3, 4), bank.batch([one, two], None), 0)
-    logits = graphs.run(rows(5, 6), bank.batch([two, two], one), 0)
+    graphs.run(rows(3, 4), bank.plan([one, two], None), 0)
+    logits = graphs.run(rows(5, 6), bank.plan([two, two], one), 0)
     assert recorder.captures == 1
     assert recorder.seen[-1] == [[5, 6], [105, 106], [0, 1], [2, 2], [1]]
     assert logits is not None
@@ -102,15 +103,15 @@ def test_replay_reads_the_new_step(graphs, recorder, bank):
 def test_another_layout_is_another_graph(graphs, recorder, bank):
     a, b = resident(0, 1), resident(1, 1)
     for residents in ([a, None], [b, None], [a, b], [None, None], [a, None]):
-        graphs.run(rows(3, 4), bank.batch(residents, None), 0)
+        graphs.run(rows(3, 4), bank.plan(residents, None), 0)
     assert recorder.captures == len(graphs) == 4
 
 
 def test_moved_memory_makes_new_graphs(graphs, recorder, bank):
-    graphs.run(rows(3), bank.batch([None], None), 0)
-    graphs.run(rows(3), bank.batch([None], None), 1)
+    graphs.run(rows(3), bank.plan([None], None), 0)
+    graphs.run(rows(3), bank.plan([None], None), 1)
     bank.version += 1
-    graphs.run(rows(3), bank.batch([None], None), 1)
+    graphs.run(rows(3), bank.plan([None], None), 1)
     assert recorder.captures == 3
     assert len(graphs) == 1
 
@@ -118,7 +119,7 @@ def test_moved_memory_makes_new_graphs(graphs, recorder, bank):
 def test_least_used_graph_goes(recorder, bank):
     graphs = DecodeGraphs(recorder.forward, CPU, 20, recorder.capture, max_graphs=2)
     for num in (1, 2, 1, 4, 1, 2):  # the third takes the place of the second
-        graphs.run(rows(*range(num)), bank.batch([None] * num, None), 0)
+        graphs.run(rows(*range(num)), bank.plan([None] * num, None), 0)
     assert recorder.captures == 4
     assert len(graphs) == 2
 
@@ -129,15 +130,15 @@ def test_failed_capture_is_logged_once_and_the_engine_goes_on(recorder, bank, ca
 
     graphs = DecodeGraphs(recorder.forward, CPU, 20, capture)
     with caplog.at_level(logging.WARNING):
-        assert graphs.run(rows(3), bank.batch([None], None), 0) is None
-        assert graphs.run(rows(3), bank.batch([None], None), 0) is None
+        assert graphs.run(rows(3), bank.plan([None], None), 0) is None
+        assert graphs.run(rows(3), bank.plan([None], None), 0) is None
     assert len(caplog.records) == 1
     assert "without" in caplog.text
 
 
 def test_values_written_into_weights_run_without_a_graph(graphs, recorder, bank):
-    batch = BankBatch(bank, [], [object()])
-    assert graphs.run(rows(3), batch, 0) is None
+    plan = StepPlan((0,), [], [TokenRun(0, 1, [])])
+    assert graphs.run(rows(3), plan, 0) is None
     assert recorder.captures == 0
 
 

@@ -55,7 +55,7 @@ def record_graphs(engine: Engine) -> None:
         length = int(positions[real].max()) + 1
         at = slots[:num].tolist()
         step = PackedStep(cache, slots[:num].long(), positions[:num].long(), at, length, ())
-        with runner._context.forward_batch(batch):
+        with runner._context.applying(batch):
             output = runner._base.model(
                 input_ids=ids[None, :num].long(),
                 position_ids=positions[None, :num].long(),

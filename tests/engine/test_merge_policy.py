@@ -19,7 +19,7 @@ from neuroada_serve.engine.merge_policy import (
     MergePolicy,
     lanes_computed,
 )
-from neuroada_serve.ops import cpu_bypass, cpu_vectors
+from neuroada_serve.ops import cpu_blocks, cpu_vectors
 
 DEVICES = ["cpu", "cuda"]
 
@@ -260,7 +260,7 @@ def total_ns(load: list[Load], merged: Version | None, candidate: Version | None
 
 def test_constants_are_the_kernels():
     assert merge_policy.LANES == cpu_vectors.LANES
-    assert merge_policy.FEW_LANES == cpu_bypass.FEW_LANES
+    assert merge_policy.FEW_LANES == cpu_blocks.FEW_LANES
 
 
 @pytest.mark.parametrize(

@@ -199,9 +199,9 @@ def test_memory_for_adapters_is_never_exceeded(served):
 def test_base_alone_pays_nothing_for_adapters_being_there(served):
     """vLLM #9143: slow merely with --enable-lora."""
     engine = served.engine(served.made)
-    batch = engine.adapters.bank.batch([None] * 5, None)
-    assert batch.token_slots == []
-    assert batch.runs == []
+    plan = engine.adapters.bank.plan([None] * 5, None)
+    assert plan.token_slots == []
+    assert plan.runs == []
 
 
 # --- changes ---------------------------------------------------------------------------------

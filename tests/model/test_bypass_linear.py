@@ -10,7 +10,7 @@ from neuroada_serve.adapters.bank import RUN_TOKENS
 from neuroada_serve.adapters.format import Adapter, AdapterConfig, ModuleBypass, make_adapter
 from neuroada_serve.model import bypass_linear
 from neuroada_serve.model.bypass_linear import AttachedBypass, attach_bypass, plain_layers
-from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops import cpu_team
 from tests.support.flat import FlatBank
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ class Served:
         residents = [None if a is None else self.residents[a] for a in tokens]
         into = None if merged is None else self.residents[merged]
         block, plain = self.model.layers[0], self.plain.layers[0]
-        with self.attached.context.forward_batch(self.bank.batch(residents, into)):
+        with self.attached.context.applying(self.bank.plan(residents, into)):
             actual, _ = block(x)
         expected = []
         for child in ("q_proj", "k_proj", "v_proj"):
@@ -121,7 +121,7 @@ MIXES = {
 @pytest.mark.parametrize("with_numba", [True, False])
 def test_every_mix_gives_the_plain_sum(dtype, merged, mix, with_numba, monkeypatch):
     if not with_numba:
-        monkeypatch.setattr(cpu_bypass, "_kernels", lambda: None)
+        monkeypatch.setattr(cpu_team, "kernels", lambda: None)
     adapters = [
         new_adapter(0, 3, biased=("k_proj", "v_proj")),
         new_adapter(1, 1),

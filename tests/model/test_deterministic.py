@@ -127,7 +127,7 @@ def test_decodes_and_prompts_of_a_step_are_multiplied_apart():
             return super().multiply(x, bias)
 
     context = BypassContext(fixed_shapes=True)
-    with context.forward_batch(None, num_decodes=3):
+    with context.applying(None, num_decodes=3):
         y = context.multiply(Counting(torch.eye(4)), torch.ones(3 + PROMPT_ROWS + 1, 4), None)
     assert shapes == [DECODE_ROWS, PROMPT_ROWS, PROMPT_ROWS]
     assert torch.equal(y, torch.ones(3 + PROMPT_ROWS + 1, 4))

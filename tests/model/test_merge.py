@@ -23,7 +23,7 @@ from neuroada_serve.model.bypass_linear import (
 )
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.merge import WeightMerger, weights_digest
-from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops import cpu_team
 from neuroada_serve.ops.weights import WeightEntries
 from tests.support.tiny import adapter_for, save_tiny_model
 
@@ -352,7 +352,7 @@ def test_interrupted_merge_leaves_the_base(monkeypatch):
 def test_without_a_kernel_the_same_is_written(monkeypatch):
     model, plain = Model(), Model()
     model.merge(ADAPTERS["larger k"])
-    monkeypatch.setattr(cpu_bypass, "supports", lambda *tensors: False)
+    monkeypatch.setattr(cpu_team, "supports", lambda *tensors: False)
     plain.merge(ADAPTERS["larger k"])
     assert model.digest() == plain.digest()
 

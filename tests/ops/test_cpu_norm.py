@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from neuroada_serve.engine.fused import use_cpu_kernels
-from neuroada_serve.ops import cpu_bypass
+from neuroada_serve.ops import cpu_team
 
 
 def random_norm(width: int, dtype: torch.dtype, kind=LlamaRMSNorm) -> nn.Module:
@@ -56,5 +56,5 @@ def test_only_norms_of_the_known_form_change(monkeypatch):
     assert use_cpu_kernels(random_norm(16, torch.bfloat16, Qwen2RMSNorm))
     assert not use_cpu_kernels(random_norm(16, torch.bfloat16, GemmaRMSNorm))
     assert not use_cpu_kernels(random_norm(16, torch.float32))
-    monkeypatch.setattr(cpu_bypass, "_kernels", lambda: None)
+    monkeypatch.setattr(cpu_team, "kernels", lambda: None)
     assert not use_cpu_kernels(random_norm(16, torch.bfloat16))

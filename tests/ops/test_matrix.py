@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from neuroada_serve.ops import cpu_product, matrix
+from neuroada_serve.ops import cpu_product, cpu_team, matrix
 from neuroada_serve.ops.matrix import (
     BlockMatrix,
     DenseMatrix,
@@ -19,7 +19,7 @@ SIZES = [(1, 1), (3, 1), (1, 5), (16, 64), (33, 77), (133, 17), (320, 96)]  # d_
 packing = pytest.mark.skipif(
     not matrix._onednn_packs(), reason="oneDNN has no bf16 on this processor"
 )
-kernels = pytest.mark.skipif(not cpu_product.available(), reason="needs numba")
+kernels = pytest.mark.skipif(cpu_team.forward_kernels() is None, reason="needs numba")
 
 
 def random_weight(d_out: int, d_in: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -32,7 +32,7 @@ def matrices(weight: torch.Tensor):
     if weight.dtype == torch.bfloat16:
         if matrix._onednn_packs():
             yield OneDnnMatrix(weight)
-        if cpu_product.available():
+        if cpu_team.forward_kernels() is not None:
             yield BlockMatrix(weight)
 
 

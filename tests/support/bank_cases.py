@@ -22,13 +22,11 @@ def new_adapter(seed: int = 0, k: int = 2, index_seed: int = 0, modules=tuple(SI
 
 
 def assert_holds(bank: FlatBank, resident: ResidentAdapter, adapter: Adapter) -> None:
-    """A batch of one token with this adapter sees its very columns and values."""
-    batch = bank.batch([resident], None)
+    """A plan of one token with this adapter sees its very columns and values."""
+    plan = bank.plan([resident], None)
     for name in SIZES:
-        calls = batch.calls(name)
+        calls = plan.calls(name)
         assert len(calls) == (name in adapter.modules)
-        for part, token_slots in calls:
-            assert torch.equal(part.table.index, adapter.modules[name].index)
-            assert torch.equal(
-                part.table.bypass[token_slots.slots[0]], adapter.modules[name].bypass
-            )
+        for table, token_slots in calls:
+            assert torch.equal(table.index, adapter.modules[name].index)
+            assert torch.equal(table.bypass[token_slots.slots[0]], adapter.modules[name].bypass)
