@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from neuroada_serve.adapters.bank import AdapterBank, ResidentAdapter
-from neuroada_serve.engine.fused import same_code
+from neuroada_serve.engine.known_code import Family, family_of
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.model.bypass_linear import BypassLinear, PackedLinear
 from neuroada_serve.ops import cpu_forward
@@ -35,8 +34,6 @@ from neuroada_serve.ops.matrix import PackedMatrix
 MAX_TOKENS = 1024
 RUN_TOKENS = 96
 
-# Their layers are Llama's, but for biases, norms of the heads and windows, which are looked at.
-_MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _TILE = 32  # rows of a matrix that are computed together
 
 
@@ -101,14 +98,12 @@ def cpu_decoder(model: nn.Module, bank: AdapterBank, cache: KVCache) -> CpuDecod
 
 def known_decoder(model: Any) -> Decoder | None:
     """The parts of a model that the kernel can compute; None if it is of another form."""
-    if type(model).__name__ not in _MODELS or not type(model).__module__.startswith(
-        "transformers.models."
-    ):
+    family = family_of(model)
+    if family is None:
         return None
-    inner = model.model
-    head = model.lm_head
+    inner, head = model.model, model.lm_head
     norm = _norm(inner.norm)
-    layers = [_layer(layer, model.config) for layer in inner.layers]
+    layers = [_layer(layer, model.config, family) for layer in inner.layers]
     matrix = head.matrix if isinstance(head, PackedLinear) else None
     if norm is None or not isinstance(matrix, PackedMatrix) or not _fits(matrix):
         return None
@@ -127,21 +122,22 @@ def known_decoder(model: Any) -> Decoder | None:
     return Decoder(embedding, rotary, known, norm, Product(matrix, _bias(head.bias)))
 
 
-def _layer(layer: Any, config: Any) -> Layer | None:
+def _layer(layer: Any, config: Any, family: Family) -> Layer | None:
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = _product([attention.q_proj, attention.k_proj, attention.v_proj])
+    qkv = _product([getattr(attention, name) for name in family.qkv])
+    gate_up = _product([getattr(mlp, name) for name in family.gate_up])
     o, down = _product([attention.o_proj]), _product([mlp.down_proj])
-    gate_up = _product([mlp.gate_proj, mlp.up_proj])
     attention_norm, mlp_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-    is_silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
-    if qkv is None or o is None or gate_up is None or down is None or not is_silu:
+    if qkv is None or o is None or gate_up is None or down is None or attention.head_dim % _TILE:
         return None
-    if attention_norm is None or mlp_norm is None or attention.head_dim % _TILE:
+    if attention_norm is None or mlp_norm is None:
         return None
-    head_norms = [_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
-    if any(hasattr(attention, f"{x}_norm") and head_norms[i] is None for i, x in enumerate("qk")):
-        return None
-    mistral = type(attention).__name__ == "MistralAttention"  # reads its window from elsewhere
+    q_norm = k_norm = None
+    if family.head_norms:
+        q_norm, k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
+        if q_norm is None or k_norm is None:
+            return None
+    window = {"config": config, "attention": attention, None: None}[family.window]
     heads = config.num_attention_heads
     return Layer(
         attention_norm=attention_norm,
@@ -152,9 +148,9 @@ def _layer(layer: Any, config: Any) -> Layer | None:
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
             scaling=attention.scaling,
-            window=getattr(config if mistral else attention, "sliding_window", None),
-            q_norm=head_norms[0],
-            k_norm=head_norms[1],
+            window=getattr(window, "sliding_window", None),
+            q_norm=q_norm,
+            k_norm=k_norm,
         ),
         o=o,
         mlp_norm=mlp_norm,
@@ -164,9 +160,6 @@ def _layer(layer: Any, config: Any) -> Layer | None:
 
 
 def _norm(norm: Any) -> Norm | None:
-    """A norm with transformers' Llama code and a bf16 weight."""
-    if norm is None or not same_code(type(norm).forward, LlamaRMSNorm.forward):
-        return None
     weight = norm.weight.detach()
     return Norm(weight, norm.variance_epsilon) if weight.dtype == torch.bfloat16 else None
 

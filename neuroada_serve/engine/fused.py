@@ -8,13 +8,13 @@ has nothing to break the graph: no cache, no adapters, no Python state.
 import logging
 from collections.abc import Callable
 from functools import cache, partial
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from neuroada_serve.engine.known_code import GATED_MLP, RMS_NORM, has_code
 from neuroada_serve.ops import cpu_team
 from neuroada_serve.ops.cpu_norm import RmsNorm
 
@@ -74,7 +74,7 @@ def compile_elementwise(
             continue
         if type(module).__name__.endswith("RMSNorm"):
             new = partial(shared(forward, forward), module)
-        elif same_code(forward, LlamaMLP.forward):
+        elif has_code(module, GATED_MLP):
             act: Any = module.act_fn
             if any(True for _ in act.parameters()):
                 continue
@@ -97,7 +97,7 @@ def use_cpu_kernels(model: nn.Module) -> list[nn.Module]:
     """
     changed: list[nn.Module] = []
     for module in model.modules():
-        if not same_code(type(module).forward, LlamaRMSNorm.forward):
+        if not has_code(module, RMS_NORM):
             continue
         norm: Any = module
         weight = norm.weight.detach()
@@ -129,16 +129,8 @@ def _gated_mlp(module: Any, gate: Callable[..., Any], x: torch.Tensor) -> Any:
     return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
 
 
-def same_code(function: Any, known: FunctionType) -> bool:
-    """Whether two functions do the same, but for the meaning of global names."""
-    code: CodeType | None = getattr(function, "__code__", None)
-    if code is None:
-        return False
-    return code.co_code == known.__code__.co_code and code.co_names == known.__code__.co_names
-
-
 def _with_global(function: Any, name: str, value: Any) -> Any:
-    """The function with another meaning of one global name."""
+    """Copy a function, with another meaning of one global name."""
     changed = FunctionType(
         function.__code__,
         {**function.__globals__, name: value},

@@ -7,7 +7,7 @@ import torch
 
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.adapters.format import make_adapter
-from neuroada_serve.engine import cpu_decoder
+from neuroada_serve.engine import cpu_decoder, known_code
 from neuroada_serve.engine.cpu_decoder import CpuDecoder, known_decoder
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import load_base
@@ -236,7 +236,7 @@ def test_only_what_the_kernel_computes_is_known(sources, monkeypatch):
         model.model.layers[1].mlp.act_fn = torch.nn.GELU()
 
     assert decoder(other_activation) is None
-    monkeypatch.setattr(cpu_decoder, "_MODELS", ("SomeOtherForCausalLM",))
+    monkeypatch.setattr(known_code, "FAMILIES", {})
     assert decoder() is None
 
 
