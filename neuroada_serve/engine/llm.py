@@ -238,18 +238,34 @@ class LLM:
             UsageError: a prompt is wrong, or an adapter no classifier.
             EngineError: a classifier gave no numbers.
         """
+        return [
+            ClassifyOutput(prompt, str(o.adapter), o.task.labels, o.values, o.adapter_digest)
+            for prompt, o in self._pool(prompts, adapters, CLASSIFY, use_tqdm)
+        ]
+
+    def _pool(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        adapters: AdapterChoice | Seq[AdapterChoice],
+        params: SamplingParams,
+        use_tqdm: UseTqdm,
+    ) -> list[tuple[tuple[int, ...], Output]]:
+        """Return each prompt's token ids with the one output that its adapter's task gives.
+
+        Raises:
+            UsageError, EngineError: as `classify`.
+        """
         _, ids = self._encoded(prompts)
         names = adapter_list(adapters, len(ids))
-        outputs = []
-        for collected in self._collect(ids, [CLASSIFY] * len(ids), names, use_tqdm, None):
-            last = collected[-1]
+        pooled = []
+        for prompt, outputs in zip(
+            ids, self._collect(ids, [params] * len(ids), names, use_tqdm, None), strict=True
+        ):
+            last = outputs[-1]
             if last.finish_reason is not FinishReason.STOP:
                 raise EngineError(last.error or "the request was ended")
-            outputs.append(last)
-        return [
-            ClassifyOutput(tuple(prompt), str(o.adapter), o.task.labels, o.values, o.adapter_digest)
-            for prompt, o in zip(ids, outputs, strict=True)
-        ]
+            pooled.append((tuple(prompt), last))
+        return pooled
 
     def _encoded(self, prompts: Prompt | Seq[Prompt]) -> tuple[list[str | None], list[list[int]]]:
         """Return the texts, if given, and the token ids of prompts."""

@@ -274,10 +274,8 @@ class ChatAnswer(GenerationAnswer):
         }
 
 
-class ClassifyAnswer(Answer):
-    """The reply of /v1/classify: vLLM's object, with the labels beside it."""
-
-    id_prefix = "classify"
+class PooledAnswer(Answer):
+    """A reply of one entry per input, whose form is the task's."""
 
     def __init__(self, model: str, num_prompt_tokens: int, num_inputs: int) -> None:
         super().__init__(model, num_prompt_tokens)
@@ -304,6 +302,12 @@ class ClassifyAnswer(Answer):
                 self._num_prompt_tokens, 0, sum(output.num_cached_tokens for output in found)
             ),
         }
+
+
+class ClassifyAnswer(PooledAnswer):
+    """The reply of /v1/classify: vLLM's object, with the labels beside it."""
+
+    id_prefix = "classify"
 
 
 def _usage(

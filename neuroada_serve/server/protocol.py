@@ -273,8 +273,8 @@ def _one_each(given: Any, field: str) -> Sequence[str | list[int]]:
     return list(given)
 
 
-class ClassifyRequest(_Strict):
-    """Body of POST /v1/classify, vLLM's /classify. model: an adapter that is a classifier."""
+class PooledRequest(_Strict):
+    """Body of requests that are answered with one entry for each input."""
 
     model: Annotated[str, Field(max_length=MAX_MODEL_CHARS)]
     input: Prompt
@@ -292,6 +292,10 @@ class ClassifyRequest(_Strict):
         if len(inputs) > MAX_INPUTS:
             raise RequestError(f"{len(inputs)} inputs, at most {MAX_INPUTS} per request", "input")
         return inputs
+
+
+class ClassifyRequest(PooledRequest):
+    """Body of POST /v1/classify, vLLM's /classify. model: an adapter that is a classifier."""
 
 
 class TextPart(_Strict):

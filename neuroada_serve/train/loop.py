@@ -9,6 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -23,7 +24,7 @@ from neuroada_serve.adapters.select import Selection
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.model.quiet import quiet_bitsandbytes
-from neuroada_serve.train.batches import collate, collate_packed, predict
+from neuroada_serve.train.batches import predict
 from neuroada_serve.train.bypass import BypassedLinear
 from neuroada_serve.train.checkpoint import Checkpoint
 from neuroada_serve.train.ending import Course
@@ -325,8 +326,7 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         super().__init__(**others)
         self.model_accepts_loss_kwargs = True  # so it counts the answer tokens of a whole step
         self._batches = batches
-        self._collate = collate_packed if packing else collate
-        self._objective = objective
+        self._objective, self._packing = objective, packing
         self._losses = losses  # grows by one each step
         self._sum, self._batches_seen = 0.0, 0  # of the step under way
         self._values, self._processes = values, processes
@@ -335,7 +335,7 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return DataLoader(
             self.train_dataset,
             batch_sampler=self._batches,
-            collate_fn=self._collate,
+            collate_fn=partial(self._objective.collate, packed=self._packing),
             generator=torch.Generator(),  # it draws a number, which must not be of the run's
         )
 

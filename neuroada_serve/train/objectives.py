@@ -8,8 +8,9 @@ GiveNumber    a number, by the text's last token
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +25,17 @@ from neuroada_serve.tasks import (
     GENERATE,
     SEQ_CLS,
     Classify,
+    Generate,
     Regress,
     Task,
     TaskType,
     task_faults,
     task_of,
 )
-from neuroada_serve.train.batches import Predictions, collate, predict
+from neuroada_serve.train.batches import Predictions, collate, collate_packed, predict
 from neuroada_serve.train.correlation import pearson
 from neuroada_serve.train.examples import Example, encode_row
+from neuroada_serve.train.head import TaskHead, task_head
 from neuroada_serve.train.labels import sorted_labels
 from neuroada_serve.train.rows import Data
 from neuroada_serve.train.shapes import Row
@@ -67,6 +70,10 @@ class Objective(Protocol):
     figure_by: ClassVar[str | None]
     """How the score is taken, where that needs to be said."""
 
+    def head(self, model: Any, seed: int) -> AbstractContextManager[TaskHead | None]:
+        """Give a model the task's head inside a block; None where it keeps its own."""
+        ...
+
     def encode(self, base: BaseModel, row: Row) -> Example:
         """Return a row's token ids.
 
@@ -77,6 +84,10 @@ class Objective(Protocol):
 
     def describe(self, train: Sequence[Example]) -> str:
         """Say what the answers of training rows are, as a clause; empty where they are texts."""
+        ...
+
+    def collate(self, examples: Sequence[Example], packed: bool = False) -> dict[str, Tensor]:
+        """Make a batch of examples; packed: without padding."""
         ...
 
     def loss(self, found: Predictions) -> Tensor:
@@ -102,8 +113,20 @@ class Objective(Protocol):
         ...
 
 
+class _AnswerLast:
+    """The head and the batches of objectives whose answer follows the prompt."""
+
+    task: Task
+
+    def head(self, model: Any, seed: int) -> AbstractContextManager[TaskHead | None]:
+        return task_head(model, self.task.head_rows, seed)
+
+    def collate(self, examples: Sequence[Example], packed: bool = False) -> dict[str, Tensor]:
+        return (collate_packed if packed else collate)(examples)
+
+
 @dataclass(frozen=True)
-class WriteText:
+class WriteText(_AnswerLast):
     """Learn to write answers.
 
     prompt_format: chat or plain.
@@ -112,8 +135,8 @@ class WriteText:
 
     prompt_format: str = "plain"
     end_ids: frozenset[int] = frozenset()
+    task: Generate = GENERATE
 
-    task: ClassVar[Task] = GENERATE
     figure_by: ClassVar[str | None] = "teacher forcing"
 
     def encode(self, base: BaseModel, row: Row) -> Example:
@@ -168,7 +191,7 @@ class WriteText:
 
 
 @dataclass(frozen=True)
-class PickLabel:
+class PickLabel(_AnswerLast):
     """Learn to classify plain texts; an example's answer is the number of its label."""
 
     task: Classify
@@ -212,7 +235,7 @@ class PickLabel:
 
 
 @dataclass(frozen=True)
-class GiveNumber:
+class GiveNumber(_AnswerLast):
     """Learn the numbers that rows have as labels."""
 
     task: Regress

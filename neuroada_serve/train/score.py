@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from neuroada_serve.train.batches import collate, predict
+from neuroada_serve.train.batches import predict
 from neuroada_serve.train.examples import Example
 from neuroada_serve.train.objectives import Objective
 
@@ -40,7 +40,7 @@ def score(model: Any, examples: Sequence[Example], batch_size: int, objective: O
     loss, targets = 0.0, 0
     outcomes = []
     for start in range(0, len(by_length), batch_size):
-        batch = collate(by_length[start : start + batch_size])
+        batch = objective.collate(by_length[start : start + batch_size])
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         found = predict(model, batch)
         loss += objective.loss(found).item()

@@ -35,7 +35,7 @@ from neuroada_serve.adapters.select import (
 from neuroada_serve.config import TrainConfig
 from neuroada_serve.errors import DataError, UsageError, listed_faults
 from neuroada_serve.model.loader import is_transposed
-from neuroada_serve.train.batches import collate, predict
+from neuroada_serve.train.batches import predict
 from neuroada_serve.train.examples import Example
 from neuroada_serve.train.loop import Notify
 from neuroada_serve.train.objectives import Objective
@@ -164,7 +164,7 @@ def gradient_indices(
             for module in group.values():
                 module.weight.requires_grad_(True)
             for start in range(0, len(examples), batch_size):
-                batch = collate(examples[start : start + batch_size])
+                batch = objective.collate(examples[start : start + batch_size])
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 found = predict(model, batch)
                 torch.autograd.backward(objective.loss(found) / len(found.targets))

@@ -11,7 +11,6 @@ from neuroada_serve.adapters.select import Selection
 from neuroada_serve.errors import AdapterError
 from neuroada_serve.model.loader import BaseModel, adaptable_modules
 from neuroada_serve.train.data import TrainingData
-from neuroada_serve.train.head import task_head
 from neuroada_serve.train.inplace import inplace_training
 from neuroada_serve.train.score import Score, score
 
@@ -42,7 +41,7 @@ def score_of_adapter(
     }
     biased = any(part.bias is not None for part in adapter.modules.values())
     with (
-        task_head(base.model, data.task.head_rows, 0) as head,
+        data.objective.head(base.model, 0) as head,
         inplace_training(base.model, modules, selections, biased) as layers,
         torch.no_grad(),
     ):

@@ -35,7 +35,6 @@ from neuroada_serve.train.bypass import bypass_training
 from neuroada_serve.train.checkpoint import Checkpoints, checkpoint_folder
 from neuroada_serve.train.data import DataReport, TrainingData, load_data
 from neuroada_serve.train.ending import Course, plan_of
-from neuroada_serve.train.head import task_head
 from neuroada_serve.train.inplace import inplace_training
 from neuroada_serve.train.interrupt import between_steps
 from neuroada_serve.train.loop import Layers, Loop, Notify, selections_of, values_of
@@ -164,7 +163,7 @@ def train_adapter(
         modules = quantize_(base.model, modules, config.quantize)
     with ExitStack() as stack:
         stack.enter_context(quiet_transformers())
-        head = stack.enter_context(task_head(base.model, loaded.task.head_rows, config.seed))
+        head = stack.enter_context(loaded.objective.head(base.model, config.seed))
         if resumed is None:
             selections = select(base.model, modules, loaded.train, loaded.objective, config, notify)
             modules = {name: modules[name] for name in selections}
