@@ -1,12 +1,15 @@
-"""The tasks that adapters are made for: one object each, of all that differs between them.
+"""The tasks that adapters are made for: one object each, holding all that differs between them.
 
-    Generate    continues a text, token by token; also what the base does
+    Generate    continues a text, token by token; so does the base
     Classify    gives the probability of each of its labels
     Regress     gives a number
 
 Generate is asked for tokens. The others pool: their answer is made of the hidden state at the last
-token of a prompt. How a task is learnt is in `train/objectives.py`, how it is scored in
-`evaluation/tasks.py`.
+token of a prompt.
+
+A new task needs a class here; an objective in `train/objectives.py`, which says how it is learnt; a
+scorer in `evaluation/tasks.py`; a route of its own in `server/routes/`, listed in `server/app.py`;
+and a method of `LLM` in `engine/llm.py`. Nothing else tells tasks apart.
 """
 
 import math
@@ -40,7 +43,7 @@ class CardCase:
 
 @dataclass(frozen=True)
 class Usage:
-    """How a model card says that an adapter is asked.
+    """A model card's commands that ask an adapter.
 
     command: of the shell. route: behind /v1/. fields: of the JSON body, after its model.
     params: lines of Python that `call` needs. call: the Python that answers and prints.
@@ -54,9 +57,9 @@ class Usage:
 
 
 class Task(Protocol):
-    """What an adapter is for.
+    """A task of adapters.
 
-    labels: names of what it answers with; empty where it has none.
+    labels: names of what an adapter answers with; empty where they are not needed.
     """
 
     @property
@@ -65,18 +68,18 @@ class Task(Protocol):
     task_type: ClassVar[TaskType]
     """Its name in adapter_config.json."""
     asked_as: ClassVar[AskedAs]
-    """What a request must ask for, see `SamplingParams.task`."""
+    """Its name in requests, see `SamplingParams.task`."""
     pools: ClassVar[bool]
-    """Whether its answer is `decode` of a hidden state, instead of tokens."""
+    """Set where the answer is `decode` of a hidden state, not tokens."""
     noun: ClassVar[str]
-    """What messages call an adapter of it, after "a"."""
+    """The word for such an adapter in messages, after "a"."""
     route: ClassVar[str]
-    """Where to ask it over HTTP."""
+    """The HTTP route that asks it."""
     command: ClassVar[str]
-    """Which command asks it."""
+    """The command that asks it."""
 
     loss: ClassVar[str]
-    """What its loss is, in words."""
+    """Its loss in words."""
     loss_axis: ClassVar[str]
     """The same with its unit."""
     figure: ClassVar[str]
@@ -84,7 +87,7 @@ class Task(Protocol):
     figure_words: ClassVar[str]
     """That score in words."""
     figure_is_share: ClassVar[bool]
-    """Whether it is a share of rows."""
+    """Set where that score is a share of rows."""
 
     pipeline_tag: ClassVar[str]
     """The hub's name for it."""
@@ -95,31 +98,31 @@ class Task(Protocol):
 
     @property
     def head_rows(self) -> int:
-        """Rows of the head that an adapter brings; 0 where there is none."""
+        """Number of rows of the head that an adapter brings; 0 where there is none."""
         ...
 
     def label_faults(self) -> list[str]:
-        """What is wrong with the labels."""
+        """Return the faults of the labels."""
         ...
 
     def decode(self, outputs: Sequence[float]) -> tuple[float, ...]:
-        """The answer, made of what the head gives; of the hidden state where there is no head."""
+        """Make the answer of the head's output, or of the hidden state where there is no head."""
         ...
 
     def reply(self, values: Sequence[float]) -> dict[str, Any]:
-        """One answer as HTTP gives it."""
+        """Return one answer as HTTP gives it."""
         ...
 
     def heading(self) -> dict[str, Any]:
-        """What HTTP says once, above all answers."""
+        """Return the fields that an HTTP reply has once, above all answers."""
         ...
 
     def summary(self) -> str:
-        """The task as a model card lists it, before the labels; empty where it lists none."""
+        """Name the task in a model card, before the labels; empty where the card names none."""
         ...
 
     def usage(self, case: CardCase) -> Usage:
-        """How a model card says that an adapter is asked."""
+        """Return a model card's commands."""
         ...
 
 
@@ -182,7 +185,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """What tasks have in common whose adapters bring a head of one row per label."""
+    """The common part of tasks whose adapters bring a head with a row for each label."""
 
     labels: tuple[str, ...]
 
@@ -235,7 +238,7 @@ class Classify(_Labelled):
     problem_type: ClassVar[str] = "single_label_classification"
 
     def decode(self, outputs: Sequence[float]) -> tuple[float, ...]:
-        """The softmax of the labels' logits."""
+        """Return the softmax of the labels' logits."""
         highest = max(outputs)
         shares = [math.exp(output - highest) for output in outputs]
         total = math.fsum(shares)
@@ -247,7 +250,7 @@ class Classify(_Labelled):
 
 @dataclass(frozen=True)
 class Regress(_Labelled):
-    """Give a number, whose name is the one label. Over HTTP it stands, as in vLLM, in probs."""
+    """Give a number, named by the only label. HTTP replies have it in probs, as vLLM's do."""
 
     noun: ClassVar[str] = "regression"
     loss: ClassVar[str] = "mean squared error"
@@ -269,14 +272,14 @@ TASKS: tuple[type[Task], ...] = (Generate, Classify, Regress)
 
 
 def task_of(task_type: TaskType, labels: Sequence[str]) -> Task:
-    """The task of an adapter; see `task_faults` for what makes it none."""
+    """Return the task of an adapter; `task_faults` says whether it is a valid one."""
     if task_type == Generate.task_type:
         return Generate(tuple(labels))
     return (Regress if len(labels) == 1 else Classify)(tuple(labels))
 
 
 def task_faults(task_type: str, labels: Sequence[Any]) -> list[str]:
-    """What is wrong with the task of an adapter's config."""
+    """Return the faults of the task that an adapter's config names."""
     known = tuple(dict.fromkeys(task.task_type for task in TASKS))
     for one in known:
         if task_type == one:
@@ -285,5 +288,5 @@ def task_faults(task_type: str, labels: Sequence[Any]) -> list[str]:
 
 
 def noun_of(asked_as: AskedAs) -> str:
-    """What an adapter is called that can be asked so."""
+    """Return the word for an adapter that can be asked so."""
     return next(task.noun for task in TASKS if task.asked_as == asked_as)

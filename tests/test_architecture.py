@@ -183,6 +183,20 @@ def test_words_need_the_standard_library_only():
         assert roots <= set(sys.stdlib_module_names) | {"neuroada_serve"}, module
 
 
+def test_tasks_are_told_apart_in_their_own_rooms():
+    """A new task then needs a class there, a route and a method of LLM, and no branch elsewhere."""
+    rooms = ("train.objectives", "evaluation.tasks")
+    for module, tree in modules().items():
+        names = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module == "neuroada_serve.tasks"
+            for alias in node.names
+        }
+        named = names & {"CAUSAL_LM", "SEQ_CLS", "Generate", "Classify", "Regress"}
+        assert not named or module in rooms, (module, named)
+
+
 def test_core_needs_few_libraries():
     allowed = CORE_LIBRARIES | CORE_COMPANIONS | set(sys.stdlib_module_names) | {"neuroada_serve"}
     for module, tree in modules().items():

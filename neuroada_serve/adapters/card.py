@@ -93,7 +93,8 @@ def _facts(config: AdapterConfig) -> str:
         f"- modules: {_code(', '.join(config.target_modules))}",
     ]
     if summary := config.task.summary():
-        lines.append(f"- task: {summary} {_code(', '.join(config.labels))}")
+        labels = f" {_code(', '.join(config.labels))}" if config.labels else ""
+        lines.append(f"- task: {summary}{labels}")
     return "\n".join(lines)
 
 

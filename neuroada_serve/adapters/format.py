@@ -32,7 +32,7 @@ from torch import Tensor
 
 from neuroada_serve.adapters.durable import write_durably
 from neuroada_serve.errors import AdapterFormatError, ShapeError, UsageError
-from neuroada_serve.tasks import CAUSAL_LM, Task, TaskType, task_faults, task_of
+from neuroada_serve.tasks import GENERATE, Task, TaskType, task_faults, task_of
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
@@ -79,7 +79,7 @@ class AdapterConfig:
     k: int
     target_modules: tuple[str, ...]
     selection: str = "magnitude"
-    task_type: TaskType = CAUSAL_LM
+    task_type: TaskType = GENERATE.task_type
     peft_type: str = "NEUROADA"
     format_version: int = FORMAT_VERSION
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class AdapterConfig:
 
     @property
     def task(self) -> Task:
-        """What the adapter is for."""
+        """The task that the adapter is made for."""
         return task_of(self.task_type, self.labels)
 
 

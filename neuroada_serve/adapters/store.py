@@ -76,7 +76,7 @@ class AdapterVersion:
 
     @property
     def task(self) -> Task:
-        """What it is for."""
+        """The task that it is made for; a mix generates."""
         source = self.source
         return source.config.task if isinstance(source, AdapterHeader | Adapter) else GENERATE
 
