@@ -16,6 +16,7 @@ from neuroada_serve.options import (
     number_or_auto,
     option,
     parse_bytes,
+    redefined,
     weights,
     words,
 )
@@ -24,6 +25,7 @@ from neuroada_serve.tasks import TaskType, task_of
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 PROMPT_BLOCK = 32  # tokens that the prefix cache keeps together
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO_DTYPE = "auto"  # as stored
 DEMO = "demo"  # MODEL of the base that needs no hub
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -34,7 +36,7 @@ class EngineConfig:
     """How one base model is loaded and scheduled."""
 
     dtype: str = option(
-        "auto", "Weight dtype: auto (as stored), float32, bfloat16 or float16.", "Model"
+        AUTO_DTYPE, "Weight dtype: auto (as stored), float32, bfloat16 or float16.", "Model"
     )
     device: str = option("auto", "Torch device; auto takes cuda where there is one.", "Model")
     chat_template: str | None = option(
@@ -390,10 +392,11 @@ class TrainConfig:
         0.0, "AdamW's weight decay, which pulls the values back to the base.", "Steps"
     )
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.", "Steps")
-    dtype: str = option(
-        "auto",
-        "Weight dtype while training: auto (as stored), float32 or bfloat16.",
-        "Memory and speed",
+    dtype: str = redefined(
+        EngineConfig,
+        "dtype",
+        help="Weight dtype while training: auto (as stored), float32 or bfloat16.",
+        group="Memory and speed",
     )
     bf16: bool = option(
         False, "Compute in bfloat16 (autocast) on weights of float32.", "Memory and speed"

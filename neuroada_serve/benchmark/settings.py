@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from neuroada_serve.benchmark.workload import MERGED, check_popularity
+from neuroada_serve.config import EngineConfig, TrainConfig
 from neuroada_serve.errors import UsageError
 from neuroada_serve.options import at_least, integers, option, redefined, words
 
@@ -61,19 +62,22 @@ class OfflineConfig:
     )
     num_prompts: int = option(8, "Requests per case and round.", "Load", flag="")
     rounds: int = option(5, "Every round runs each case once, in turn; medians need five.", "Load")
-    seed: int = option(0, "Seed of prompts, adapters and popularity.", "Load")
+    seed: int = redefined(
+        TrainConfig, "seed", help="Seed of prompts, adapters and popularity.", group="Load"
+    )
     text_file: Path | None = option(
         None, "Take prompts from this text, cut or repeated; default: random token ids.", "Load"
     )
-    dtype: str = option(
-        "auto", "Weight dtype: auto (as stored), float32, bfloat16 or float16.", "Engine"
-    )
-    device: str = option("auto", "Torch device; auto takes cuda where there is one.", "Engine")
+    dtype: str = redefined(EngineConfig, "dtype", group="Engine")
+    device: str = redefined(EngineConfig, "device", group="Engine")
     threads: int | None = option(
         None, "CPU threads of every engine; default: what torch takes.", "Engine"
     )
-    max_num_batched_tokens: int = option(
-        512, "Most tokens that our engine computes in one step.", "Engine"
+    max_num_batched_tokens: int = redefined(
+        EngineConfig,
+        "max_num_batched_tokens",
+        help="Maximum number of tokens that our engine computes in one step.",
+        group="Engine",
     )
     deterministic: bool = option(False, "Run our engine with --deterministic.", "Engine")
     check: bool = option(
@@ -163,8 +167,10 @@ class ServingConfig:
         "Load",
         read=words,
     )
-    num_adapters: int = option(16, "Adapters that our own server is started with.", "Adapters")
-    k: int = option(1, "Kept inputs per neuron of those adapters.", "Adapters")
+    num_adapters: int = redefined(
+        OfflineConfig, "num_adapters", help="Adapters that our own server is started with."
+    )
+    k: int = option(TrainConfig.k, "Kept inputs per neuron of those adapters.", "Adapters")
     num_prompts: int = option(64, "Requests per case.", "Load")
     request_rate: float = option(math.inf, "Requests per second; inf sends all at once.", "Load")
     burstiness: float = option(
@@ -183,7 +189,9 @@ class ServingConfig:
         repeated=True,
     )
     rounds: int = option(1, "Every round runs each case once, in turn.", "Load")
-    seed: int = option(0, "Seed of arrivals, prompts, adapters and popularity.", "Load")
+    seed: int = redefined(
+        OfflineConfig, "seed", help="Seed of arrivals, prompts, adapters and popularity."
+    )
     vocab: int = option(1000, "Prompts are random token ids below this.", "Load")
     timeout_s: float = option(600.0, "Longest wait for one request.", "Server")
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from neuroada_serve.cli.common import (
+    GREEDY,
     Adapter,
     MaxTokens,
     Model,
@@ -30,7 +31,7 @@ def generate(
     engine: Annotated[EngineConfig, Only("dtype", "chat_template", "deterministic")],
     adapter: Adapter = None,
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = GREEDY,
     seed: Seed = None,
     plain: Plain = False,
 ) -> None:

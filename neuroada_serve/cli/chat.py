@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuroada_serve.cli.common import (
+    GREEDY,
     Adapters,
     MaxTokens,
     Model,
@@ -52,7 +53,7 @@ def chat(
     engine: Annotated[EngineConfig, Only("dtype", "chat_template")],
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = GREEDY,
     seed: Seed = None,
     plain: Plain = False,
 ) -> None:

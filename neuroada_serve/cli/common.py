@@ -63,6 +63,7 @@ Plain = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of new tokens in an answer.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+GREEDY: Temperature = 0.0
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling; default: a random one.")]
 Adapters = Annotated[
     list[str] | None,

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from neuroada_serve.cli.common import app, command, notify, out
+from neuroada_serve.config import AUTO_DTYPE
 
 if TYPE_CHECKING:
     from neuroada_serve.model.convert import Conversion
@@ -58,7 +59,7 @@ def official(
     base: Base,
     out_dir: OutDir,
     k: MostK = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = AUTO_DTYPE,
     json_output: Json = False,
 ) -> None:
     """A run of the method's official code. Its pickle is read as data, nothing in it is run."""
@@ -73,7 +74,7 @@ def shira(
     base: Base,
     out_dir: OutDir,
     k: MostK = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = AUTO_DTYPE,
     json_output: Json = False,
 ) -> None:
     """A SHiRA adapter of PEFT."""
@@ -88,7 +89,7 @@ def supertuning(
     base: Base,
     out_dir: OutDir,
     k: MostK = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype = AUTO_DTYPE,
     json_output: Json = False,
 ) -> None:
     """A Super-Tuning adapter of PEFT."""
@@ -111,7 +112,7 @@ def diff(
     k: Annotated[int, typer.Option(help="Keep the k largest differences of each row.")],
     dtype: Annotated[
         str, typer.Option(help="Dtype of the values: auto (float32), bfloat16, float16 or float32.")
-    ] = "auto",
+    ] = AUTO_DTYPE,
     json_output: Json = False,
 ) -> None:
     """A fine-tuned model's largest differences from its base."""

@@ -11,8 +11,6 @@ LARGE_CLASSES = {
     "adapters/store.py:AdapterStore",
     "engine/adapter_plane.py:AdapterPlane",
     "engine/engine.py:Engine",
-    "engine/llm.py:LLM",
-    "engine/scheduler.py:Scheduler",
     "server/worker.py:Worker",
     "train/run.py:Run",
 }
