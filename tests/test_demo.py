@@ -1,4 +1,4 @@
-"""Where the demo finds the shipped adapters, and the container that serves them."""
+"""The demo's shipped adapters, and the container that serves them."""
 
 import json
 import re

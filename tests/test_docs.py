@@ -1,4 +1,4 @@
-"""What README and docs/ say: their commands run, their links lead somewhere, their lists are whole.
+"""README and docs/: their commands run, their links lead somewhere, their lists are complete.
 
 Commands run as they stand there, but for pip (which is how the tests got here) and mkdocs (which
 `.ci/run` runs).

@@ -1,4 +1,4 @@
-"""What commands of README and docs/ write is not offered to the next commit."""
+"""Files that commands of README and docs/ write are ignored by git."""
 
 import re
 import subprocess

@@ -67,7 +67,7 @@ def imports(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[str, bool]]:
 
 
 def test_whatever_is_imported_is_declared():
-    """What comes along with another package may leave with its next version."""
+    """A package that only comes along with another may leave with its next version."""
     core = declared(PROJECT["dependencies"])
     extras = declared(sum(PROJECT["optional-dependencies"].values(), []))
     distributions = packages_distributions()

@@ -174,7 +174,7 @@ def test_larger_adapter_of_another_base_is_told_as_such(base, folder):
 
 
 def check_invariants(adapter, spec: BaseSpec) -> None:
-    """What the ops rely on; nothing that loads may break it."""
+    """Check what the ops rely on; nothing that loads may break it."""
     for name, part in adapter.modules.items():
         d_out, d_in = spec.shapes[name]
         assert part.index.shape == part.bypass.shape == (d_out, adapter.config.k)

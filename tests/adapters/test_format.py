@@ -118,7 +118,7 @@ def test_safetensors_library_reads_our_files(tmp_path):
 
 
 def data_of(folder: Path) -> bytes:
-    """What is behind the header of a weights file."""
+    """Return the bytes behind the header of a weights file."""
     file = (folder / WEIGHTS).read_bytes()
     return file[8 + int.from_bytes(file[:8], "little") :]
 

@@ -252,7 +252,7 @@ def fake_peer(tmp_path):
 
 
 def is_stopped(process: PeerProcess) -> bool:
-    """Whether it has come to a stop; the signal takes a moment."""
+    """Return whether the process has stopped; the signal takes a moment."""
     stat = Path(f"/proc/{process._process.pid}/stat")
     for _ in range(500):
         if stat.read_text().rpartition(")")[2].split()[0] == "T":

@@ -200,8 +200,8 @@ class Terminal:
         self.text = ""
 
     def until(self, words: str, again: Callable[[], None] = lambda: None) -> str:
-        """What is shown up to these words, from where the last call ended; `again` is called each
-        second until they are."""
+        """Return the output up to these words, from where the last call ended; call `again` each
+        second until they are there."""
         end = time.monotonic() + 120
         while words not in self.text:
             assert time.monotonic() < end, self.text

@@ -1,4 +1,4 @@
-"""What `LLM` takes: vLLM's names and forms, and one sentence for what is none of them."""
+"""Arguments of `LLM`: vLLM's names and forms, and a sentence for each value that is refused."""
 
 import inspect
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is refused before it is queued."""
+"""Refusals of requests before they are queued."""
 
 import pytest
 

@@ -24,7 +24,7 @@ PROMPT = [(7 * i) % 250 for i in range(LONG + 40)]
 
 @pytest.fixture(autouse=True)
 def weights_in_blocks_of_64(monkeypatch):
-    """Where oneDNN packs in another way, as it does for AMX, by packing them ourselves."""
+    """Pack weights ourselves if oneDNN packs in another way, as it does for AMX."""
     weight = torch.randn(64, 64).bfloat16()
     if matrix.packs_faster(weight) and not matrix.packed_matrix(weight).in_blocks_of_64:
         monkeypatch.setattr(matrix, "_onednn_packs", lambda: False)

@@ -44,7 +44,7 @@ def pieces_of(text: str, *sizes: int) -> list[bytes]:
 
 
 def run(detokenizer: Detokenizer, ids, may_stop=lambda n: True) -> list[str]:
-    """What is given out after each token, and at the end; as the engine does it."""
+    """Return the text after each token, and at the end, as the engine asks for it."""
     given_out = []
     for n, token_id in enumerate(ids):
         if detokenizer.add(token_id, may_stop(n)):
@@ -124,7 +124,7 @@ def test_long_answer_is_decoded_in_small_parts():
 
 
 def decoded_lengths(pieces: list[bytes], ids) -> tuple[list[int], str]:
-    """How many tokens each decoding looked at, and what was given out."""
+    """Return how many tokens each decoding looked at, and the text."""
     lengths = []
 
     class Counting(PieceTokenizer):

@@ -1,4 +1,4 @@
-"""Where memory is short one request ends, and nothing else: failures at every place they can be."""
+"""Failures of memory at every place: one request ends, and nothing else does."""
 
 import pytest
 import torch
@@ -183,7 +183,7 @@ REQUESTS = {
 
 
 def answers(engine: Engine, names=tuple(REQUESTS)) -> dict[str, tuple[list[int], list]]:
-    """Of each request its tokens, and its final outputs."""
+    """Return the tokens of each request, and its final outputs."""
     for name in names:
         engine.add_request(name, *REQUESTS[name])
     found: dict = {name: ([], []) for name in names}

@@ -30,7 +30,7 @@ class Version:
 
 
 def loads(*tokens: tuple[Version | None, int]) -> list[Load]:
-    """Of requests that each have HORIZON tokens to come, and the rest."""
+    """Return the loads of requests that each have HORIZON tokens to come, and the rest."""
     return [
         Load(version, min(HORIZON, count - start))
         for version, count in tokens
@@ -39,7 +39,7 @@ def loads(*tokens: tuple[Version | None, int]) -> list[Load]:
 
 
 def linear() -> MergePolicy:
-    """Of a device where every token costs what it adds."""
+    """Return the policy of a device where every token costs what it adds."""
     return MergePolicy("cuda")
 
 
@@ -62,7 +62,7 @@ def test_single_adapter_is_merged_once_its_tokens_repay_it(device):
 
 
 def test_size_of_a_lone_adapter_does_not_matter():
-    """What it costs to write, its tokens cost to add."""
+    """Its tokens cost as much to add as it costs to write."""
     for nnz in (1, 1000, 10**9):
         a = Version(nnz)
         assert linear().choose(loads((a, enough())), None) is a
@@ -170,7 +170,7 @@ def test_requests_of_one_adapter_are_added_up():
 
 
 def test_few_that_wait_are_not_taken_for_the_many_that_will_run():
-    """When all that run are about to end, most tokens that are known of are of those who wait."""
+    """If all running requests are about to end, most known tokens belong to waiting ones."""
     parties = [Version() for _ in range(4)]
     ending = [Load(version, 1) for version in parties * 4]
     waiting = [Load(parties[0], 1000, is_running=False)] * 4
@@ -206,7 +206,7 @@ def test_quick_switches_are_taken_in():
 
 @pytest.mark.parametrize("num_entries", [0, 10, 1000])
 def test_one_slow_switch_does_not_end_all_merging(num_entries):
-    """Where nothing pays any more, nothing would correct the expectation."""
+    """If merging never paid any more, nothing would correct the expectation."""
     a, policy = Version(), linear()
     policy.observe_switch(num_entries, 1.0)
     assert policy.choose(loads((a, 2 * enough())), None) is a
@@ -233,8 +233,8 @@ def test_choice_is_the_cheapest_with_its_switch(data):
 
 
 def total_ns(load: list[Load], merged: Version | None, candidate: Version | None) -> float:
-    """What adding takes with this one in the weights, request by request, and the switch to it. All
-    that are to come are like those that run."""
+    """Return the time to add all tokens with this adapter merged, and to switch to it, if later
+    requests are like those that run."""
     total = 0.0
     out = 0 if candidate is None else candidate.nnz
     running = [each for each in load if each.is_running] or load

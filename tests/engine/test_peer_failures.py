@@ -1,4 +1,4 @@
-"""What fails in other servers, and must not here. Every test names the case that it answers.
+"""Failures of other servers that must not happen here. Every test names its case.
 
 The cases are from those projects' issue trackers and sources, as of late 2026.
 """

@@ -46,7 +46,7 @@ def new_engine(source, **config) -> Engine:
 
 
 def answer(engine: Engine, params: SamplingParams, interrupt: bool) -> list[list[Output]]:
-    """What each choice gets while, if asked for, others come in between."""
+    """Return the tokens of each choice while, if asked for, others come in between."""
     engine.add_requests(["long"], [PROMPT], params, "a", tenant="hog")
     engine.add_requests(["other"], [PROMPT[:5]], LONG["drawn"], tenant="hog")
     outputs: list[list[Output]] = [[] for _ in range(params.n)]
@@ -144,7 +144,7 @@ def without_slot(engine: Engine) -> list[Output]:
 
 
 def finish(engine: Engine) -> list[Output]:
-    """What all get until nothing is left."""
+    """Return the outputs of all requests until nothing is left."""
     outputs = []
     while engine.has_unfinished:
         outputs += engine.step()

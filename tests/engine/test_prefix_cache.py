@@ -16,7 +16,7 @@ def blocks(text: str, tail: int = 1) -> list[int]:
 
 
 def find(cache: PrefixCache, text: str, tail: int = 1, root: bytes = ROOT) -> list[int]:
-    """What is found, let go again."""
+    """Return what is found, and release it."""
     numbers = cache.find(root, blocks(text, tail))
     cache.release(root, blocks(text, tail), len(numbers))
     return numbers

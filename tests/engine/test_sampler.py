@@ -42,7 +42,8 @@ def greedy(row, **kwargs) -> int | None:
 
 
 def distribution(logits: list[float], params: SamplingParams) -> list[float]:
-    """What the parameters mean: temperature, then top_k, then top_p of those, then min_p."""
+    """Return the distribution that the parameters mean: temperature, then top_k, then top_p of
+    those, then min_p."""
     peak = max(logits)
     weights = [math.exp((logit - peak) / params.temperature) for logit in logits]
     probs = [weight / sum(weights) for weight in weights]

@@ -1,4 +1,4 @@
-"""What tokens are called, their bytes, and where they stand in an answer's text."""
+"""Names of tokens, their bytes, and their places in an answer's text."""
 
 import codecs
 import math

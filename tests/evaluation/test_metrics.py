@@ -1,4 +1,4 @@
-"""What counts as a right answer: each metric's own rules, on texts."""
+"""Rules of each metric for a right answer, on texts."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What other libraries do not say in between."""
+"""Chatter of other libraries, which is silenced."""
 
 import logging
 import subprocess

@@ -1,4 +1,4 @@
-"""Where base models come from, and the fingerprint that ties adapters to them."""
+"""Sources of base models, and the fingerprint that ties adapters to them."""
 
 import errno
 import hashlib
@@ -220,7 +220,7 @@ def test_cache_directory_follows_the_environment(monkeypatch):
 
 
 def left(cache: Path) -> list[str]:
-    """What is in the cache, but for empty folders and locks."""
+    """Return the files in the cache, without empty folders and locks."""
     files = [path for path in cache.rglob("*") if path.is_file()]
     return sorted(str(f.relative_to(cache)) for f in files if f.parent.name != "locks")
 

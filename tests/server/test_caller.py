@@ -1,4 +1,4 @@
-"""Whose a request is: what that is taken from, and what it is good for."""
+"""Callers: how tenant and client of a request are found and used."""
 
 import asyncio
 import socket

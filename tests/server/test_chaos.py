@@ -46,7 +46,7 @@ class Op:
 
 @dataclass
 class World:
-    """What all threads share."""
+    """State that all threads share."""
 
     url: str
     digests: dict[str, list[str]]  # name -> digest by version
@@ -122,7 +122,7 @@ def world(tmp_path_factory):
 
 
 def references(model: str, made: dict) -> tuple[dict, list[list[int]]]:
-    """What every version, and the base, answers to prompts that leave no doubt."""
+    """Return the answers of every version, and of the base, to prompts that leave no doubt."""
     llm = LLM(model, made and {f"v-{d[:40]}": a for d, a in made.items()}, max_num_seqs=16)
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=2)
     draw = random.Random(0)

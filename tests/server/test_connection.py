@@ -51,7 +51,7 @@ def send_slowly(connection: socket.socket, data: bytes, times: int, every_s: flo
 
 
 def rest_of(connection: socket.socket) -> bytes:
-    """What comes until the server closes."""
+    """Return the bytes that come until the server closes."""
     received = b""
     try:
         while data := connection.recv(65536):
@@ -177,7 +177,7 @@ def test_pipelined_requests_are_all_answered() -> None:
 
 
 class Pipe(asyncio.Transport):
-    """What still has to be written."""
+    """A transport that only counts its unwritten bytes."""
 
     def __init__(self, size: int) -> None:
         super().__init__({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)})
@@ -200,8 +200,8 @@ def connected(pipe: Pipe) -> Connection:
 
 
 def read_slowly(bytes_a_time: int, times: int, pauses: int = 1) -> bool:
-    """Whether a connection lives on whose client takes so much ten times a second of each of some
-    full buffers, and whose answer is then over."""
+    """Return whether a connection survives a client that reads so much ten times a second of
+    each full buffer, and whose answer is then over."""
 
     async def run() -> bool:
         connection = connected(pipe := Pipe(10_000))
@@ -258,7 +258,7 @@ def test_refusal_of_whoever_has_gone_is_no_failure() -> None:
             return False
 
         def write(self, data: bytes) -> None:
-            """Which nobody gets."""
+            """Discard it."""
 
         def write_eof(self) -> None:
             raise OSError(107, "Transport endpoint is not connected")

@@ -1,4 +1,4 @@
-"""What may reach the application: bodies of a size, and no web pages of others."""
+"""Guards before the application: sizes of bodies, and other web pages."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the log says of requests and of changes, and what it does not."""
+"""The request log: what it says of requests and of changes, and what it leaves out."""
 
 import asyncio
 import logging

@@ -11,7 +11,7 @@ from tests.support.serving import serving
 
 
 def seen(raw_path: bytes, method: str = "GET") -> Scope:
-    """What an application gets to see."""
+    """Return the scope that an application gets to see."""
     found: list[Scope] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -52,7 +52,7 @@ def message(reply: bytes) -> str:
 
 
 def replies(*requests: bytes, is_half: bool = False, engine: FakeEngine | None = None) -> bytes:
-    """What comes in answer, until the server closes."""
+    """Return the answer's bytes until the server closes."""
     found: list[bytes] = []
 
     def visit(url: str) -> None:

@@ -122,7 +122,7 @@ def random_model(kind: str, seed: int = 0) -> Any:
 
 @dataclass
 class Changes:
-    """How a file differs from what the converter writes.
+    """Differences of a file from what the converter writes.
 
     keys: settings that are added (or left out: None).
     tensors: changes them, or leaves some out, before they are written.

@@ -18,7 +18,7 @@ NAMES = [None, "a", "b", "a"]
 
 
 def record(launch):
-    """What `cuda_capture()` does, for the CPU."""
+    """Stand in for `cuda_capture()` on the CPU."""
     launch()
     return launch
 

@@ -1,4 +1,4 @@
-"""Which columns stand for ours, and which could."""
+"""Columns of rows: those that stand for ours, and those that could."""
 
 import pytest
 

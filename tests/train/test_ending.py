@@ -1,4 +1,4 @@
-"""When a run ends, and what it says of that."""
+"""Endings of training runs, and their messages."""
 
 import math
 

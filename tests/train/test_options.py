@@ -1,4 +1,4 @@
-"""What the options of training do."""
+"""Options of training."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def values_of(report):
 
 
 def test_accumulated_batches_are_one_batch(base, rows, tmp_path):
-    """Of rows of one length, all in one step, so that both take the same rows."""
+    """Rows have one length and all go into one step, so that both runs take the same rows."""
     write_rows(rows, ROWS[:8])
     one = replace(QUICK, batch_size=8, max_steps=3, eval_fraction=0)
     whole = train_adapter(base, rows, tmp_path / "one", one)

@@ -111,7 +111,7 @@ def launch(
 
 
 def train(forks: subprocess.Popen, folder: Path, out: str, processes: int, each: int) -> str:
-    """What the first process said."""
+    """Return what the first process printed."""
     codes, said = launch(forks, folder, out, processes, each)
     assert codes == [0] * processes, said
     return said

@@ -1,4 +1,4 @@
-"""What stands beside a run's scores: the commonest answer's, and a few answers to read."""
+"""Figures beside a run's scores: the commonest answer's score, and a few answers to read."""
 
 import json
 

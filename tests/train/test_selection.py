@@ -1,4 +1,4 @@
-"""Which inputs each neuron keeps, and that training keeps to it."""
+"""Selections of inputs per neuron, and that training keeps to them."""
 
 import pytest
 import torch
@@ -164,7 +164,7 @@ def test_adapters_of_some_modules_name_them_and_are_served(base, rows, tmp_path,
 
 
 def logits_of(base, adapter, ids):
-    """Of the last position, with the values added to the weights."""
+    """Return the logits of the last position, with the values added to the weights."""
     modules = adaptable_modules(base.model)
     with torch.no_grad():
         for name, part in adapter.modules.items():

@@ -148,7 +148,7 @@ def test_an_exception_leaves_the_model_as_it_was(kind):
 
 
 def test_the_head_multiplies_like_the_layers_while_training(monkeypatch):
-    """Where torch has no fast bf16, the head is the widest layer that must not wait for it."""
+    """On machines without fast bf16, the head is the widest layer that must not wait for it."""
     monkeypatch.setattr(matrix, "_onednn_has_bf16", lambda: False)
     multiplied = set()
 
