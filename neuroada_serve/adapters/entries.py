@@ -1,12 +1,11 @@
 """Sparse changes of a matrix, entry by entry, and their conversion to rows of k."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from neuroada_serve.adapters.format import ModuleBypass, is_target
+from neuroada_serve.adapters.format import ModuleBypass
 from neuroada_serve.adapters.select import magnitude_index, magnitude_order
 from neuroada_serve.errors import ShapeError
 
@@ -132,21 +131,3 @@ def from_rows(part: ModuleBypass) -> Entries:
     row = torch.arange(len(index)).repeat_interleave(index.shape[1])
     entries = Entries(row, index.flatten(), part.bypass.gather(1, order).flatten())
     return entries.without_zeros()
-
-
-def target_modules(
-    modules: Mapping[str, object], shapes: Mapping[str, tuple[int, int]]
-) -> tuple[str, ...]:
-    """What an adapter of these modules has as target_modules, sorted: endings such as q_proj where
-    all modules of the base with that ending are among them, else their full names.
-
-    Args:
-        modules: by name.
-        shapes: of all adaptable modules of the base.
-    """
-    targets = set()
-    for name in modules:
-        ending = name.rpartition(".")[2]
-        whole = all(other in modules for other in shapes if is_target(other, (ending,)))
-        targets.add(ending if whole else name)
-    return tuple(sorted(targets))

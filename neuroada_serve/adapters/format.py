@@ -256,9 +256,32 @@ def index_faults(module: str, index: Tensor, d_in: int | None) -> list[str]:
     return faults
 
 
-def value_faults(name: str, values: Tensor) -> list[str]:
-    """Return the faults of a tensor of values."""
-    return [] if bool(values.isfinite().all()) else [f"{name} has NaN or infinite values"]
+def value_faults(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the faults of tensors of values; others are passed over."""
+    return [
+        f"{name} has NaN or infinite values"
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+
+
+def content_faults(
+    modules: Mapping[str, ModuleBypass], head: Tensor | None, base: BaseSpec | None
+) -> list[str]:
+    """Return every fault of the columns and values of an adapter whose table has none."""
+    faults = []
+    for name, part in modules.items():
+        faults += index_faults(name, part.index, None if base is None else base.shapes[name][1])
+        faults += value_faults(_tensors({name: part}, None))
+    return faults + value_faults(_tensors({}, head))
+
+
+def _tensors(modules: Mapping[str, ModuleBypass], head: Tensor | None) -> dict[str, Tensor]:
+    """Return the tensors of an adapter by their names in a file."""
+    tensors = {} if head is None else {HEAD: head}
+    for name, part in modules.items():
+        tensors |= {f"{name}.{kind}": tensor for kind, tensor in part.tensors.items()}
+    return tensors
 
 
 def base_fault(config: AdapterConfig, base: BaseSpec, allow_other_base: bool) -> str | None:
@@ -306,20 +329,15 @@ def _check_in_memory(
     head: Tensor | None,
     base: BaseSpec | None,
 ) -> None:
-    table = {}
-    if head is not None:
-        table[HEAD] = (DTYPE_NAMES.get(head.dtype, str(head.dtype)), tuple(head.shape))
-    for name, part in modules.items():
-        for kind, tensor in part.tensors.items():
-            dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-            table[f"{name}.{kind}"] = (dtype, tuple(tensor.shape))
-    faults = task_faults(config.task_type, config.labels) or table_faults(table, config, base)
-    if not faults:
-        faults += [] if head is None else value_faults(HEAD, head)
-        for name, part in modules.items():
-            faults += index_faults(name, part.index, None if base is None else base.shapes[name][1])
-            for kind, tensor in part.tensors.items():
-                faults += [] if kind == "index" else value_faults(f"{name}.{kind}", tensor)
+    table = {
+        name: (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        for name, tensor in _tensors(modules, head).items()
+    }
+    faults = (
+        task_faults(config.task_type, config.labels)
+        or table_faults(table, config, base)
+        or content_faults(modules, head, base)
+    )
     if faults:
         raise AdapterFormatError("in memory", faults)
 
@@ -371,9 +389,8 @@ def _header_and_data(
     random, and equal adapters should have equal digests, so it is written here."""
     highest = max(int(part.index.max()) for part in modules.values())
     column_dtype = torch.uint16 if highest < UINT16_COLUMNS else torch.int32
-    tensors: dict[str, Tensor] = {} if head is None else {HEAD: head.contiguous()}
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors(modules, head).items()}
     for name, part in modules.items():
-        tensors |= {f"{name}.{kind}": tensor.contiguous() for kind, tensor in part.tensors.items()}
         tensors[f"{name}.index"] = part.index.to(column_dtype).contiguous()
     parts, entries, start = [], dict[str, Any](), 0
     # Wide dtypes first, as the library does, so that every tensor is aligned.

@@ -32,9 +32,8 @@ from neuroada_serve.adapters.format import (
     BaseSpec,
     ModuleBypass,
     base_fault,
+    content_faults,
     file_digest,
-    index_faults,
-    value_faults,
 )
 from neuroada_serve.adapters.parse import (
     SAID_SHA256,
@@ -186,7 +185,6 @@ class AdapterReader:
             AdapterNotFoundError, AdapterFormatError.
         """
         data, damage = self.data(header)
-        faults: list[str] = []
         try:
             loaded = safetensors.torch.load(data)
         except SafetensorError as error:
@@ -196,12 +194,8 @@ class AdapterReader:
             index = loaded[f"{module}.index"].to(torch.int32)
             bias = loaded.get(f"{module}.bias")
             parts[module] = ModuleBypass(index, loaded[f"{module}.bypass"], bias)
-            d_in = None if self._base is None else self._base.shapes[module][1]
-            faults += index_faults(module, index, d_in)
-            for name in (f"{module}.bypass", f"{module}.bias"):
-                faults += value_faults(name, loaded[name]) if name in loaded else []
         head = loaded.get(HEAD)
-        faults += [] if head is None else value_faults(HEAD, head)
+        faults = content_faults(parts, head, self._base)
         if faults or damage:  # which value is wrong says more than that some are
             raise AdapterFormatError(header.source, faults or damage)
         return Adapter(header.config, parts, header.digest, head)

@@ -292,10 +292,9 @@ class ValuesReader:
     ) -> AdapterValues:
         table, faults = self._table(layout, columns)
         if not bool((values.abs().max() <= self._largest).item()):  # false for NaN too
-            for name, part in layout.of_tensor().items():
-                faults += value_faults(name, values[part])
+            faults += value_faults({n: values[part] for n, part in layout.of_tensor().items()})
         if head is not None:
-            faults += value_faults(HEAD, head)
+            faults += value_faults({HEAD: head})
         if faults or damage:  # which value is wrong says more than that some are
             raise AdapterFormatError(source, faults or damage)
         self._refuse_large(layout, values, source)

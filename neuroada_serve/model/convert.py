@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neuroada_serve.adapters.durable import check_new_folder
-from neuroada_serve.adapters.entries import Entries, as_rows, target_modules
+from neuroada_serve.adapters.entries import Entries, as_rows
 from neuroada_serve.adapters.format import (
     Adapter,
     AdapterConfig,
@@ -22,6 +22,7 @@ from neuroada_serve.adapters.format import (
     check_adapter,
     make_adapter,
     save_adapter,
+    target_modules,
 )
 from neuroada_serve.adapters.official import ARGS_FILE, OfficialRun, read_official
 from neuroada_serve.adapters.peft_files import (

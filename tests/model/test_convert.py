@@ -767,7 +767,7 @@ def test_suggested_k_keeps_nearly_all_energy_and_one_less_does_not(source, tmp_p
 
 def test_targets_of_whole_and_half_endings(source):
     shapes = load_base(source).spec.shapes
-    from neuroada_serve.adapters.entries import target_modules
+    from neuroada_serve.adapters.format import target_modules
 
     for seed in range(20):
         modules = random_targets(shapes, seed)
