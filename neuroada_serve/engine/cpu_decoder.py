@@ -51,7 +51,7 @@ class CpuDecoder:
         self._forward = CpuForward(decoder, MAX_TOKENS)
 
     def takes(self, num_tokens: int) -> bool:
-        """Whether a step of so many tokens should come here."""
+        """Tell if a step of so many tokens should come here."""
         return num_tokens <= MAX_TOKENS
 
     def run(
@@ -61,7 +61,7 @@ class CpuDecoder:
         residents: Sequence[ResidentAdapter | None],
         merged: ResidentAdapter | None,
     ) -> Tensor:
-        """One forward.
+        """Compute one forward.
 
         Args:
             tokens: with room in the cache.
@@ -77,11 +77,11 @@ class CpuDecoder:
         return self._forward(tokens, kept, caches, plan)
 
     def release(self) -> None:
-        """Give back what grows with requests."""
+        """Release memory that grows with requests."""
         self._forward.release()
 
     def seen_by_head(self, num_kept: int) -> Tensor:
-        """[num_kept, hidden] what the last run's logits were made of; valid until the next step."""
+        """[num_kept, hidden], the head's input in the last run; valid until the next step."""
         return self._forward.seen_by_head(num_kept)
 
 
@@ -97,7 +97,7 @@ def cpu_decoder(model: nn.Module, bank: AdapterBank, cache: KVCache) -> CpuDecod
 
 
 def known_decoder(model: Any) -> Decoder | None:
-    """The parts of a model that the kernel can compute; None if it is of another form."""
+    """Parts of a model as the kernel takes them; None for a model that it does not compute."""
     family = family_of(model)
     if family is None:
         return None

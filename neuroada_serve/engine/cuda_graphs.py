@@ -77,7 +77,7 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """The graphs of one model, captured when first needed; the least used go.
+    """The graphs of one model, captured when first needed; the least used are evicted.
 
     Args:
         forward: what is captured.
@@ -108,7 +108,7 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def clear(self) -> None:
-        """Forget all graphs; needed when the model's own code changes."""
+        """Discard all graphs; needed when the model's own code changes."""
         self._graphs.clear()
 
     def bucket(self, num_seqs: int) -> int:

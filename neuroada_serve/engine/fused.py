@@ -90,7 +90,7 @@ def compile_elementwise(
 
 
 def use_cpu_kernels(model: nn.Module) -> list[nn.Module]:
-    """On the CPU, compute Llama-like norms of 16-bit models by one kernel each.
+    """Compute Llama-like norms of 16-bit models on the CPU by one kernel each.
 
     Returns:
         The changed modules; `del module.forward` undoes one.

@@ -91,7 +91,7 @@ def family_of(model: Any) -> Family | None:
 
 
 def has_code(module: Any, *digests: str) -> bool:
-    """Whether the source of a module's class has one of these digests."""
+    """Tell if the source of a module's class has one of these digests."""
     return source_digest(type(module).forward) in digests
 
 

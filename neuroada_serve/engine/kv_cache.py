@@ -43,7 +43,7 @@ class KVCache:
         return self._max_slots
 
     def holds(self, slot: int, num_tokens: int) -> bool:
-        """Whether a sequence of num_tokens in this slot has room as it is."""
+        """Tell if a sequence of num_tokens in this slot has room as it is."""
         return slot < self._slots and num_tokens <= self._tokens
 
     def reserve(self, num_slots: int, num_tokens: int) -> None:
@@ -80,12 +80,12 @@ class KVCache:
         self._slots, self._tokens = slots, tokens
 
     def release(self) -> None:
-        """Give all memory back, unless graphs read it; only while no sequence runs."""
+        """Release all memory, unless graphs read it; only while no sequence runs."""
         if not self._coarse and (self._layers or self._slots):
             self._clear()
 
     def add_layer(self, layer: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Have a layer's memory, on the CPU, from the first `reserve` on, not the first `write`."""
+        """Let a layer's memory, on the CPU, come with the next `reserve`, not with its `write`."""
         self._known[layer] = torch.empty(0, kv_heads, head_dim, dtype=dtype)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
@@ -114,12 +114,12 @@ class KVCache:
         return self._layers[layer]
 
     def layers(self) -> Iterable[tuple[int, tuple[Tensor, Tensor]]]:
-        """The same of every layer, with its number."""
+        """Number, K and V of every layer, as they lie in memory."""
         return self._layers.items()
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all layers; 0 before the first `write`."""
+        """Bytes of a token in all layers; 0 before the first `write`."""
         return _bytes_per_token(pair[0] for pair in self._layers.values())
 
     @torch.inference_mode()
@@ -142,7 +142,7 @@ class KVCache:
             yield i, (keys.shape[0], keys.shape[2])
 
     def _resize(self, layer: int, slots: int, tokens: int) -> None:
-        """Have a layer's memory in this size, with what it holds."""
+        """Reallocate a layer's memory in this size; it keeps what it holds."""
         old = self._layers.get(layer)
         if old is None:
             _, heads, dim = (like := self._known[layer]).shape
@@ -152,7 +152,7 @@ class KVCache:
             self._layers[layer] = (_resized(old[0], slots, tokens), _resized(old[1], slots, tokens))
 
     def _undo(self, before: Mapping[int, tuple[int, int]]) -> None:
-        """Give back what layers were given since they had these shapes."""
+        """Release the memory that layers got since they had these shapes."""
         for i in set(self._layers) - set(before):
             del self._layers[i]
         for i, shape in before.items():
@@ -181,7 +181,8 @@ def _resized(tensor: Tensor, slots: int, tokens: int) -> Tensor:
 
 
 def _bytes_per_token(keys: Iterable[Tensor]) -> int:
-    """Of K and V; keys are [..., kv_heads, head_dim] or [slots, kv_heads, tokens, head_dim]."""
+    """Bytes of a token's K and V, for keys [..., kv_heads, head_dim] or [slots, kv_heads, tokens,
+    head_dim]."""
     return sum(2 * t.shape[1] * t.shape[-1] * t.element_size() for t in keys)
 
 

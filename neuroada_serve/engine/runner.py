@@ -39,7 +39,7 @@ class PromptLogits:
 
 @dataclass(frozen=True)
 class StepLogits:
-    """What one forward gives.
+    """The logits of one forward.
 
     sequences: those that get a token now: all decodes, and prefills whose prompt is complete.
     """
@@ -194,14 +194,14 @@ class ModelRunner:
         return StepLogits(sampled, logits[: len(sampled)], hidden, prompts)
 
     def release(self) -> None:
-        """Give back what grows with requests; only while no sequence runs."""
+        """Release memory that grows with requests; only while no sequence runs."""
         self.cache.release()
         if self._cpu_decoder is not None:
             self._cpu_decoder.release()
 
     def _spans(self, start: int, num_tokens: int, slot: int, past: int) -> list[PrefillSpan]:
-        """A chunk of a prompt, as it attends: whole, or by blocks where shapes must not depend on
-        how the prompt was cut."""
+        """Split a chunk of a prompt for attention: not at all, or into blocks where shapes must not
+        depend on how the prompt was cut."""
         if not self._deterministic:
             return [PrefillSpan(start, start + num_tokens, slot, past)]
         assert past % BLOCK_TOKENS == 0
@@ -213,7 +213,7 @@ class ModelRunner:
     def _replay(
         self, graphs: DecodeGraphs, decodes: Seq[Sequence], merged: AdapterVersion | None
     ) -> StepLogits | None:
-        """A step of decodes only, from a graph; None where it must run without."""
+        """Replay a step of decodes from a graph; None where it must run without."""
         in_weights = self._resident(merged)
         residents = [self._resident(s.version) for s in decodes]
         # Padding rows are of the merged adapter: nothing to add, whatever is merged.
@@ -262,7 +262,7 @@ class ModelRunner:
 
 
 def _adds_biases(residents: Seq[ResidentAdapter | None], merged: ResidentAdapter | None) -> bool:
-    """Whether any token of a step has another bias than what is in the weights."""
+    """Tell if any token of a step has another bias than the one in the weights."""
     return any(
         one is not merged and any(r is not None and r.plane.has_biases for r in (one, merged))
         for one in set(residents)
@@ -270,7 +270,7 @@ def _adds_biases(residents: Seq[ResidentAdapter | None], merged: ResidentAdapter
 
 
 def _refuse_other_products(base: BaseModel) -> None:
-    """Products whose shapes are not ours to fix would depend on the other tokens."""
+    """Refuse models with products whose shapes are not ours: they depend on the other tokens."""
     others = [name for name, module in base.model.named_modules() if type(module) is nn.Linear]
     others += [name for name, p in base.model.named_parameters() if p.ndim > 2]
     if others:
@@ -281,7 +281,7 @@ def _refuse_other_products(base: BaseModel) -> None:
 
 
 def _refuse_unsupported(base: BaseModel) -> None:
-    """Models whose state is more than keys and values by position would be silently wrong."""
+    """Refuse models with a state beside keys and values, which would be silently wrong."""
     model, config = base.model, base.model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or [])
     attributes: Mapping[str, bool] = {

@@ -103,7 +103,7 @@ class BypassSite:
 
     @property
     def d_outs(self) -> dict[str, int]:
-        """Its modules in the order of their rows, with their number."""
+        """Modules with their number of rows, in order."""
         return {name: rows.stop - rows.start for name, rows in self.rows.items()}
 
     def output(self, name: str, x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class BypassSite:
 
     @contextmanager
     def _added(self, adds: Sequence[tuple[BypassTable, int, int]]) -> Iterator[None]:
-        """Have values in the weight for a while. What was there is put back in reverse order."""
+        """Keep values in the weight for a block; then restore its entries, in reverse order."""
         undo: list[Callable[[], None]] = []
         try:
             for table, slot, sign in adds:
@@ -172,7 +172,7 @@ class BypassSite:
                 put_back()
 
     def _add(self, table: BypassTable, index: Tensor, values: Tensor) -> Callable[[], None]:
-        """Add values [rows, k] to the weight; returns what puts back what was there."""
+        """Add values [rows, k] to the weight; return a function that restores its entries."""
         entries = self.matrix.entries
         if entries.is_cuda and triton_bypass.HAS_TRITON:
             weight = self.matrix.dense()[table.rows]
@@ -259,7 +259,7 @@ class PackedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class AttachedBypass:
-    """What `attach_bypass` put into a model.
+    """The layers that `attach_bypass` put into a model.
 
     layers: by module name.
     sites: site -> its modules in the order of their rows, with their d_out.

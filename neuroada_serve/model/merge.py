@@ -20,7 +20,7 @@ from neuroada_serve.ops.weights import WeightEntries
 
 @dataclass(frozen=True)
 class _Merged:
-    """What is in the weights, and what must go back."""
+    """A merged adapter, and the weights to put back."""
 
     table: IndexTable
     entries: WeightEntries
@@ -116,7 +116,7 @@ class WeightMerger:
         self._merged = None
 
     def _entries(self, table: IndexTable) -> WeightEntries:
-        """Where a table's entries lie. The last one is kept, as swaps ask for it again and again,
+        """Find a table's entries. The last one is kept, as swaps ask for it again and again,
         and no more, as it takes 8 bytes an entry."""
         if self._merged is not None and self._merged.table is table:
             return self._merged.entries

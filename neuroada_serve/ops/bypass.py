@@ -39,7 +39,7 @@ class TokenSlots:
 
     @cached_property
     def idle(self) -> bool:
-        """Whether no token has anything to add."""
+        """True where no token has anything to add."""
         idle = NO_SLOT if self.merged_slot is None else self.merged_slot
         return all(slot == idle for slot in self.slots)
 

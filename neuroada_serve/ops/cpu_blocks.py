@@ -115,7 +115,7 @@ STORE, ADD, GATE, LOGITS = range(4)
 
 
 class StepBlock(ctypes.Structure):
-    """What changes from one forward to the next, for all operations.
+    """The step that all operations of a program compute.
 
     positions, slots, kept: of int64.
     cos, sin: of [num_tokens, head_dim] bf16.

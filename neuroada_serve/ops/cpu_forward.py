@@ -92,7 +92,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a forward computes.
+    """The tokens of a forward.
 
     ids, positions, slots: [T] int64; no two of one slot and position.
     context_length: beyond every position.
@@ -185,7 +185,7 @@ class CpuForward:
         return self._normed[:num_kept]
 
     def release(self) -> None:
-        """Give back what grows with the tokens of a run and their context."""
+        """Release memory that grows with the tokens of a run and their context."""
         self._logits = torch.empty(0, self._decoder.head.weight.d_out)
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
@@ -355,5 +355,5 @@ def prepare() -> None:
 
 
 def available() -> bool:
-    """Whether there are kernels, and a team of threads that can wait for each other."""
+    """Tell if there are kernels, and a team of threads that can wait for each other."""
     return forward_kernels() is not None and (torch.get_num_threads() == 1 or cpu_team.has_team())

@@ -199,7 +199,7 @@ def _multiply(weight: int, d_in: int, x: int, num_tokens: int, y: int) -> None:
 
 @njit(inline="always")
 def _has(table: Any, row: int) -> Any:
-    """Whether a row of the site is one of the table's."""
+    """True for a row of the site that is one of the table's."""
     return table.first_row <= row < table.first_row + table.d_out
 
 
@@ -424,7 +424,7 @@ def _rounded(source: int, raw: int, count: int) -> None:
 
 
 def scratch_bytes(num_tokens: int, num_lanes: int, d_in: int, largest_k: int) -> int:
-    """What a thread needs for a product; num_lanes with every call's rounded up to 16."""
+    """Bytes that a thread needs for a product; num_lanes with every call's rounded up to 16."""
     tiles = 2 * 4 * TILE * (num_tokens + CHUNK + 1)
     work = 10 * TILE + 4 * LANES * TILE * (1 + largest_k) + 8 * LANES  # or the logs of two adds
     return tiles + work + num_lanes * (4 * d_in + LANES_X)
@@ -557,7 +557,7 @@ def _rotate(args: Any, step: Any) -> None:
 
 
 def attention_scratch_bytes(group: int, context_length: int) -> int:
-    """What a thread needs for attention, with this many query heads to one of keys."""
+    """Bytes that a thread needs for attention, with this many query heads to one of keys."""
     return 4 * QUERIES * group * (context_length + LANES)
 
 

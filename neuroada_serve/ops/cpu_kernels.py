@@ -98,7 +98,7 @@ def transpose_x(rows: Any, d_in: int, kind: int, x_t: int) -> None:
 
 @njit
 def fetch_values(table: Any, lanes: Any, row: int, stop: int) -> None:
-    """Begin to fetch what all lanes have for neurons row..stop - 1, and the index."""
+    """Begin to fetch all lanes' values for neurons row..stop - 1, and the index."""
     k, size, slots = table.k, size_of(table.kind), longs_at(lanes.slots)
     fetch(table.index + 4 * row * table.index_stride, 4 * (stop - row) * table.index_stride)
     offset, size_bytes = row * k * size, (stop - row) * k * size

@@ -41,7 +41,7 @@ def forward_kernels() -> Any:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether kernels can run on these tensors: one known dtype, on the CPU, numba there."""
+    """Tell if kernels can run on these tensors: one known dtype, on the CPU, numba there."""
     dtype = tensors[0].dtype
     return (
         dtype in KINDS
@@ -79,7 +79,7 @@ def run_program(program: ProgramBlock, threads: int) -> None:
 
 
 def has_team() -> bool:
-    """Whether kernels can take over torch's OpenMP threads."""
+    """Tell if kernels can take over torch's OpenMP threads."""
     return _openmp() is not None
 
 

@@ -35,7 +35,7 @@ _I16X16 = ir.VectorType(ir.IntType(16), LANES)
 
 
 def kernel_sources() -> int:
-    """A number that is another one after any change to the kernels' source.
+    """Digest the kernels' source to a number.
 
     A kernel that has it in its closure is compiled anew then: numba's own cache compares closures,
     but looks at no file except the kernel's.
@@ -45,7 +45,7 @@ def kernel_sources() -> int:
 
 
 def c_function(kernel: Callable[[Any], None]) -> Any:
-    """A C function of one pointer, from numba's cache where one can be kept."""
+    """Compile a C function of one pointer, kept in numba's cache where there can be one."""
     try:
         return cfunc("void(voidptr)", cache=True)(kernel)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
@@ -53,7 +53,7 @@ def c_function(kernel: Callable[[Any], None]) -> Any:
 
 
 def has_feature(name: str) -> bool:
-    """Whether this processor has instructions of LLVM's name."""
+    """Tell if this processor has the instructions of this name in LLVM."""
     return bool(binding.get_host_cpu_features().get(name))
 
 
@@ -98,7 +98,7 @@ def _float_of(builder: Any, bits: Any, kind: int) -> Any:
 
 
 def _bits_of(builder: Any, value: Any, kind: int) -> Any:
-    """The reverse, rounded to nearest, ties to even, as torch does."""
+    """Bits of 16 floats as a 16-bit kind, rounded to nearest, ties to even, as torch does."""
     if kind == FLOAT16:
         halves = builder.fptrunc(value, _F16X16)
         return builder.zext(builder.bitcast(halves, _I16X16), I32X16)
@@ -255,7 +255,7 @@ def add_to_rows(typing: Any, tile: Any, rows: Any, offset: Any) -> Any:
 
 @dataclass(frozen=True)
 class PairStep:
-    """One instruction's worth of the product of pairs of bf16, each pair in an i32.
+    """One step of the product of pairs of bf16, each pair in an i32.
 
     take: (builder, <16 x i32> of pairs) -> the factor it multiplies.
     add: (builder, total, factor, factor) -> <16 x float>.
@@ -266,7 +266,7 @@ class PairStep:
 
 
 def pair_steps() -> list[PairStep]:
-    """What adds both products of pairs, one after the other: one step where the processor has an
+    """Steps that add both products of pairs, one after the other: one where the processor has an
     instruction for it, else one for the first and one for the second of a pair."""
 
     def dot(builder: Any, total: Any, a: Any, b: Any) -> Any:
@@ -298,7 +298,7 @@ def add_products(builder: Any, total: Any, a: Any, b: Any) -> Any:
 
 
 def concealed(builder: Any, number: Any) -> Any:
-    """An i64 as it is; but the compiler cannot know that, and loads again what lies there."""
+    """Conceal a number from the compiler, which then loads again what lies at that address."""
     return builder.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [number], False)
 
 

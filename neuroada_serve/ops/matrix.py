@@ -35,7 +35,7 @@ class FrozenMatrix(Protocol):
         ...
 
     def positions(self, index: Tensor, first_row: int = 0) -> Tensor:
-        """Where in `entries` the columns index [rows, k] of rows first_row and on are.
+        """Find the columns index [rows, k] of rows first_row and on in `entries`.
 
         Returns:
             [rows * k] int64, row by row.
@@ -180,7 +180,7 @@ def packed_matrix(weight: Tensor) -> PackedMatrix:
 
 
 def packs_faster(weight: Tensor) -> bool:
-    """Whether there is a faster form for this weight."""
+    """Tell if there is a faster form for this weight."""
     is_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return is_bf16 and (_onednn_packs() or cpu_team.forward_kernels() is not None)
 
@@ -201,14 +201,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @cache
 def _onednn_has_bf16() -> bool:
-    """Whether oneDNN, and so torch, has fast products of bf16 on this processor."""
+    """Tell if oneDNN, and so torch, has fast products of bf16 on this processor."""
     says = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # None: a torch without it
     return says is not None and bool(says())
 
 
 @cache
 def _onednn_packs() -> bool:
-    """Whether oneDNN multiplies bf16 on this processor, and torch lets us pack for it."""
+    """Tell if oneDNN multiplies bf16 on this processor, and torch lets us pack for it."""
     needed = ("_reorder_linear_weight", "_linear_pointwise", "_nbytes", "data_ptr")
     return all(hasattr(torch.ops.mkldnn, name) for name in needed) and _onednn_has_bf16()
 
@@ -248,7 +248,7 @@ def _layout(d_out: int, d_in: int) -> tuple[Tensor, Tensor] | None:
 
 
 def _lies_in_blocks_of_64(weight: Tensor, entries: Tensor) -> bool:
-    """By all of its places; of a matrix too large for that, by its first and its last rows."""
+    """Compare all of its places; of a matrix too large for that, its first and its last rows."""
     d_out, d_in = weight.shape
     if d_in % 2 or len(entries) != -(-d_out // 64) * 64 * d_in:
         return False

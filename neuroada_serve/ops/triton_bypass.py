@@ -42,7 +42,7 @@ _ENTRIES = 1024  # weight entries per program
 
 @dataclass(frozen=True)
 class BypassTile:
-    """How one launch of the op is cut up.
+    """The cut of one launch of the op.
 
     way: see the module's docstring.
     rows: outputs per program, a power of two.

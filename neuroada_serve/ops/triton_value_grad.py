@@ -32,7 +32,7 @@ _TURNED = 64  # rows and columns that a program transposes
 
 @dataclass(frozen=True)
 class GradTile:
-    """How one launch is cut up.
+    """The cut of one launch.
 
     rows: rows of the weight per program, a power of two.
     tokens: tokens a program multiplies at once, a power of two.

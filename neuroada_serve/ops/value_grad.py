@@ -22,7 +22,7 @@ _FEWEST_NEURONS = 256  # in one piece of the kernel's work
 
 
 def value_grad_reference(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """What `value_grad` computes, in at least float32, through a [tokens, d_out, k] temporary."""
+    """Compute `value_grad` in at least float32, through a [tokens, d_out, k] temporary."""
     wide = torch.promote_types(x.dtype, torch.float32)
     gathered = x.to(wide)[:, index.long()]  # (tokens, d_out, k)
     return torch.einsum("to,tok->ok", grad_output.to(wide), gathered)
@@ -80,7 +80,7 @@ def _dispatched(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.custom_op("neuroada_serve::value_grad", mutates_args=())
 def _opaque(grad_output: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """What a compiler takes as one operator: it cannot look into kernels that are not torch's."""
+    """`value_grad` as one operator for compilers, which cannot read our kernels."""
     return _dispatched(grad_output, x, index)
 
 

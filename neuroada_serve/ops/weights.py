@@ -27,7 +27,7 @@ def write_entries_(storage: Tensor, positions: Tensor, values: Tensor) -> None:
 
 
 def add_entries_(storage: Tensor, positions: Tensor, values: Tensor) -> Tensor:
-    """storage[positions] += values, summed in float32 and rounded once; what was there before."""
+    """storage[positions] += values, in float32 and rounded once; return what was there before."""
     if cpu_team.supports(storage, values):
         saved = torch.empty_like(values)
         _run_kernel("add_entries", storage, positions, values.contiguous(), saved)
