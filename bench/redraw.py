@@ -7,9 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-from bench import adapters, merge, scaling, sharing
+from bench import scaling
+from bench.adapters import report as adapters
 from bench.harness import RESULTS
+from bench.merge import report as merge
 from bench.quality import report as quality
+from bench.sharing import report as sharing
 from bench.training import report as training
 from neuroada_serve.benchmark.plot import plot as plot_benchmark
 

@@ -211,7 +211,7 @@ def test_every_listed_file_is_there_and_every_module_is_listed():
 
 def test_paths_on_pages_exist():
     named = set(re.findall(r"`((?:bench|docs|examples|neuroada_serve|tests|\.ci)/[\w./-]+)`", TEXT))
-    for name in re.findall(r"-m bench\.(\w+)", TEXT):
+    for name in re.findall(r"-m bench\.([a-z_]+)", TEXT):
         folder = ROOT / "bench" / name
         named.add(f"bench/{name}/__main__.py" if folder.is_dir() else f"bench/{name}.py")
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

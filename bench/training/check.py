@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import Shape, random_base
+from bench.gpu.model import Shape, random_base
 from bench.training.methods import Method, prepared, random_batch
 
 CHECKED = Shape(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench.gpu import LLAMA_8B, TINY, random_base
+from bench.gpu.model import LLAMA_8B, TINY, random_base
 from bench.training.methods import Job, Method, random_batch
 
 

@@ -1,4 +1,4 @@
-"""bench/gpu.py: its whole logic on the CPU with a toy model, and its verdicts on made-up times."""
+"""bench/gpu: its whole logic on the CPU with a toy model, and its verdicts on made-up times."""
 
 import json
 import time
@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench import gpu
+from bench.gpu import __main__ as gpu
+from bench.gpu.model import LLAMA_8B, TINY
+from bench.gpu.report import Report, met_targets
+from bench.gpu.steps import floor_ms
+from bench.gpu.tiles import candidates
+from neuroada_serve.adapters.format import BaseSpec
+from neuroada_serve.model.loader import BaseModel
 
 CPU = torch.device("cpu")
 
 
-def new_report(minutes: float = 5) -> gpu.Report:
-    return gpu.Report(time.monotonic() + minutes * 60, CPU)
+def new_report(minutes: float = 5) -> Report:
+    return Report(time.monotonic() + minutes * 60, CPU)
 
 
 def test_tiny_run_measures_every_part(tmp_path, capsys):
@@ -25,9 +32,9 @@ def test_tiny_run_measures_every_part(tmp_path, capsys):
     assert result["skipped"] == []
     assert all(result["checks"].values())
     for name in ("decode/1/base", "decode/4/k2/4", "prefill/k1/4/gather", "swap/k1", "lora/4/4"):
-        assert len(result["samples_ms"][name]) == gpu.TINY.samples, name
+        assert len(result["samples_ms"][name]) == TINY.samples, name
     assert result["facts"]["adapters resident"] == 40
-    assert len(result["samples_ms"]["resident/many"]) == 2 * gpu.TINY.samples
+    assert len(result["samples_ms"]["resident/many"]) == 2 * TINY.samples
     assert result["floors_ms"]["floor/4/k2/4"] > result["floors_ms"]["floor/4/base"]
 
 
@@ -56,22 +63,22 @@ def test_ratio_is_taken_round_by_round(times, met):
     report.samples_ms = {"decode/64/k1/64": times, "decode/64/base": [10.0, 20.0]}
     report.floors_ms = {"floor/1/base": 5.0}
     report.samples_ms["decode/1/base"] = [6.5, 6.5, 9.0]
-    targets = gpu.met_targets(report)
+    targets = met_targets(report)
     assert targets["64 distinct k=1, of the base step"]["met"] is met
     assert targets["base step at batch 1, of the floor"]["ratio"] == pytest.approx(1.3)
 
 
 def test_floor_counts_the_bytes_of_llama_8b():
     """15 GB of weights at batch 1; 64 distinct k=1 adapters add 176 MB (design.md, fact 2)."""
-    config = gpu.AutoConfig.for_model("llama", **gpu.LLAMA_8B.model)
+    config = AutoConfig.for_model("llama", **LLAMA_8B.model)
     with torch.device("meta"):
-        model = gpu.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
     class Meta:
-        base = gpu.BaseModel(
+        base = BaseModel(
             model=model,
             tokenizer=None,
-            spec=gpu.BaseSpec("", "", {}),
+            spec=BaseSpec("", "", {}),
             path=Path(),
             dtype=torch.bfloat16,
             device=CPU,
@@ -80,14 +87,14 @@ def test_floor_counts_the_bytes_of_llama_8b():
             vocab_size=1,
         )
 
-    base = gpu.floor_ms(Meta(), gpu.LLAMA_8B, 1.0, 1, 0, 0)
+    base = floor_ms(Meta(), LLAMA_8B, 1.0, 1, 0, 0)
     assert base == pytest.approx(15.0e9 + 1024 * 131072, rel=0.01)
-    mixed = gpu.floor_ms(Meta(), gpu.LLAMA_8B, 1.0, 1, 64 * 1376256, 0)
+    mixed = floor_ms(Meta(), LLAMA_8B, 1.0, 1, 64 * 1376256, 0)
     assert mixed - base == 64 * 1376256 * 2
 
 
 def test_candidate_tiles_differ():
     for num_tokens in (1, 64):
-        tiles = gpu.candidates(num_tokens)
+        tiles = candidates(num_tokens)
         assert len(set(tiles)) == len(tiles)
         assert any(tile.early for tile in tiles)

@@ -7,6 +7,11 @@ import pytest
 import torch
 
 from bench import choices, harness, memory, prefix_answers, redraw, scaling, startup, stops
+from bench.adapters import __main__ as adapters
+from bench.merge import __main__ as merge
+from bench.merge import modes
+from bench.sharing import __main__ as sharing
+from bench.sharing import tenants, turns
 from neuroada_serve import save_adapter
 from tests.support.decoder_sizes import SIZES
 from tests.support.tiny import random_adapter, save_tiny_model
@@ -15,7 +20,8 @@ from tests.support.tiny import random_adapter, save_tiny_model
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    return str(save_tiny_model(folder, dtype=torch.bfloat16, vocab_size=512).path)
+    sizes = {"vocab_size": 1024, "max_position_embeddings": 1024}
+    return str(save_tiny_model(folder, dtype=torch.bfloat16, **sizes).path)
 
 
 @pytest.fixture
@@ -33,6 +39,37 @@ def run(tmp_path, capsys):
         return result
 
     return run
+
+
+def test_thousands_of_adapters_in_small(model, run, tmp_path):
+    flags = ["--counts", "1,20", "--rounds", 1, "--requests", 4, "--probes", 1]
+    result = run(adapters, model, *flags)
+    assert [row["adapters"] for row in result["start"]] == [1, 20]
+    cases = {row["case"]: row for row in result["throughput"]["cases"]}
+    assert cases.keys() == {"distinct", "1", "20"}
+    assert all(row["tokens_per_s"] > 0 for row in cases.values())
+    assert result["memory"]["adapters"] == 20
+    assert all(ms > 0 for load in result["cold"].values() for ms in load["ttft_ms"].values())
+    assert (tmp_path / "found.png").stat().st_size > 1000
+
+
+def test_merging_restores_every_bit(model, run, monkeypatch):
+    monkeypatch.setattr(merge, "MODE_KS", (2,))
+    monkeypatch.setattr(modes, "NUM_REQUESTS", 6)
+    result = run(merge, model, "--rounds", 1, "--rotations", 3)
+    assert result["rotations"]["bit_exact"]
+    assert result["rotations"]["digest_while_merged_differs"]
+    assert result["swap"]["times_faster"].keys() == {"k1", "k8"}
+    assert result["costs"].keys() == result["modes"].keys() == {"k=2"}
+
+
+def test_waiting_is_measured(model, run, monkeypatch):
+    monkeypatch.setattr(turns, "TURN_REQUESTS", 8)
+    monkeypatch.setattr(tenants, "TENANT_SECONDS", 0.5)
+    result = run(sharing, model, "--rounds", 1)
+    assert result["turns"]["room for three"]["ttft_ms_p50"] > 0
+    assert 0 < result["tenants"]["equal shares"]["jain_index"] <= 1
+    assert result["prefix"]["cached_tokens"] > 0
 
 
 def test_choices_time_both_ways(model, run, monkeypatch):
