@@ -71,11 +71,12 @@ def interleaved(
     Returns:
         By name, one result per round.
     """
-    samples: dict[K, list[T]] = {name: [] for name in ways}
+    names = list(ways)
+    samples: dict[K, list[T]] = {name: [] for name in names}
     with progress_bar(console) as progress:
         task = progress.add_task(label, total=(rounds + warm_up) * len(ways))
         for number in range(-1 if warm_up else 0, rounds):
-            for name in list(ways) if number % 2 == 0 else list(reversed(ways)):
+            for name in names if number % 2 == 0 else reversed(names):
                 found = ways[name](number if number >= 0 else rounds)
                 if number >= 0:
                     samples[name].append(found)

@@ -117,6 +117,15 @@ def plan_types(root: Path) -> list[str]:
     return found
 
 
+def task_files(root: Path) -> list[str]:
+    """Files that a new task needs, by the docstring of tasks.py; a test holds that list."""
+    path = root / PACKAGE / "tasks.py"
+    if not path.is_file():
+        return []
+    text = ast.get_docstring(parsed(path)) or ""
+    return sorted({"tasks.py", *re.findall(r"`([a-z_]+/[\w/.]+)`", text)})
+
+
 def docstrings(root: Path, folder: str = PACKAGE) -> Iterator[tuple[str, str]]:
     """Place, as `file:line`, and text of every docstring of a folder."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -197,6 +206,7 @@ def counts(root: Path = ROOT) -> list[Count]:
     files = long_files(root)
     scripts = long_files(root, "bench", MAX_SCRIPT_LINES)
     plan = plan_types(root)
+    tasks = task_files(root)
     asked = riddles(root)
     others = riddles(root, "bench") + riddles(root, "tests")
     untested = untested_modules(root)
@@ -208,6 +218,7 @@ def counts(root: Path = ROOT) -> list[Count]:
         Count("package files over 500 lines", None, len(files), 0, [*files.items()]),
         Count("bench scripts over 300 lines", 7, len(scripts), 0, [*scripts.items()]),
         Count("types of a step's plan", 13, len(plan), 6, plan),
+        Count("files that a new task needs", 31, len(tasks), 6, tasks),
         Count("flags whose default is written twice", 106, len(repeated), 0, repeated),
         Count("docstrings that begin with a question", 115, len(asked), 0, asked),
         Count("docstrings of the package", 1174, sum(1 for _ in docstrings(root))),

@@ -189,7 +189,7 @@ def sequences(
             prompt_token_ids=tokens[i],
             params=GREEDY,
             max_tokens=1 << 20,
-            end_token_ids=(),
+            end_token_ids=frozenset(),
             lease=lease,
             detokenizer=None,
             slot=i,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from neuroada_serve.adapters.durable import write_durably
@@ -262,17 +262,6 @@ def _faults(model: Any, report: Mapping[str, Any], stored: Mapping[str, str]) ->
         )
         if names
     ]
-
-
-def load_spec(source: ModelSource) -> BaseSpec:
-    """What adapters of this base must fit, without loading its weights."""
-    with quiet_transformers(), torch.device("meta"):
-        try:
-            config = AutoConfig.from_pretrained(source.path, local_files_only=True)
-            model = AutoModelForCausalLM.from_config(config)
-        except Exception as error:
-            raise ModelError(f"model {source.name!r} cannot be loaded: {error}") from error
-    return _spec(source, model)
 
 
 def _spec(source: ModelSource, model: Any) -> BaseSpec:

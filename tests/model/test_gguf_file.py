@@ -8,7 +8,7 @@ import pytest
 
 from neuroada_serve.errors import ModelError
 from neuroada_serve.model.gguf_file import gguf_stem, read_gguf
-from neuroada_serve.model.loader import load_spec
+from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import resolve_model
 from tests.support.gguf_files import Changes, random_model, save_gguf
 
@@ -36,7 +36,7 @@ def test_split_file_is_joined_from_any_part(parts, model, tmp_path):
     found = [resolve_model(str(part)) for part in parts]
     assert {source.name for source in found} == {"split"}
     assert len({source.path for source in found}) == 1
-    assert load_spec(found[0]).fingerprint == load_spec(whole).fingerprint
+    assert load_base(found[0]).spec.fingerprint == load_base(whole).spec.fingerprint
 
 
 def test_missing_parts_are_named(parts):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from neuroada_serve.config import DEMO_HUB_ID
 from neuroada_serve.errors import ModelError
 from neuroada_serve.model import gguf_convert, loader, source
-from neuroada_serve.model.loader import base_fingerprint, load_base, load_spec
+from neuroada_serve.model.loader import base_fingerprint, load_base
 from neuroada_serve.model.source import ModelSource, cache_dir, resolve_model
 from tests.support.gguf_files import random_model, save_gguf
 from tests.support.tiny import save_tiny_model
@@ -354,7 +354,7 @@ def test_pickled_weights_are_refused(folder):
     with pytest.raises(ModelError, match="'tiny' cannot be loaded"):
         load_base(ModelSource("tiny", folder))
     with pytest.raises(ModelError, match="convert pickle checkpoints to safetensors first"):
-        load_spec(ModelSource("tiny", folder))
+        base_fingerprint(folder, list(weights), "model")
 
 
 def truncate_weights(folder: Path) -> None:
@@ -374,14 +374,13 @@ def unknown_architecture(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "nobody_knows"}')
 
 
-@pytest.mark.parametrize("load", [load_base, load_spec])
 @pytest.mark.parametrize(
     "damage", [truncate_weights, break_shard_index, break_config, unknown_architecture]
 )
-def test_unreadable_model_is_refused_by_name(damage, load, folder):
+def test_unreadable_model_is_refused_by_name(damage, folder):
     damage(folder)
     with pytest.raises(ModelError, match="tiny|model"):
-        load(ModelSource("tiny", folder))
+        load_base(ModelSource("tiny", folder))
 
 
 def test_unknown_device_is_refused(folder):
@@ -411,11 +410,10 @@ def rewrite(folder: Path, change) -> None:
 
 
 def test_fingerprint_is_64_hex_digits_and_needs_no_weights_in_memory(folder):
-    spec = load_spec(ModelSource("tiny", folder))
+    spec = load_base(ModelSource("tiny", folder)).spec
     assert len(bytes.fromhex(spec.fingerprint)) == 32
     (folder / KEPT).unlink()
-    base = load_base(ModelSource("tiny", folder))
-    assert (spec.fingerprint, spec.shapes) == (base.spec.fingerprint, base.spec.shapes)
+    assert base_fingerprint(folder, list(spec.shapes), "model") == spec.fingerprint
 
 
 def test_fingerprint_does_not_depend_on_the_dtype_loaded(folder):
@@ -434,7 +432,7 @@ def test_fingerprint_does_not_depend_on_sharding(folder):
 
 
 def test_fingerprint_does_not_depend_on_the_order_or_prefix_of_tensors(folder):
-    modules = list(load_spec(ModelSource("tiny", folder)).shapes)
+    modules = list(load_base(ModelSource("tiny", folder)).spec.shapes)
     expected = base_fingerprint(folder, modules, "model")
     rewrite(folder, lambda w: {n.removeprefix("model."): t for n, t in reversed(list(w.items()))})
     assert base_fingerprint(folder, modules[::-1], "model") == expected
@@ -491,7 +489,7 @@ def test_kept_fingerprint_is_used_until_the_weights_change(folder, monkeypatch):
 
 
 def test_kept_fingerprint_is_for_the_same_modules_only(folder):
-    modules = list(load_spec(ModelSource("tiny", folder)).shapes)
+    modules = list(load_base(ModelSource("tiny", folder)).spec.shapes)
     whole = base_fingerprint(folder, modules, "model")
     assert base_fingerprint(folder, modules[1:], "model") != whole
 
