@@ -11,11 +11,12 @@ LARGE_CLASSES = {
     "adapters/store.py:AdapterStore",
     "engine/adapter_plane.py:AdapterPlane",
     "engine/engine.py:Engine",
+    "engine/llm.py:LLM",
     "server/worker.py:Worker",
     "train/run.py:Run",
 }
 LONG_FILES = {"engine/engine.py"}
-LONG_SCRIPTS = {"adapters.py", "gpu.py", "merge.py", "sharing.py"}
+LONG_SCRIPTS: set[str] = set()
 
 
 def test_classes_stay_within_250_lines_and_20_methods():
