@@ -49,8 +49,8 @@ def __dir__() -> list[str]:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No garbage collection inside. Importing torch and transformers makes very many objects, all
-    of which stay; going through them again and again is a good part of a start (bench/LOG.md)."""
+    """Pause garbage collection. Importing torch and transformers makes very many objects, all of
+    which stay; scanning them again and again takes a good part of a start (bench/LOG.md)."""
     enabled = gc.isenabled()
     gc.disable()
     try:

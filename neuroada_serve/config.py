@@ -23,7 +23,7 @@ from neuroada_serve.options import (
 from neuroada_serve.tasks import TaskType, task_of
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-PROMPT_BLOCK = 32  # tokens that the prefix cache keeps together
+PROMPT_BLOCK = 32  # tokens per block of the prefix cache
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE = "auto"  # as stored
 DEMO = "demo"  # MODEL of the base that needs no hub
@@ -33,7 +33,7 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How one base model is loaded and scheduled."""
+    """Settings for loading one base model and scheduling its requests."""
 
     dtype: str = option(
         AUTO_DTYPE, "Weight dtype: auto (as stored), float32, bfloat16 or float16.", "Model"
@@ -69,8 +69,8 @@ class EngineConfig:
     )
     deterministic: bool = option(
         False,
-        "A request's answer has the same bits alone, beside others and from the prefix cache, in "
-        "bfloat16 too: every token is computed in products of fixed shapes. On the CPU; slower.",
+        "Answer a request with the same bits alone, in a batch and from the prefix cache, in "
+        "bfloat16 too, by computing every token in products of fixed shapes. CPU only; slower.",
         "Model",
     )
     merge: str = option(
@@ -83,15 +83,15 @@ class EngineConfig:
     adapter_memory: int | None = option(
         None,
         "Device memory for adapters, such as 512MiB; the least recently used are evicted first. "
-        "Default: a tenth of a GPU's memory; 2GiB on the CPU, of which only what is used is taken.",
+        "Default: a tenth of a GPU's memory; 2GiB on the CPU, allocated as it is needed.",
         "Memory",
         metavar="SIZE",
         read=parse_bytes,
     )
     adapter_host_memory: int | None = option(
         None,
-        "Host memory for copies of adapters, so that the device gets them without reading "
-        "files. Default: 4GiB beside a GPU, 256MiB beside the CPU.",
+        "Host memory for copies of adapters, from which the device gets them without reading "
+        "files. Default: 4GiB with a GPU, 256MiB on the CPU.",
         "Memory",
         metavar="SIZE",
         read=parse_bytes,
@@ -155,17 +155,17 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What the HTTP endpoint listens on and lets its clients do."""
+    """Settings of the HTTP endpoint: where it listens, and what clients may do."""
 
     host: str = option("127.0.0.1", "Address to listen on.", "HTTP")
     port: int = option(8000, "TCP port to listen on; 0 takes a free one.", "HTTP")
     adapter_dir: Path | None = option(
-        None, "Directory of adapter folders: each is served under its folder's name.", "Adapters"
+        None, "Directory of adapter folders; each is served under its folder's name.", "Adapters"
     )
     preload: bool = option(
         False,
-        "Read the adapters of --adapter-dir before serving, as many as memory takes; else each is "
-        "read when it is first asked for.",
+        "Read the adapters of --adapter-dir before serving, as many as fit in memory. By default "
+        "each is read when it is first requested.",
         "Adapters",
     )
     tenant_header: str | None = option(
@@ -176,8 +176,8 @@ class ServerConfig:
     )
     allow_runtime_adapters: bool = option(
         False,
-        "Let clients load, unload, pin and merge adapters over HTTP; to load only from under "
-        "--adapter-dir.",
+        "Let clients load, unload, pin and merge adapters over HTTP. Only folders under "
+        "--adapter-dir can be loaded.",
         "Adapters",
     )
     max_waiting: int = option(
@@ -188,16 +188,15 @@ class ServerConfig:
     )
     max_connections: int | None = option(
         None,
-        "Connections that may be open at once; when there is no place for a new one, whoever has "
-        "sent no whole request for longest goes. Default: what there are file descriptors for, up "
-        "to 8192.",
+        "Maximum number of open connections. For a new one beyond it, the connection that has sent "
+        "no whole request for longest is closed. Default: as many as the limit on open files "
+        "allows, up to 8192.",
         "HTTP",
     )
     allowed_hosts: tuple[str, ...] = option(
         (),
-        "Name that clients may use for this server, as Host and, from web pages, as Origin; beside "
-        "localhost and addresses. Repeatable. '*' allows all, for a server behind a proxy that "
-        "checks them.",
+        "Name to accept as Host and, from web pages, as Origin, besides localhost and addresses. "
+        "Repeatable. '*' accepts all, for a server behind a proxy that checks them.",
         "HTTP",
         flag="allowed-host",
         metavar="NAME",
@@ -205,8 +204,8 @@ class ServerConfig:
     )
     served_model_name: tuple[str, ...] = option(
         (),
-        "Name that the base answers to, instead of its own. Repeatable: it answers to all, and "
-        "the first is the one in its answers.",
+        "Model name of the base, instead of its own. Repeatable: requests may use any of them, "
+        "and answers show the first.",
         "HTTP",
         metavar="NAME",
         repeated=True,
@@ -236,23 +235,23 @@ class ServerConfig:
 
 
 class RowSource(Protocol):
-    """Rows to train or score on that lie in no file of the user's, see `train.hub`."""
+    """Rows to train or score on that do not come from a file of the user's, see `train.hub`."""
 
     @property
     def name(self) -> str: ...
     @property
     def classes(self) -> Mapping[str, tuple[str, ...]]:
-        """Column -> the names of its labels in their order, where they have one."""
+        """Label names by column, in their order, for columns that have them."""
         ...
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number, row), from 1."""
+        """Yield the rows with their numbers, from 1."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run."""
+    """Settings of one training run."""
 
     variables: ClassVar[str] = "NEUROADA_TRAIN_"
 
@@ -268,15 +267,15 @@ class TrainConfig:
     )
     k_pattern: Mapping[str, int] = option(
         {},
-        "k of the modules whose name, or its end, a regular expression matches; the first counts.",
+        "k by regular expression of a module's name, or of its end; the first match counts.",
         "What is trained",
         flag="",
     )
     selection: Literal["magnitude", "reverse", "random", "gradient", "matrix", "custom"] = option(
         "magnitude",
-        "Which inputs: magnitude (largest weights), reverse (smallest), random, gradient (largest, "
-        "over training rows), matrix (largest weights of the whole matrix, k per neuron on "
-        "average and at most 4 k in one) or custom (--index-file).",
+        "Inputs to keep: magnitude (largest weights), reverse (smallest), random, gradient "
+        "(largest, over training rows), matrix (largest weights of the whole matrix, k per neuron "
+        "on average and at most 4 k in one) or custom (--index-file).",
         "What is trained",
     )
     index_file: Path | None = option(
@@ -303,18 +302,18 @@ class TrainConfig:
     )
     epochs: float | None = option(
         None,
-        "Passes over the training rows. Default: as many as the held-out loss falls for, at most "
-        "20 or 400 steps, and at least one; 6 where no rows are held out.",
+        "Passes over the training rows. Default: while the held-out loss falls, at most 20 or 400 "
+        "steps, and at least one; 6 where no rows are held out.",
         "Steps",
     )
     max_steps: int | None = option(None, "Optimizer steps; instead of --epochs.", "Steps")
     batch_size: int = option(8, "Rows per batch.", "Steps")
     gradient_accumulation: int = option(
         1,
-        "Batches per optimizer step: as one batch of so many times the rows, in less memory.",
+        "Batches per optimizer step; equals one batch of so many times the rows, in less memory.",
         "Steps",
     )
-    max_length: int = option(512, "Most tokens per row.", "Rows")
+    max_length: int = option(512, "Maximum number of tokens per row.", "Rows")
     max_model_len: int | None = option(
         None,
         "The --max-model-len that the adapter will be served with, where the base's rotary scaling "
@@ -323,7 +322,7 @@ class TrainConfig:
     )
     too_long: Literal["skip", "cut"] = option(
         "skip",
-        "Longer rows: skip leaves them out, cut takes their prompt's beginning off; both counted.",
+        "Longer rows: skip leaves them out, cut removes their prompt's beginning; both counted.",
         "Rows",
     )
     task_type: TaskType = option(
@@ -335,7 +334,7 @@ class TrainConfig:
     labels: tuple[str, ...] = option(
         (),
         "A classifier's labels, in order: bad,good. Default: the data set's own, else those of the "
-        "rows, sorted, numbers by value. One alone names a number that is learnt: score.",
+        "rows, sorted, numbers by value. A single one names the number to learn: score.",
         "Task",
         metavar="A,B,...",
         read=words,
@@ -362,9 +361,9 @@ class TrainConfig:
     )
     patience: int | None = option(
         None,
-        "Stop after so many scores in which the held-out loss has not fallen by a thousandth of "
-        "the base's. Default: never with --epochs or --max-steps; else 3, and some steps with a "
-        "falling learning rate follow.",
+        "Stop after this many scores without a fall of the held-out loss by a thousandth of the "
+        "base's. Default: never with --epochs or --max-steps; else 3, followed by some steps with "
+        "a falling learning rate.",
         "Steps",
     )
     samples: int = option(
@@ -384,14 +383,14 @@ class TrainConfig:
     )
     schedule: Literal["linear", "cosine", "constant"] = option(
         "linear",
-        "How the learning rate goes on: linear or cosine, to 0, or constant. Without --epochs and "
-        "--max-steps it falls only once the held-out loss does not.",
+        "Learning rate after the warm-up: falling to 0, linear or cosine, or constant. Without "
+        "--epochs and --max-steps it falls only once the held-out loss no longer does.",
         "Steps",
     )
     weight_decay: float = option(
         0.0, "AdamW's weight decay, which pulls the values back to the base.", "Steps"
     )
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.", "Steps")
+    max_grad_norm: float = option(1.0, "Scale gradients down to this norm; 0: never.", "Steps")
     dtype: str = redefined(
         EngineConfig,
         "dtype",
@@ -403,13 +402,13 @@ class TrainConfig:
     )
     recompute: Literal["nothing", "cheap", "all"] = option(
         "nothing",
-        "What the backward computes again to save memory: nothing, cheap (all but products and "
-        "attention) or all (whole layers).",
+        "Parts that the backward pass computes again to save memory: nothing, cheap (all but "
+        "products and attention) or all (whole layers).",
         "Memory and speed",
     )
     recompute_share: float = option(
         1.0,
-        "Share of the decoder layers that compute again; the last ones keep all.",
+        "Share of the decoder layers that compute again; the last ones keep everything.",
         "Memory and speed",
     )
     compile: bool = option(
@@ -420,7 +419,8 @@ class TrainConfig:
     )
     bypass: bool = option(
         False,
-        "Train beside the weights, not in them: slower, and the base is never written.",
+        "Keep the trained values beside the weights, not in them: slower, but the base is never "
+        "written.",
         "What is trained",
     )
     quantize: Literal["none", "int8", "nf4"] = option(
@@ -489,10 +489,10 @@ class TrainConfig:
 
     @property
     def k_words(self) -> str:
-        """k as --k takes it."""
+        """k in the form that --k takes."""
         return ",".join([*(f"{p}={k}" for p, k in self.k_pattern.items()), str(self.k)])
 
     @property
     def peak_lr(self) -> float:
-        """`lr`, or the default for the largest k (method: it falls as k rises); so for auto."""
+        """`lr`; with auto or none, the default for the largest k, which falls as k rises."""
         return self.lr if isinstance(self.lr, float | int) else 0.02 / self.most_k**0.5

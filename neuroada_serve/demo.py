@@ -1,4 +1,4 @@
-"""`neuroada demo`: the whole idea in a minute, on the shipped adapters."""
+"""Run `neuroada demo`: the whole idea in a minute, with the shipped adapters."""
 
 import json
 import time
@@ -19,11 +19,11 @@ _PARAMS = SamplingParams(temperature=0, max_tokens=48)
 
 
 def find_examples() -> Path:
-    """Where the shipped adapters and their prompts are: beside the package in a clone, else where
-    the wheel has put them.
+    """Return the folder of the shipped adapters and their prompts: beside the package in a clone,
+    else where the wheel has put it.
 
     Raises:
-        UsageError: neither.
+        UsageError: it is in neither place.
     """
     beside = Path(__file__).resolve().parent.parent / "examples"
     if (beside / _PROMPTS).is_file():

@@ -1,4 +1,4 @@
-"""Everything this package raises on purpose.
+"""Exceptions that this package raises on purpose.
 
 NeuroAdaError
 ├── UsageError                  the caller's mistake; the message carries the fix
@@ -11,16 +11,16 @@ NeuroAdaError
 │   │   ├── AdapterConflictError  its name is taken
 │   │   └── AdapterInUseError   requests still run with it; `.num_leases` says how many
 │   └── ShapeError              tensors that disagree; the message names both shapes
-├── Unavailable                 no request is taken now: full, stopping, or the engine is dead
-│   └── AdapterUnavailable      nor any of this adapter: its files have gone, or there is no room
-└── EngineError                 our own failure; the process should not go on serving
+├── Unavailable                 no request is accepted now: full, stopping, or the engine is dead
+│   └── AdapterUnavailable      none for this adapter: its files are gone, or there is no room
+└── EngineError                 an internal failure; the process should stop serving
     └── DirtyWeightsError       base weights could not be restored after a failed merge
 """
 
 from collections.abc import Sequence
 
-MAX_FAULTS = 20  # kept of one error
-_MOST_SHOWN = 5  # in its message
+MAX_FAULTS = 20  # kept by one error
+_MOST_SHOWN = 5  # faults in its message
 
 
 class NeuroAdaError(Exception):
@@ -32,7 +32,7 @@ class UsageError(NeuroAdaError):
 
 
 class RequestError(UsageError):
-    """A request that cannot be run; `param` is the field at fault, where one is."""
+    """A request that cannot be run; `param` is the field at fault, if there is one."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ class AdapterFormatError(AdapterError):
 
 
 def listed_faults(faults: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
+    """List the first faults, and how many more there are."""
     more = len(faults) - _MOST_SHOWN
     return "; ".join([*faults[:_MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
@@ -74,7 +74,7 @@ class AdapterConflictError(AdapterError):
 
 
 class AdapterInUseError(AdapterError):
-    """An adapter that cannot go yet: `num_leases` requests run with it."""
+    """An adapter that cannot be unloaded yet, as `num_leases` requests run with it."""
 
     def __init__(self, name: str, num_leases: int) -> None:
         super().__init__(
@@ -89,15 +89,15 @@ class ShapeError(UsageError):
 
 
 class Unavailable(NeuroAdaError):
-    """No request is taken now: the queue is full, the server stops, or its engine is dead."""
+    """No request is accepted now: the queue is full, the server stops, or its engine is dead."""
 
 
 class AdapterUnavailable(Unavailable):
-    """An adapter that is known, but cannot be used now; others can."""
+    """A known adapter that cannot be used now, while others can."""
 
 
 class EngineError(NeuroAdaError):
-    """Our own failure."""
+    """An internal failure; the process should stop serving."""
 
 
 class DirtyWeightsError(EngineError):

@@ -1,12 +1,12 @@
-"""How far a share of few rows can be trusted."""
+"""Confidence intervals of shares."""
 
 import math
 
-_Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
+_Z = 1.959964  # standard deviations around the mean that hold 95 % of a normal distribution
 
 
 def wilson(hits: int, rows: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, (low, high) within [0, 1].
+    """Return Wilson's 95 % interval of a share, (low, high) within [0, 1].
 
     Unlike the plain normal interval it is right for few rows and for shares near 0 and 1.
 

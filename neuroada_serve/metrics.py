@@ -7,7 +7,7 @@ from neuroada_serve.request import FinishReason
 
 @dataclass
 class EngineMetrics:
-    """Totals since the engine started. num_finished counts choices, by how they ended."""
+    """Totals since the engine started. num_finished counts choices by finish reason."""
 
     num_steps: int = 0
     num_prompt_tokens: int = 0  # computed in prefill
@@ -23,7 +23,7 @@ class EngineMetrics:
 
 @dataclass
 class TierMetrics:
-    """Totals since the start. num_hits: an adapter was on the device when it was first wanted."""
+    """Totals since the start. num_hits: adapters found on the device when a request needed them."""
 
     num_hits: int = 0
     num_uploads: int = 0

@@ -1,4 +1,4 @@
-"""Fields of settings, each written once: name, type, default, help, and how it is given as text.
+"""Fields of settings, each written once: name, type, default, help and form as text.
 
 A field `max_num_seqs` is the flag `--max-num-seqs`, the key `max-num-seqs` of a file of settings
 and the environment variable `NEUROADA_MAX_NUM_SEQS`; see `cli/flags.py`.
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from neuroada_serve.errors import UsageError
 
-GROUP = "Options"  # of fields that name none
+GROUP = "Options"  # for fields that name none
 
 
 def option(
@@ -25,13 +25,13 @@ def option(
     repeated: bool = False,
     sets: tuple[str, ...] = (),
 ) -> Any:
-    """A field of a dataclass of settings.
+    """Make a field of a dataclass of settings.
 
     Args:
         group: heading of the field in `--help`.
-        flag: the flag's long name where it is not the field's; "" for a field without a flag.
-        read: makes the value of a text, of several where the flag is `repeated`; raises UsageError.
-        sets: fields that get the values which `read` returns, where they are several.
+        flag: the flag's long name if it differs from the field's; "" for a field without a flag.
+        read: converts text, or a list of texts if `repeated`, to the value; raises UsageError.
+        sets: the fields that get the values of `read`, if it returns several.
     """
     described = {
         "help": help,
@@ -48,7 +48,7 @@ def option(
 
 
 def redefined(config: type, name: str, default: Any = MISSING, **changes: Any) -> Any:
-    """A field as in `config`, but for another default or other arguments of `option`."""
+    """Copy a field of `config` with another default, or other arguments of `option`."""
     (before,) = (f for f in fields(config) if f.name == name)
     if default is MISSING:
         default = default_of(before)
@@ -57,7 +57,7 @@ def redefined(config: type, name: str, default: Any = MISSING, **changes: Any) -
 
 
 def help_of(config: type, name: str) -> str:
-    """The help text of one field; also what the command line shows."""
+    """Return the help text of one field, which the command line shows."""
     for f in fields(config):
         if f.name == name:
             return str(f.metadata["help"])
@@ -65,7 +65,7 @@ def help_of(config: type, name: str) -> str:
 
 
 def default_of(described: Field[Any]) -> Any:
-    """A field's default."""
+    """Return the default of a field."""
     if described.default is not MISSING:
         return described.default
     assert described.default_factory is not MISSING
@@ -77,10 +77,10 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as 512MiB, 4GB or 1000000.
+    """Parse a size such as 512MiB, 4GB or 1000000.
 
     Raises:
-        UsageError: it is not written as one.
+        UsageError: the text is not a size.
     """
     found = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = None if found is None else _UNITS.get(found[2].upper())
@@ -92,12 +92,12 @@ def parse_bytes(text: str) -> int:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Comma-separated words."""
+    """Parse comma-separated words."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """Comma-separated integers."""
+    """Parse comma-separated integers."""
     try:
         return tuple(int(word) for word in words(text))
     except ValueError:
@@ -105,7 +105,7 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def columns(text: str) -> dict[str, str]:
-    """Our keys for columns: prompt=question,completion=reply."""
+    """Parse our keys for columns: prompt=question,completion=reply."""
     found = {}
     for part in filter(None, text.split(",")):
         key, equals, column = part.partition("=")
@@ -116,7 +116,7 @@ def columns(text: str) -> dict[str, str]:
 
 
 def weights(texts: Sequence[str]) -> dict[str, float]:
-    """Shares by name, of texts NAME=WEIGHT."""
+    """Parse shares by name, from texts NAME=WEIGHT."""
     found: dict[str, float] = {}
     for text in texts:
         name, separator, weight = text.rpartition("=")
@@ -130,7 +130,7 @@ def weights(texts: Sequence[str]) -> dict[str, float]:
 
 
 def k_by_module(text: str) -> tuple[int, dict[str, int]]:
-    """8, or q_proj|v_proj=8,1: k of the modules that no pattern matches, and of the patterns'."""
+    """Parse 8, or q_proj|v_proj=8,1: k of modules that no pattern matches, and k by pattern."""
     *parts, last = text.split(",")
     if "=" in last:
         parts, last = [*parts, last], "0"
@@ -141,7 +141,7 @@ def k_by_module(text: str) -> tuple[int, dict[str, int]]:
 
 
 def number_or_auto(text: str) -> float | str:
-    """A number, or the word auto."""
+    """Parse a number, or the word auto."""
     if text == "auto":
         return text
     try:
@@ -151,7 +151,7 @@ def number_or_auto(text: str) -> float | str:
 
 
 def at_least(config: object, **minimums: float) -> None:
-    """Refuse fields that are no numbers, or below their minimum; None is no value.
+    """Refuse fields that are not numbers or are below their minimum; None passes.
 
     Raises:
         UsageError: names the field.

@@ -1,4 +1,4 @@
-"""How every picture looks: size, colours, grid, and a legend that never covers what it explains."""
+"""The look of every plot: size, colours, grid, and a legend beside the data."""
 
 import io
 from typing import Any
@@ -16,10 +16,10 @@ _MOST_LETTERS = 24  # of a name
 
 
 def new_figure(width: float = 8, height: float = 4.5) -> tuple[Any, Any]:
-    """A figure with one drawing area, (figure, axes).
+    """Make a figure with one drawing area, (figure, axes).
 
     Args:
-        width, height: in inches; at most 30 are taken.
+        width, height: in inches; at most 30 each.
 
     Raises:
         ImportError: matplotlib, of the extras train and bench, is not installed.
@@ -31,7 +31,7 @@ def new_figure(width: float = 8, height: float = 4.5) -> tuple[Any, Any]:
 def new_panels(
     rows: int, columns: int, width: float, height: float, **grid: Any
 ) -> tuple[Any, list[Any]]:
-    """A figure with several drawing areas, in the order of reading.
+    """Make a figure with several drawing areas, in reading order.
 
     Args:
         grid: for matplotlib's `subplots`, such as height_ratios or sharey.
@@ -53,7 +53,7 @@ def new_panels(
 
 
 def legend_beside(axes: Any, title: str | None = None) -> None:
-    """A legend on the right of the drawing area."""
+    """Put the legend on the right of the drawing area."""
     axes.legend(
         frameon=False,
         loc="upper left",
@@ -66,17 +66,17 @@ def legend_beside(axes: Any, title: str | None = None) -> None:
 
 
 def png(figure: Any) -> bytes:
-    """The picture as the bytes of a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
 
 
 def short(name: str) -> str:
-    """A name, cut to what there is room for."""
+    """Cut a name to the room there is for it."""
     return plain(name if len(name) <= _MOST_LETTERS else name[: _MOST_LETTERS - 1] + "…")
 
 
 def plain(text: str) -> str:
-    """Not read as a formula, nor as more than one line."""
+    """Escape a text so that it is drawn as one line, not as a formula."""
     return " ".join(text.split()).replace("$", r"\$")

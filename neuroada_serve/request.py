@@ -1,4 +1,4 @@
-"""A request on its way: parameters in, a sequence inside the engine, outputs back.
+"""Data of a request: its parameters, and the outputs that come back.
 
 Standard library only: the scheduler and the server reason about requests without torch.
 """
@@ -16,8 +16,8 @@ from neuroada_serve.tasks import GENERATE, AskedAs, Task
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
-# OpenAI takes 4 stop strings; vLLM takes any, 128 stop token ids and 1,024 biases. Text that may be
-# the beginning of a stop string is held back, so a longer one is of no use to anybody.
+# OpenAI accepts 4 stop strings; vLLM any number, 128 stop token ids and 1,024 biases. Text that may
+# begin a stop string is withheld, so longer ones are of no use.
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024  # of each
 MAX_STOP_TOKEN_IDS = 128
@@ -25,7 +25,7 @@ MAX_LOGIT_BIASES = 1024
 
 
 class FinishReason(Enum):
-    """Why a sequence ended. Every sequence ends with exactly one of these."""
+    """Reasons for a sequence to end; every one ends with exactly one of them."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -35,7 +35,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen and when to stop. Fields and defaults are vLLM's.
+    """Parameters of sampling and of stopping. Fields and defaults are vLLM's.
 
     temperature: 0 takes the most likely token; otherwise logits are divided by it.
     top_p, top_k, min_p: keep the smallest set of tokens with this probability, the k most
@@ -44,12 +44,12 @@ class SamplingParams:
         once, and once per occurrence; repetition_penalty divides positive and multiplies
         negative logits of tokens seen in prompt or answer.
     logit_bias: token id -> addition to its logit, for at most MAX_LOGIT_BIASES.
-    max_tokens: most new tokens; None: as many as the model length leaves.
-    min_tokens: fewest new tokens before an end token or stop string counts.
+    max_tokens: maximum number of new tokens; None: as many as the model length leaves.
+    min_tokens: number of new tokens before which no end token or stop string counts.
     stop: strings that end the answer and are cut from it (kept with
         include_stop_str_in_output), at most MAX_STOP_STRINGS of MAX_STOP_CHARS characters;
         stop_token_ids likewise for at most MAX_STOP_TOKEN_IDS ids.
-    seed: same seed, same draws, whatever else is in the batch; choice i of n uses seed + i.
+    seed: makes draws repeatable, whatever else is in the batch; choice i of n uses seed + i.
     n: choices per prompt.
     logprobs: None, or how many alternatives to report per answered token; prompt_logprobs likewise
         for every prompt token but the first.
@@ -114,7 +114,7 @@ class SamplingParams:
     def _check_stops(self) -> None:
         if not isinstance(self.stop, str | Sequence | None):
             raise RequestError(f"stop must be a string or strings, got {self.stop!r}", "stop")
-        # Numbers first: what is too long is not looked through.
+        # Sizes first: a list that is too long is not scanned.
         if not isinstance(self.stop, str | None) and len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(
                 f"at most {MAX_STOP_STRINGS} stop strings, got {len(self.stop)}", "stop"
@@ -154,7 +154,7 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, empty where it is None."""
+        """`stop` as a tuple, empty if it is None."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -186,7 +186,7 @@ CLASSIFY = SamplingParams(task="classify", max_tokens=1, temperature=0.0)
 
 
 def name_of_bytes(data: bytes) -> str:
-    """What a token of these bytes is called: its text, or bytes:\\xf0\\x9f if they are none."""
+    """Return the name of a token of these bytes: their text, or bytes:\\xf0\\x9f if not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -194,7 +194,7 @@ def name_of_bytes(data: bytes) -> str:
 
 
 def bytes_of_name(name: str) -> bytes:
-    """The bytes of a token that is called so."""
+    """Return the bytes of a token of this name."""
     if re.fullmatch(r"bytes:(\\x[0-9a-f]{2})+", name):
         return bytes.fromhex(name[6:].replace("\\x", ""))
     return name.encode()
@@ -205,10 +205,10 @@ class TokenLogprob:
     """One token: its log probability (natural, before penalties and temperature) and the most
     likely alternatives, as (token_id, token, logprob), best first.
 
-    token: its text; of one whose bytes are no text, such as a piece of a character, these bytes, as
+    token: its text; if its bytes are not text, such as a piece of a character, these bytes as
         bytes:\\xf0\\x9f.
-    text_offset: of an answered token, how many characters of the answer come before it; a piece
-        of a character stands where the character does.
+    text_offset: number of characters of the answer before it; a piece of a character has the
+        offset of the character.
     """
 
     token_id: int
@@ -219,16 +219,16 @@ class TokenLogprob:
 
     @property
     def bytes(self) -> bytes:
-        """What the token adds to the text; of a special token, what it is called."""
+        """Bytes that the token adds to the text; of a special token, its name."""
         return bytes_of_name(self.token)
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one step added to one choice of one request.
+    """The result of one step for one choice of one request.
 
     A choice gets outputs in order; exactly one of them, the last, has a finish_reason.
-    text holds only what can no longer change (a possible start of a stop string waits).
+    text holds only what can no longer change: a possible start of a stop string is withheld.
     """
 
     request_id: str
@@ -240,14 +240,14 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
     error: str | None = None  # set with FinishReason.ERROR
-    may_retry: bool = False  # the error is one of now: its adapter could not be had
+    may_retry: bool = False  # the error may pass: the adapter could not be used now
     adapter: str | None = None
-    adapter_digest: str | None = None  # which version of it
-    num_cached_tokens: int = 0  # of the prompt, that needed no computing
+    adapter_digest: str | None = None  # of the version that answers
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0  # so far, this choice
     task: Task = GENERATE
-    values: tuple[float, ...] = ()  # what `task` has decoded; empty where it generates
+    values: tuple[float, ...] = ()  # decoded by `task`; empty if it generates
 
     @property
     def finished(self) -> bool:
@@ -256,7 +256,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished choice, whole."""
+    """One finished choice."""
 
     index: int
     text: str
@@ -279,7 +279,7 @@ class ClassifyOutput:
 
     @property
     def label(self) -> str:
-        """The likeliest."""
+        """The label with the highest probability."""
         return self.labels[self.probs.index(max(self.probs))]
 
 
@@ -287,9 +287,10 @@ class ClassifyOutput:
 class RequestOutput:
     """One finished request: its prompt, its adapter (None: the base) and its n choices.
 
-    text, token_ids and finish_reason are the first choice's. prompt_logprobs, where asked for, has
-    one entry for every prompt token but the first. adapter_digest says which version of the adapter
-    answered; num_cached_tokens how much of the prompt the first choice found computed.
+    text, token_ids and finish_reason are the first choice's. prompt_logprobs, if requested, has one
+    entry for every prompt token but the first. adapter_digest identifies the version of the adapter
+    that answered. num_cached_tokens is the part of the prompt that the first choice found in the
+    prefix cache.
     """
 
     request_id: str

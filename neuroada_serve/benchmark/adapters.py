@@ -1,6 +1,6 @@
-"""Adapters made up for benchmarks: random values on the base's own magnitude index.
+"""Adapters for benchmarks: random values on the base's own magnitude index.
 
-What they answer is worthless; what they cost is what trained ones cost.
+Their answers are worthless, but they cost as much as trained ones.
 """
 
 import json
@@ -21,11 +21,11 @@ from neuroada_serve.adapters.format import (
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.model.loader import BaseModel, adaptable_modules, is_transposed
 
-_SCALE = 0.05  # of the values: small beside the weights, large enough to change answers
+_SCALE = 0.05  # size of the values: small beside the weights, but enough to change answers
 
 
 def magnitude_indices(base: BaseModel, ks: Sequence[int]) -> dict[int, dict[str, Tensor]]:
-    """k -> module -> [d_out, k] int32 on the CPU. The base's layers must not have a bypass yet."""
+    """Return k -> module -> index [d_out, k] int32 on the CPU, of a base without bypasses."""
     widest = {
         name: magnitude_index(m.weight.t() if is_transposed(m) else m.weight, max(ks)).cpu()
         for name, m in adaptable_modules(base.model).items()
@@ -35,7 +35,7 @@ def magnitude_indices(base: BaseModel, ks: Sequence[int]) -> dict[int, dict[str,
 
 
 def random_adapter(spec: BaseSpec, indices: Mapping[str, Tensor], seed: int) -> Adapter:
-    """An adapter of these modules, with random values at their index [d_out, k]."""
+    """Make an adapter of these modules, with random values at their index [d_out, k]."""
     generator = torch.Generator().manual_seed(seed)
     modules = {}
     for name, index in indices.items():
@@ -47,7 +47,7 @@ def random_adapter(spec: BaseSpec, indices: Mapping[str, Tensor], seed: int) -> 
 
 
 def save_random_lora(spec: BaseSpec, rank: int, seed: int, folder: Path) -> None:
-    """A LoRA adapter of the same modules in PEFT's format, both factors random, for the peers."""
+    """Save a LoRA adapter of the same modules in PEFT's format, with random factors, for peers."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (d_out, d_in) in spec.shapes.items():

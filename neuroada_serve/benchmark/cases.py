@@ -1,4 +1,4 @@
-"""Which work is measured: the cases of a benchmark, and a case made concrete for one round."""
+"""Cases of a benchmark, and their work in one round."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +9,11 @@ from neuroada_serve.benchmark.workload import MERGED, assign, random_prompts, te
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of work.
+    """One kind of work to measure.
 
     phase: decode (short prompts, all at once), prefill (one long prompt, one new token) or latency
         (requests in groups of `concurrency`, one group after the other).
-    k: of our adapters; None on the base, and for peers, whose adapters have a LoRA rank.
+    k: of our adapters; None on the base, and on peers, whose adapters have a LoRA rank.
     """
 
     phase: str
@@ -28,21 +28,21 @@ class Case:
 
     @property
     def on_peer(self) -> "Case":
-        """The same work where adapters have no k."""
+        """The same work on a peer, whose adapters have no k."""
         return replace(self, k=None)
 
     @property
     def label(self) -> str:
-        """In words, without the phase and the concurrency."""
+        """Description of the case, without phase and concurrency."""
         return self.popularity if self.k is None else f"{self.popularity}, k={self.k}"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one engine is to run in one call: one request per prompt, all handed in at once.
+    """The work of one call of an engine: one request per prompt, all submitted at once.
 
-    adapters: per request, by number; None is the base.
-    merged: adapter 0 is merged into the weights for the time of the call.
+    adapters: number of each request's adapter; None is the base.
+    merged: adapter 0 is merged into the weights during the call.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -53,7 +53,7 @@ class Work:
 
 
 def throughput_cases(config: OfflineConfig) -> list[Case]:
-    """Decode at every concurrency; prefill of one request, on the base and on one adapter."""
+    """Return decode cases at every concurrency, and prefill of one request on base and adapter."""
     cases = []
     for concurrency in config.concurrency:
         cases += _with_adapters("decode", concurrency, config.popularity, config.k)
@@ -79,7 +79,7 @@ def _with_adapters(
 
 
 def num_adapters_needed(config: OfflineConfig) -> int:
-    """Adapters of each k that some case may ask for; two at least, to swap one for the other."""
+    """Return how many adapters of each k the cases need; at least two, to swap them."""
     needed = 2
     for popularity in config.popularity:
         if popularity == "distinct":
@@ -90,10 +90,10 @@ def num_adapters_needed(config: OfflineConfig) -> int:
 
 
 class Workload:
-    """Cases made concrete. All cases of one phase, concurrency and round share their prompts.
+    """Makes the work of cases. All cases of one phase, concurrency and round share their prompts.
 
     Args:
-        token_ids: what random prompts draw from.
+        token_ids: ids that random prompts draw from.
         text_ids: a tokenised text to cut prompts from instead.
     """
 
@@ -106,7 +106,7 @@ class Workload:
         self._num_adapters = num_adapters_needed(config)
 
     def works(self, case: Case, round_number: int) -> list[Work]:
-        """What to run for one case in one round, one call after the other."""
+        """Return the calls of one case in one round, in order."""
         config = self._config
         prefill = case.phase == "prefill"
         length = config.prefill_len if prefill else config.prompt_len

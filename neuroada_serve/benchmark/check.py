@@ -1,11 +1,11 @@
-"""Is what is timed also right? Every case against the reference op, before any clock runs.
+"""Check every case against the reference op, before anything is timed.
 
 In float32 the greedy tokens of a case must be those of the same engine with `bypass_add_` replaced
-by `bypass_add_reference`; where two tokens are as likely as each other within a tolerance, either
-is right, and the comparison of that request ends there. In the dtype that is timed only the first
-prefill and decode step are compared. In both, the log probabilities of the likeliest tokens must
-agree: per request, the mean of their differences is held to a tolerance. The reference always runs
-unmerged, so a merged case checks the merge too.
+by `bypass_add_reference`. If two tokens are equally likely within a tolerance, either is right, and
+the comparison of that request ends there. In the dtype that is timed only the first prefill and
+decode step are compared. In both, the log probabilities of the likeliest tokens must agree: the
+mean difference of each request must be within a tolerance. The reference always runs unmerged, so a
+merged case checks the merge too.
 """
 
 import math
@@ -28,14 +28,14 @@ from neuroada_serve.errors import EngineError
 from neuroada_serve.ops.bypass import BypassTable, TokenSlots, bypass_add_reference
 from neuroada_serve.request import MAX_LOGPROBS, SamplingParams, TokenLogprob
 
-# A request's log probabilities may differ this much in the mean (nats). Sums in another order give
-# 1e-5 in float32. In the half dtypes every layer rounds, a merged one elsewhere than an unmerged
-# one and a kernel elsewhere than transformers' modules: on the demo base in bfloat16 that alone
-# gives up to 0.15 (bench/results/throughput.json). It would not see every missing adapter; float32
-# does.
+# Largest mean difference of a request's log probabilities (nats). Summing in another order gives
+# 1e-5 in float32. In the half dtypes every layer rounds, a merged one at other places than an
+# unmerged one, and a kernel at other places than transformers' modules: on the demo base in
+# bfloat16 that alone gives up to 0.15 (bench/results/throughput.json). This does not detect every
+# missing adapter; float32 does.
 TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
-# Two tokens are as likely as each other within this. A single one's logit is itself rounded: one
-# between 32 and 64 to a multiple of 0.25 in bfloat16, and of 1/32 in float16.
+# Within this two tokens count as equally likely. A single logit is itself rounded: between 32 and
+# 64 to a multiple of 0.25 in bfloat16, and of 1/32 in float16.
 TIES = {"float32": 1e-3, "float16": 0.0625, "bfloat16": 0.5}
 _REFERENCE_TOKENS = 64  # per call of the reference, which needs tokens * d_out * k floats
 
@@ -44,7 +44,7 @@ Answers = list[list[TokenLogprob]]
 
 @dataclass(frozen=True)
 class CaseCheck:
-    """What came of one case in one dtype."""
+    """Result of checking one case in one dtype."""
 
     case: str
     dtype: str
@@ -60,11 +60,11 @@ class CaseCheck:
 
 
 class Checker:
-    """Compares cases with the reference, which answers equal work once.
+    """Compares cases with the reference, which runs only once for equal work.
 
     Args:
-        engine: whose answers are checked, in the dtype it was loaded with.
-        steps: most tokens per request.
+        engine: the engine to check, in the dtype it was loaded with.
+        steps: maximum number of tokens per request.
     """
 
     def __init__(self, engine: OurEngine, steps: int) -> None:
@@ -73,9 +73,10 @@ class Checker:
         self._expected: dict[Work, Answers] = {}
 
     def check(self, case: Case, works: Sequence[Work]) -> CaseCheck:
-        """
+        """Compare one case with the reference.
+
         Raises:
-            EngineError: a request failed, or the engine got around the reference op.
+            EngineError: a request failed, or the engine did not use the reference op.
         """
         dtype = str(self._engine.base.dtype).removeprefix("torch.")
         tolerance = TOLERANCES[dtype]
@@ -103,10 +104,11 @@ class Checker:
 
 @contextmanager
 def reference_op() -> Iterator[list[int]]:
-    """Layers use the reference op for all tokens until the block ends.
+    """Make layers use the reference op for all tokens in the block.
 
-    Gives the token counts of its calls. Whatever gets around the op is off: values written into the
-    weights for long runs of one adapter, recorded CUDA graphs, and kernels for whole steps.
+    Yields a list that collects the number of tokens of each call. Everything that bypasses the op
+    is off: values written into the weights for long runs of one adapter, recorded CUDA graphs, and
+    kernels for whole steps.
     """
     calls: list[int] = []
 
@@ -134,9 +136,9 @@ def reference_op() -> Iterator[list[int]]:
 
 
 def _answers(engine: OurEngine, work: Work, calls: list[int] | None = None) -> Answers:
-    """The greedy tokens of every request, with the log probabilities of the likeliest.
+    """Return the greedy tokens of every request, with the log probabilities of the likeliest.
 
-    With calls, those of the reference op, every step must add to them if an adapter is in use.
+    With `calls` of the reference op, every step must add to them if an adapter is in use.
     """
     params = SamplingParams(
         temperature=0, max_tokens=work.output_len, ignore_eos=True, logprobs=MAX_LOGPROBS
@@ -163,10 +165,10 @@ def _answers(engine: OurEngine, work: Work, calls: list[int] | None = None) -> A
 def _compare(
     ours: Sequence[TokenLogprob], theirs: Sequence[TokenLogprob], tie_within: float
 ) -> tuple[int, float, bool]:
-    """(tokens compared, mean difference of log probabilities, whether it ended at a tie).
+    """Return (tokens compared, mean difference of log probabilities, whether it ended at a tie).
 
-    The difference is infinite where ours has a token that the reference finds less likely than its
-    own by more than `tie_within`.
+    The difference is infinite if the reference finds one of our tokens less likely than its own by
+    more than `tie_within`.
     """
     differences: list[float] = []
     for position, (a, b) in enumerate(zip(ours, theirs, strict=True)):

@@ -1,4 +1,4 @@
-"""When tokens come: requests run through an engine, and the figures read off their times."""
+"""Run requests through an engine, and compute figures from the times of their tokens."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +23,10 @@ from neuroada_serve.request import SamplingParams
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the tokens of requests came that were all handed in at once.
+    """Times of the tokens of requests that were all submitted at once.
 
-    token_s: per request one time per token, rising, in seconds since the handing in.
-    wall_s: the whole call, from the handing in to its return.
+    token_s: by request, ascending times of its tokens, in seconds since the submission.
+    wall_s: time of the whole call, from the submission to its return.
     num_prompt_tokens: of all requests together.
     """
 
@@ -36,12 +36,12 @@ class Timeline:
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens of the whole call per second of it."""
+        """Output tokens per second of the whole call."""
         return sum(map(len, self.token_s)) / self.wall_s
 
     @property
     def all_started_s(self) -> float:
-        """When the last request got its first token: from here on the engine only decodes."""
+        """Time of the last request's first token, after which the engine only decodes."""
         return max(times[0] for times in self.token_s)
 
     @property
@@ -58,7 +58,7 @@ class Timeline:
 
     @property
     def step_ms(self) -> list[float]:
-        """Time of every decode step: between one moment at which tokens came and the next."""
+        """Time of every decode step: between successive moments at which tokens came."""
         return [1000 * float(gap) for gap in np.diff(self._decode_stamps)]
 
     @property
@@ -78,12 +78,12 @@ class Timeline:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between the two nearest values, as numpy's and vLLM's."""
+    """Interpolate linearly between the two nearest values, as numpy and vLLM do."""
     return float(np.percentile(values, percent))
 
 
 class Runner(Protocol):
-    """An engine that can be asked to do work, ours or a peer."""
+    """An engine that runs work, ours or a peer."""
 
     name: str
 
@@ -91,13 +91,13 @@ class Runner(Protocol):
 
 
 class OurEngine:
-    """This package's engine with adapters made up for the benchmark.
+    """This package's engine, with random adapters.
 
     Args:
         source: the base model.
-        config: what to load it with, and which adapters to make.
-        dtype: of the weights; here, because the check runs in float32 too.
-        num_adapters: how many of every k.
+        config: settings for loading the base and making the adapters.
+        dtype: of the weights; separate from `config`, as the check runs in float32 too.
+        num_adapters: number of adapters of every k.
     """
 
     name = "neuroada"
@@ -130,7 +130,7 @@ class OurEngine:
             )
 
     def switch_times_ms(self, k: int, rounds: int) -> dict[str, list[float]]:
-        """Times of merging an adapter, swapping it for another, and unmerging that."""
+        """Measure merging an adapter, swapping it for another, and unmerging that."""
         actions: dict[str, Callable[[], None]] = {
             "merge": lambda: self.engine.adapters.merging.merge(_name(k, 0)),
             "swap": lambda: self.engine.adapters.merging.merge(_name(k, 1)),
@@ -148,7 +148,7 @@ class OurEngine:
 
     @contextmanager
     def merged_for(self, work: Work) -> Iterator[None]:
-        """The weights as this work wants them, the base's again afterwards."""
+        """Merge the adapter of this work, if any, and unmerge it after the block."""
         if not work.merged:
             yield
             return
@@ -159,7 +159,7 @@ class OurEngine:
             self.engine.adapters.merging.unmerge()
 
     def adapter_names(self, work: Work) -> list[str | None]:
-        """Per request, the name its adapter has in our engine."""
+        """Return the name of each request's adapter in our engine."""
         return [None if number is None else _name(work.k, number) for number in work.adapters]
 
 
@@ -173,7 +173,7 @@ def run_requests(
     adapters: Sequence[str | None],
     output_len: int,
 ) -> Timeline:
-    """Answer all prompts in one batch, greedily and to the full length.
+    """Answer all prompts in one batch, greedily and at full length.
 
     Raises:
         EngineError: a request failed.

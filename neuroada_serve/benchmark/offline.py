@@ -1,7 +1,7 @@
 """`neuroada bench throughput` and `latency`: cases on engines, in interleaved rounds.
 
-Every round runs each case once, in turn, ours and the peers', so that drift of the machine hits all
-alike; a case's ratio is taken to the base, or to the peer, of its own round. report.py describes
+Every round runs each case once, ours and the peers' in turn, so that drift of the machine affects
+all alike. Ratios compare a case with the base, or the peer, of the same round. report.py describes
 the result.
 """
 
@@ -38,7 +38,7 @@ from neuroada_serve.model.source import ModelSource, resolve_model
 _WARM_UP_TOKENS = 8
 _SWITCHES = 20
 
-# phase -> figure -> how it is read off the calls of one case in one round
+# phase -> figure -> function of the calls of one case in one round
 FIGURES: dict[str, dict[str, Callable[[Sequence[Timeline]], float]]] = {
     "decode": {
         "decode_tokens_per_s": lambda calls: calls[0].decode_tokens_per_s,
@@ -50,7 +50,7 @@ FIGURES: dict[str, dict[str, Callable[[Sequence[Timeline]], float]]] = {
         "tpot_ms": lambda calls: statistics.median(t for call in calls for t in call.tpot_ms),
     },
 }
-# phase -> distribution, its samples in one call, the percentiles that are quoted
+# phase -> distribution, its samples in one call, the percentiles to report
 DISTRIBUTIONS: dict[str, dict[str, tuple[Callable[[Timeline], list[float]], tuple[int, ...]]]] = {
     "decode": {"step_ms": (lambda call: call.step_ms, (50, 99))},
     "prefill": {},
@@ -75,17 +75,17 @@ class Series:
 
 
 def bench_throughput(model: str, config: OfflineConfig, console: Console) -> dict[str, Any]:
-    """Decode, whole-call and prefill throughput; report.py describes the result.
+    """Measure decode, whole-call and prefill throughput; report.py describes the result.
 
     Raises:
-        UsageError: the model cannot be had, or a length does not fit it.
+        UsageError: the model is not available, or a length does not fit it.
         EngineError: an engine or a peer failed.
     """
     return _bench("throughput", throughput_cases(config), model, config, console)
 
 
 def bench_latency(model: str, config: OfflineConfig, console: Console) -> dict[str, Any]:
-    """Time to first token and per output token; report.py describes the result.
+    """Measure time to first token and per output token; report.py describes the result.
 
     Raises: as bench_throughput.
     """
@@ -106,7 +106,7 @@ def _bench(
         exact = OurEngine(source, config, "float32", num_adapters)
         checks += run_checks(exact, cases, config, config.output_len, console)
         del exact
-        gc.collect()  # before the next copy of the weights comes
+        gc.collect()  # before the next copy of the weights is loaded
     ours = OurEngine(source, config, config.dtype, num_adapters)
     dtype = str(ours.base.dtype).removeprefix("torch.")
     if config.check and dtype != "float32":
@@ -127,7 +127,7 @@ def _bench(
         "cases": [],
     }
     if not all(check.ok for check in checks):
-        return result  # times of wrong answers are of no use
+        return result  # times of wrong answers are useless
 
     # 2. The rounds.
     workload = _workload(ours, config)
@@ -144,7 +144,7 @@ def _bench(
 def run_checks(
     engine: OurEngine, cases: Sequence[Case], config: OfflineConfig, steps: int, console: Console
 ) -> list[CaseCheck]:
-    """Every case on the first `steps` tokens of its first round."""
+    """Check every case on the first `steps` tokens of its first round."""
     workload, checker = _workload(engine, config), Checker(engine, steps)
     checks = []
     with progress_bar(console) as progress:
@@ -154,7 +154,7 @@ def run_checks(
 
 
 def plan(ours: OurEngine, peers: Sequence[Peer], cases: Sequence[Case]) -> list[Series]:
-    """What a round runs, in order: each case on our engine, peers after the last of its ks."""
+    """Order a round: each case on our engine, and on peers after the last of its ks."""
     series: list[Series] = []
     for position, case in enumerate(cases):
         series.append(Series(ours, case))
@@ -170,14 +170,14 @@ def run_rounds(
     num_rounds: int,
     console: Console,
 ) -> None:
-    """Fill the series, after each of them ran once to warm up.
+    """Fill the series, after running each of them once to warm up.
 
     Args:
-        works: the calls of one case in one round.
+        works: returns the calls of one case in one round.
     """
     with progress_bar(console) as progress:
         for one in progress.track(series, description="warming up"):
-            for work in works(one.case, num_rounds)[:1]:  # prompts that no round has
+            for work in works(one.case, num_rounds)[:1]:  # prompts of no other round
                 one.runner.run(replace(work, output_len=min(work.output_len, _WARM_UP_TOKENS)))
         task = progress.add_task("measuring", total=num_rounds * len(series))
         for number in range(num_rounds):
@@ -187,12 +187,12 @@ def run_rounds(
 
 
 def summary(one: Series, series: Sequence[Series]) -> dict[str, Any]:
-    """The entry of one series among the `cases` of the result; see report.py."""
+    """Return the entry of one series in the `cases` of the result; see report.py."""
     case, name = one.case, one.runner.name
     figures = {figure: one.figures(figure) for figure in FIGURES[case.phase]}
 
     def ratios(other: Series | None) -> dict[str, float] | None:
-        """Median over the rounds of the ratio to another series in the same round."""
+        """Return the median over the rounds of the ratio to another series in the same round."""
         if other is None:
             return None
         return {
@@ -251,7 +251,7 @@ def _peers(
     num_adapters: int,
     console: Console,
 ) -> Iterator[list[Peer]]:
-    """The peers asked for, started, with LoRA adapters in a folder that goes with them."""
+    """Start the requested peers, with LoRA adapters in a temporary folder, for the block."""
     if not config.peers:
         yield []
         return

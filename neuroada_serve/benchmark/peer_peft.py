@@ -1,7 +1,7 @@
 """PEFT as a peer of `neuroada bench`; the protocol is described in peers.py.
 
-Plain transformers `generate` for the base; LoRA on top for everything else: one adapter for all
-requests is set, or merged; a mixed batch names one per request (`adapter_names`).
+The base runs transformers' plain `generate`. With LoRA, one adapter is set, or merged, for all
+requests; a mixed batch names one per request (`adapter_names`).
 """
 
 import json
@@ -23,7 +23,7 @@ def answer(message: dict[str, Any]) -> None:
 
 
 def load(setup: dict[str, Any]) -> Any:
-    """The model with its adapters lora-0, lora-1, ...; without any, plain transformers."""
+    """Load the model with its adapters lora-0, lora-1, ...; plain transformers without any."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -47,7 +47,7 @@ def load(setup: dict[str, Any]) -> Any:
 
 @contextmanager
 def adapted(model: Any, work: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The model ready for this work; gives what `generate` is to be called with."""
+    """Prepare the model for this work; yield the extra arguments of `generate`."""
     numbers = work["adapters"]
     if all(number is None for number in numbers):
         yield {}
@@ -72,7 +72,7 @@ def run(model: Any, work: dict[str, Any]) -> dict[str, Any]:
     stamps: list[float] = []
 
     def clock(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """A stopping criterion, called after every new token of the batch; stops nothing."""
+        """Note the time of every new token of the batch, as a criterion that never stops."""
         stamps.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

@@ -1,6 +1,6 @@
 """vLLM as a peer of `neuroada bench`; the protocol is described in peers.py.
 
-Runs in vLLM's own environment, so it imports nothing of neuroada_serve.
+Runs in vLLM's own environment, so it must not import neuroada_serve.
 """
 
 import json
@@ -20,7 +20,7 @@ def answer(message: dict[str, Any]) -> None:
 
 
 def load(setup: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The engine and its LoRA requests, by number. Without adapters LoRA stays off."""
+    """Load the engine, and its LoRA requests by number. Without adapters LoRA stays off."""
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
@@ -28,7 +28,7 @@ def load(setup: dict[str, Any]) -> tuple[Any, list[Any]]:
     options: dict[str, Any] = {}
     if loras:
         options["enable_lora"] = True
-        # A slot for each adapter that can run at once.
+        # One slot for each adapter that can run at once.
         options["max_loras"] = min(len(loras), setup["max_num_seqs"])
         options["max_cpu_loras"] = len(loras)
         options["max_lora_rank"] = setup["lora_rank"]
@@ -39,14 +39,14 @@ def load(setup: dict[str, Any]) -> tuple[Any, list[Any]]:
         dtype=setup["dtype"],
         max_num_seqs=setup["max_num_seqs"],
         max_model_len=setup["max_model_len"],
-        enable_prefix_caching=False,  # prompts never repeat here: it would be work for nothing
+        enable_prefix_caching=False,  # prompts never repeat, so it would only cost time
         **options,
     )
     return llm, loras
 
 
 def run(llm: Any, loras: list[Any], work: dict[str, Any]) -> dict[str, Any]:
-    """LLM.generate's own loop, with a clock in it."""
+    """Run the loop of LLM.generate, noting the time of every token."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

@@ -1,4 +1,4 @@
-"""Other engines doing the same work: PEFT and vLLM, each in processes of their own.
+"""Run the same work on other engines, PEFT and vLLM, in processes of their own.
 
 A peer is a script (`peer_peft.py`, `peer_vllm.py`) that loads its model once and then answers
 commands, one JSON document per line each way:
@@ -9,10 +9,10 @@ commands, one JSON document per line each way:
     in   {"prompts": [[id, ...], ...], "adapters": [number or null, ...], "merged", "output_len"}
     out  {"token_s": [[seconds, ...], ...], "wall_s"}     or {"error": "..."}
 
-Every peer runs as two processes, so that its base is not slowed by being ready for adapters: one
-without LoRA answers the base cases, one with all LoRA adapters loaded the others. Between commands
-a peer's processes are stopped (SIGSTOP), so that nothing it does while idle costs the engine whose
-turn it is: vLLM's worker polls while idle, and OpenMP threads may spin for a while.
+Every peer has two processes, so that LoRA support does not slow down its base: one without LoRA
+answers the base cases, one with all LoRA adapters loaded the others. Between commands a peer's
+processes are stopped (SIGSTOP), so that idle work takes no time from the engine whose turn it is:
+vLLM's worker polls while idle, and OpenMP threads may spin for a while.
 """
 
 import json
@@ -36,7 +36,7 @@ _LOG_TAIL_CHARS = 2000
 
 
 class PeerProcess:
-    """One peer script, stopped except while it works.
+    """The process of a peer's script, stopped except while it works.
 
     Args:
         command: the interpreter and the script.
@@ -44,7 +44,7 @@ class PeerProcess:
         environment: its whole environment.
 
     Raises:
-        EngineError: it ended, or answered with an error; with the end of its log.
+        EngineError: it ended, or answered with an error; contains the end of its log.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class PeerProcess:
             raise
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Send one line, wait for the answer; awake for that time only."""
+        """Send one line and return the answer; the process runs for that time only."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._signal(signal.SIGCONT)
@@ -86,7 +86,7 @@ class PeerProcess:
         return answer
 
     def close(self) -> None:
-        """Let it end; after a while, end it."""
+        """Let the process end; kill it after a while."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._signal(signal.SIGCONT)
@@ -94,13 +94,13 @@ class PeerProcess:
             self._process.stdin.close()  # its end of input
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_TIMEOUT_S)
-        self._signal(signal.SIGKILL)  # what it left behind too
+        self._signal(signal.SIGKILL)  # and the processes it started
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
 
     def _signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):  # it ended, and all it started
+        with suppress(ProcessLookupError):  # it has ended, with all it started
             os.killpg(self._process.pid, number)
 
     def _log_tail(self) -> str:
@@ -109,12 +109,12 @@ class PeerProcess:
 
 
 class Peer:
-    """One peer on one model: a process for the base, one for everything with adapters.
+    """One peer on one model: one process for the base, and one for work with adapters.
 
     Args:
         name: peft or vllm.
         command: the interpreter and the script.
-        setup: what both processes are started with, but for the adapters.
+        setup: first line of input of both processes, without the adapters.
         loras: folders of the LoRA adapters, by number.
         environment: of both processes.
     """
@@ -138,11 +138,11 @@ class Peer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Versions and settings, as its processes tell them."""
+        """Versions and settings reported by the processes."""
         return {"base": self._base.ready, "with_adapters": self._adapted.ready}
 
     def can(self, case: Case) -> bool:
-        """vLLM does not merge adapters; PEFT merges them for all requests."""
+        """Return whether the peer can run a case: vLLM cannot merge, PEFT only for all requests."""
         return case.popularity not in MERGED or (self.name, case.popularity) == ("peft", "merged")
 
     def run(self, work: Work) -> Timeline:
@@ -170,22 +170,22 @@ class Peer:
 
 
 def peer_command(name: str, python: Path | None) -> list[str]:
-    """vLLM runs in `python`, PEFT in this interpreter."""
+    """Return the command of a peer: vLLM runs in `python`, PEFT in this interpreter."""
     script = Path(__file__).with_name(f"peer_{name}.py")
     interpreter = sys.executable if python is None or name == "peft" else str(python)
     return [interpreter, str(script)]
 
 
 def peer_environment(name: str, threads: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """The same thread count as ours; for vLLM, what makes it fastest on a CPU.
+    """Return a peer's environment: as many threads as ours, and vLLM's fastest settings on a CPU.
 
-    VLLM_CPU_KVCACHE_SPACE and VLLM_CPU_OMP_THREADS_BIND stay as they are set, if they are.
+    VLLM_CPU_KVCACHE_SPACE and VLLM_CPU_OMP_THREADS_BIND keep their values, if they have any.
     """
     environment = {**environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     environment["TOKENIZERS_PARALLELISM"] = "false"
     if name == "vllm":
-        environment.pop("GOMP_SPINCOUNT", None)  # set by our command line, for our threads
-        # Left to itself, vLLM keeps one core free of its worker's threads.
+        environment.pop("GOMP_SPINCOUNT", None)  # set by our command line for our own threads
+        # By default vLLM keeps one core free of its worker's threads.
         cores = sorted(os.sched_getaffinity(0))[:threads]
         environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

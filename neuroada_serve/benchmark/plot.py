@@ -1,4 +1,4 @@
-"""The picture of a benchmark."""
+"""The plot of a benchmark."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ _COLORS = {"neuroada": BLUE, "vllm": RED, "peft": GREY}
 
 
 def case_label(case: Mapping[str, Any]) -> str:
-    """A case of the result in words."""
+    """Describe a case of the result."""
     return case["popularity"] if case["k"] is None else f"{case['popularity']}, k={case['k']}"
 
 
 def plot(result: Mapping[str, Any]) -> bytes | None:
-    """A PNG: bars of the medians, dots for the rounds; None where nothing was measured.
+    """Draw a PNG with bars for the medians and dots for the rounds; None if nothing was measured.
 
     Raises:
         ImportError: matplotlib, of the bench extra, is not installed.
@@ -45,7 +45,7 @@ Bar = tuple[str, float, Sequence[float], str]  # label, median, samples, color
 
 
 def _panels(result: Mapping[str, Any]) -> list[tuple[str, str, list[Bar]]]:
-    """(title, unit, bars) for every phase and concurrency, or every serving figure."""
+    """Return (title, unit, bars) for every phase and concurrency, or every serving figure."""
     panels: list[tuple[str, str, list[Bar]]] = []
     cases = result["cases"]
     if result["benchmark"] == "serving":

@@ -1,11 +1,11 @@
-"""What a benchmark leaves: a table; with --out or --json one JSON document; with --out a plot.
+"""Report a benchmark: a table; with --out or --json one JSON document; with --out a plot.
 
 The document, for `throughput` and `latency` (`schema` is "neuroada-bench/1"):
 
-    benchmark, date, commit, modified   commit of the checkout; whether files differ from it
+    benchmark, date, commit, modified   commit of the checkout, and whether files differ from it
     versions, hardware, environment     packages; cpu, cores, gpus; thread settings of OpenMP
     settings                            the flags as used, with dtype, device and threads resolved
-    check       null where it was left out, else per case and dtype: {"case", "dtype",
+    check       null if it was left out, else per case and dtype: {"case", "dtype",
                 "num_tokens", "num_ties", "num_wrong", "largest_difference", "tolerance", "ok"};
                 see check.py. If any is not ok, there are no cases.
     peers       name -> versions and settings of its two processes; see peers.py
@@ -16,10 +16,10 @@ The document, for `throughput` and `latency` (`schema` is "neuroada-bench/1"):
         samples         figure -> one value per round
         median          figure -> median of these
         ratio_to_base   figure -> median over the rounds of the ratio to the same engine's base
-        ratio_to_peer   peer -> figure -> likewise, ours / the peer's, on the same work
+        ratio_to_peer   peer -> figure -> the same, ours / the peer's, on the same work
         distributions   name -> {"p50", ..., "rounds": every sample, per round}
     switch_ms   only with a merged case: "k=..." -> {"merge", "swap", "unmerge"} -> every sample
-    not_measured    what a reader might take these figures for
+    not_measured    claims that these figures do not support
 
 Figures: decode_tokens_per_s (from the first token of the last request on), tokens_per_s (output
 tokens per second of the whole call: what can be compared between engines), prefill_tokens_per_s
@@ -61,8 +61,8 @@ _SETTINGS = (
 
 
 def progress_bar(console: Console) -> Progress:
-    """Draws in a terminal alone, and only when told of progress: a drawing thread would take time
-    from what is measured."""
+    """Make a progress bar that draws only in a terminal, and only on progress: a drawing thread
+    would take time from the measured work."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(
         *columns,
@@ -77,7 +77,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 def environment() -> dict[str, Any]:
-    """Date, commit, versions, hardware and thread settings of this process."""
+    """Return date, commit, versions, hardware and thread settings of this process."""
     import torch
 
     from neuroada_serve import __version__
@@ -88,7 +88,7 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    versions["torch"] = torch.__version__  # with its build, which a wheel's name may lack
+    versions["torch"] = torch.__version__  # with its build, which the name of a wheel may lack
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **commit_of(Path(__file__).parent),
@@ -100,7 +100,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit_of(folder: Path) -> dict[str, Any]:
-    """Commit of the checkout that a folder lies in, None outside of one; whether files differ."""
+    """Return the commit of a folder's checkout, None outside of one, and whether files differ."""
     return {
         "commit": _git(folder, "rev-parse", "HEAD"),
         "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no")),
@@ -108,7 +108,7 @@ def commit_of(folder: Path) -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of git in a folder; None without git, where it fails or prints nothing."""
+    """Return the output of git in a folder; None without git, or if it fails or prints nothing."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:
@@ -117,7 +117,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, vector instructions that torch uses, cores for this process, memory and GPUs."""
+    """Return processor, torch's vector instructions, cores of this process, memory and GPUs."""
     import torch
 
     gpus = []
@@ -152,16 +152,16 @@ def write_report(
     console: Console,
     print_json: bool,
 ) -> None:
-    """Tables to one console and what was written to the other, JSON to `out` with a plot beside it,
-    and, with `print_json`, as a line of stdout."""
+    """Print tables to one console and messages to the other; write JSON to `out` with a plot beside
+    it, and, with `print_json`, as one line to stdout."""
     wide = Console(file=table_console.file, width=max(table_console.width, _TABLE_WIDTH))
     for table in tables(result):
-        wide.print(table)  # no figure is cut, in a narrow terminal or a log
+        wide.print(table)  # wide, so that no figure is cut in a narrow terminal or a log
     document = json.dumps(plain(result), allow_nan=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(document + "\n")
-        console.print(f"written to {out}", markup=False, highlight=False)
+        console.print(f"Written to {out}", markup=False, highlight=False)
         try:
             png = plot(result)
         except ImportError:
@@ -174,7 +174,7 @@ def write_report(
 
 
 def plain(value: Any) -> Any:
-    """As JSON can hold it: paths and infinities as text, nan as null."""
+    """Convert a value for JSON: paths and infinities to text, nan to null."""
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -187,7 +187,7 @@ def plain(value: Any) -> Any:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """One table per phase, the failures of the check, or the serving cases."""
+    """Make one table per phase, one of the check's failures, or one of the serving cases."""
     if result["benchmark"] == "serving":
         return [_serving_table(result["cases"])]
     found = []
@@ -211,7 +211,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _phase_table(phase: str, cases: Sequence[Mapping[str, Any]]) -> Table:
-    """Medians, in brackets the ratio to the base, and for our cases the ratio to each peer."""
+    """Tabulate medians, their ratios to the base in brackets, and our ratios to each peer."""
     headline = list(cases[0]["median"])[-1]  # whole-call throughput, or time per output token
     peers = sorted({peer for case in cases for peer in case["ratio_to_peer"]})
     headings = [_HEADINGS[figure] for figure in cases[0]["median"]]

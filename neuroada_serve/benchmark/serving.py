@@ -1,8 +1,8 @@
-"""`neuroada bench serving`: load on a running OpenAI-style server, ours or another.
+"""`neuroada bench serving`: load a running OpenAI-style server, ours or another.
 
-Requests are sent when they are due, whether or not earlier ones have been answered (an open loop),
-to /v1/completions, streamed, with random token ids as prompts. A request's clock starts when it is
-sent; with --max-concurrency it may be sent late, as in `vllm bench serve`.
+Requests go to /v1/completions, streamed, with random token ids as prompts. They are sent when they
+are due, whether or not earlier ones have been answered (an open loop). A request's clock starts
+when it is sent; with --max-concurrency it may be sent late, as in `vllm bench serve`.
 
     ttft    from sending to the first chunk that has a choice
     itl     between such chunks; a server may put several tokens into one
@@ -45,7 +45,7 @@ _PERCENTS = (50, 90, 99)
 
 @dataclass
 class Sent:
-    """One request and what came of it; times in milliseconds from its sending."""
+    """One request and its result; times in milliseconds since it was sent."""
 
     sent_s: float  # since the start of the case
     model: str
@@ -57,12 +57,12 @@ class Sent:
 
     @property
     def tpot_ms(self) -> float:
-        """0 for a single token, as vLLM counts it."""
+        """Time per output token after the first; 0 for a single token, as in vLLM."""
         rest = self.output_tokens - 1
         return (self.e2el_ms - self.ttft_ms) / rest if rest > 0 else 0.0
 
     def keeps(self, limits_ms: Mapping[str, float]) -> bool:
-        """Whether it ended well and within every limit."""
+        """Return whether the request succeeded within every limit."""
         return self.error is None and all(
             getattr(self, f"{name}_ms") <= limit for name, limit in limits_ms.items()
         )
@@ -114,7 +114,7 @@ def bench_serving(config: ServingConfig, console: Console) -> dict[str, Any]:
 def figures(
     requests: Sequence[Sent], duration_s: float, limits_ms: Mapping[str, float]
 ) -> dict[str, float]:
-    """The figures of one case in one round, under vLLM's names.
+    """Compute the figures of one case in one round, under vLLM's names.
 
     Raises:
         EngineError: no request was answered.
@@ -155,7 +155,7 @@ def _run_case(
     number: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """One case of one round; all cases of a round share arrivals and prompts."""
+    """Run one case of one round; all cases of a round share arrivals and prompts."""
     seed = f"{config.seed} {number}"
     chosen = assign(popularity, config.num_prompts, max(1, len(adapters)), seed)
     models = [base if i is None else adapters[i] for i in chosen]
@@ -179,7 +179,7 @@ async def _send_all(
     due_s: Sequence[float],
     on_done: Any,
 ) -> tuple[list[Sent], float]:
-    """Send every request when it is due; (what came of them, seconds until the last was done)."""
+    """Send every request when it is due; return (results, seconds until the last one ended)."""
     gate = asyncio.Semaphore(config.max_concurrency or len(models))
     started = time.perf_counter()
 
@@ -202,7 +202,7 @@ async def _complete(
     prompt: Sequence[int],
     started: float,
 ) -> Sent:
-    """One streamed completion. A failure is kept in the result, not raised."""
+    """Request one streamed completion. A failure is kept in the result, not raised."""
     import httpx
 
     body = {
@@ -248,7 +248,7 @@ async def _complete(
 
 
 async def _models(base_url: str, config: ServingConfig) -> tuple[str, list[str]]:
-    """The base's name and the adapters' names on the server."""
+    """Ask the server for the names of the base and of the adapters."""
     import httpx
 
     try:
@@ -271,7 +271,7 @@ async def _models(base_url: str, config: ServingConfig) -> tuple[str, list[str]]
 
 
 async def _warm_up(base_url: str, config: ServingConfig, models: Sequence[str]) -> None:
-    """One short request for each model, so that none is loaded on the clock."""
+    """Send one short request to each model, so that none is loaded while timed."""
     async with _client(base_url, config) as client:
         prompts = random_prompts(len(models), config.input_len, range(config.vocab), "warm up")
         for model, prompt in zip(models, prompts, strict=True):
@@ -296,7 +296,7 @@ def _client(base_url: str, config: ServingConfig) -> "httpx.AsyncClient":
 
 @contextmanager
 def _server(config: ServingConfig, console: Console) -> Iterator[str]:
-    """The URL of the server under test; ours runs until the block ends."""
+    """Yield the URL of the server under test; run ours during the block if it is to be started."""
     if config.base_url is not None:
         yield config.base_url
         return
@@ -335,13 +335,13 @@ def _save_adapters(config: ServingConfig, folder: Path) -> None:
 
 
 def _address(process: "subprocess.Popen[str]") -> str:
-    """Where our server listens, as it says once it is ready."""
+    """Wait for our server and return its URL, which it prints once it is ready."""
     assert process.stderr is not None
     said = []
     for line in process.stderr:
         said.append(line)
         if found := re.search(r"Serving .* on (http://\S+)/v1", line):
-            # From here on somebody must read, or the server stops at a full pipe.
+            # Keep reading from here on, or the server blocks at a full pipe.
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return found[1]
     raise EngineError("our server did not start: " + "".join(said[-5:]).strip())

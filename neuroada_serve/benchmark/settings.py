@@ -16,10 +16,10 @@ SLOS = ("ttft", "tpot", "e2el")  # vLLM's names: first token, per output token, 
 
 
 def parse_goodput(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """Limits such as "ttft:500 tpot:50", in milliseconds.
+    """Parse limits such as "ttft:500 tpot:50", in milliseconds.
 
     Raises:
-        UsageError: an unknown name, or no positive number.
+        UsageError: a name is unknown, or a limit is not a positive number.
     """
     limits = []
     for pair in " ".join(texts).replace(",", " ").split():
@@ -36,7 +36,7 @@ def parse_goodput(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
 
 @dataclass(frozen=True)
 class OfflineConfig:
-    """One run of `bench throughput`."""
+    """Settings of `bench throughput`."""
 
     variables: ClassVar[str] = "NEUROADA_BENCH_"
 
@@ -45,9 +45,9 @@ class OfflineConfig:
     )
     popularity: tuple[str, ...] = option(
         ("identical", "distinct", "merged"),
-        "Who uses which adapter, one or more of identical, distinct, uniform, zipf:A, merged and "
-        "half-merged (the other half runs on the base), separated by commas. The base alone is "
-        "always measured.",
+        "Distribution of requests over adapters: one or more of identical, distinct, uniform, "
+        "zipf:A, merged and half-merged (the other half runs on the base), separated by commas. "
+        "The base alone is always measured.",
         "Load",
         read=words,
     )
@@ -61,7 +61,9 @@ class OfflineConfig:
         512, "Tokens of the prompt in the prefill cases; 0 leaves them out.", "Load"
     )
     num_prompts: int = option(8, "Requests per case and round.", "Load", flag="")
-    rounds: int = option(5, "Every round runs each case once, in turn; medians need five.", "Load")
+    rounds: int = option(
+        5, "Rounds; each runs every case once, in turn. Medians need five.", "Load"
+    )
     seed: int = redefined(
         TrainConfig, "seed", help="Seed of prompts, adapters and popularity.", group="Load"
     )
@@ -71,7 +73,7 @@ class OfflineConfig:
     dtype: str = redefined(EngineConfig, "dtype", group="Engine")
     device: str = redefined(EngineConfig, "device", group="Engine")
     threads: int | None = option(
-        None, "CPU threads of every engine; default: what torch takes.", "Engine"
+        None, "CPU threads of every engine; default: torch's own number.", "Engine"
     )
     max_num_batched_tokens: int = redefined(
         EngineConfig,
@@ -85,14 +87,14 @@ class OfflineConfig:
     )
     peers: tuple[str, ...] = option(
         (),
-        "peft or vllm: run the same work there too, with LoRA adapters. Repeatable.",
+        "Other engine that runs the same work, with LoRA adapters: peft or vllm. Repeatable.",
         "Peers",
         flag="peer",
         metavar="peft|vllm",
         repeated=True,
     )
     peer_python: Path | None = option(
-        None, "Python that has vLLM, such as DIR/bin/python; default: this one.", "Peers"
+        None, "Python with vLLM installed, such as DIR/bin/python; default: this one.", "Peers"
     )
     peer_eager: bool | None = option(
         None, "vLLM's enforce_eager; default: vLLM's own choice.", "Peers"
@@ -122,13 +124,13 @@ class OfflineConfig:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of prompt and answer that every engine is sized for."""
+        """Maximum number of tokens, prompt and answer together, for every engine."""
         return max(self.prompt_len + self.output_len, self.prefill_len + 1) + 1
 
 
 @dataclass(frozen=True)
 class LatencyConfig(OfflineConfig):
-    """One run of `bench latency`."""
+    """Settings of `bench latency`."""
 
     concurrency: tuple[int, ...] = redefined(OfflineConfig, "concurrency", (1,))
     popularity: tuple[str, ...] = redefined(OfflineConfig, "popularity", ("identical", "merged"))
@@ -138,7 +140,7 @@ class LatencyConfig(OfflineConfig):
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """One run of `bench serving`. Names are those of `vllm bench serve` where it has one."""
+    """Settings of `bench serving`, named as in `vllm bench serve` if it has them."""
 
     variables: ClassVar[str] = "NEUROADA_BENCH_"
 
@@ -162,8 +164,8 @@ class ServingConfig:
     )
     popularity: tuple[str, ...] = option(
         ("base", "uniform"),
-        "Who uses which adapter, one or more of base, identical, distinct, uniform and zipf:A, "
-        "separated by commas; each is one case.",
+        "Distribution of requests over adapters: one or more of base, identical, distinct, "
+        "uniform and zipf:A, separated by commas; each is one case.",
         "Load",
         read=words,
     )
@@ -176,19 +178,19 @@ class ServingConfig:
     burstiness: float = option(
         1.0, "1 is a Poisson process; Gamma arrivals come in bursts below 1, evenly above.", "Load"
     )
-    max_concurrency: int | None = option(None, "Most requests open at once.", "Load")
+    max_concurrency: int | None = option(None, "Maximum number of requests open at once.", "Load")
     input_len: int = option(32, "Tokens per prompt.", "Load")
     output_len: int = option(32, "New tokens per request; end tokens do not count.", "Load")
     goodput: tuple[tuple[str, float], ...] = option(
         (),
-        "Limits in milliseconds that a good request keeps, of ttft, tpot and e2el, as in "
+        "Limits of a good request, in milliseconds, on ttft, tpot and e2el, as in "
         "'ttft:500 tpot:50'. Repeatable.",
         "Load",
         metavar="NAME:MS",
         read=parse_goodput,
         repeated=True,
     )
-    rounds: int = option(1, "Every round runs each case once, in turn.", "Load")
+    rounds: int = option(1, "Rounds; each runs every case once, in turn.", "Load")
     seed: int = redefined(
         OfflineConfig, "seed", help="Seed of arrivals, prompts, adapters and popularity."
     )

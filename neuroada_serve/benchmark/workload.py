@@ -1,6 +1,6 @@
-"""What is asked of an engine: who uses which adapter, when requests arrive, what prompts say.
+"""Workloads: adapters, arrival times and prompts of requests.
 
-Pure functions of a seed: the same arguments give the same workload, here and in a peer.
+Pure functions of a seed: the same arguments give the same workload, for ours and for peers.
 """
 
 import math
@@ -14,9 +14,10 @@ MERGED = frozenset({"merged", "half-merged"})  # adapter 0 is in the weights
 
 
 def check_popularity(popularity: str) -> None:
-    """
+    """Check the name of a distribution over adapters.
+
     Raises:
-        UsageError: it is none of POPULARITIES and not zipf:A.
+        UsageError: it is not one of POPULARITIES, nor zipf:A.
     """
     if popularity not in POPULARITIES and _zipf_exponent(popularity) is None:
         raise UsageError(
@@ -28,11 +29,11 @@ def check_popularity(popularity: str) -> None:
 def assign(
     popularity: str, num_requests: int, num_adapters: int, seed: int | str = 0
 ) -> list[int | None]:
-    """The adapter of every request, by number; None is the base.
+    """Return the number of every request's adapter; None is the base.
 
-    base: none. identical, merged: all use adapter 0. distinct: each its own, in turn where there
-    are fewer adapters than requests. uniform: all equally likely. zipf:A: adapter i is drawn with
-    a probability in proportion to 1 / (i + 1)**A. half-merged: every other request uses adapter 0,
+    base: none. identical, merged: all use adapter 0. distinct: each its own, in turn if there are
+    fewer adapters than requests. uniform: all equally likely. zipf:A: adapter i is drawn with a
+    probability in proportion to 1 / (i + 1)**A. half-merged: every other request uses adapter 0,
     the rest the base.
     """
     if popularity == "base":
@@ -63,11 +64,11 @@ def _zipf_exponent(popularity: str) -> float | None:
 def arrivals(
     num_requests: int, request_rate: float, burstiness: float, seed: int | str = 0
 ) -> list[float]:
-    """When each request is sent, in seconds from the start.
+    """Return the time of each request, in seconds from the start.
 
     As in `vllm bench serve`: gaps are Gamma with shape `burstiness` and mean 1 / request_rate
-    (shape 1 is a Poisson process), then stretched so that the last request comes at
-    num_requests / request_rate, whatever was drawn. An infinite rate sends all at once.
+    (shape 1 is a Poisson process), then stretched so that the last request always comes at
+    num_requests / request_rate. An infinite rate sends all at once.
     """
     if math.isinf(request_rate):
         return [0.0] * num_requests
@@ -87,7 +88,7 @@ def arrivals(
 def random_prompts(
     num_prompts: int, length: int, token_ids: Sequence[int], seed: int | str = 0
 ) -> list[list[int]]:
-    """Prompts of ids drawn from `token_ids`."""
+    """Make prompts of ids drawn from `token_ids`."""
     generator = random.Random(seed)
     return [generator.choices(token_ids, k=length) for _ in range(num_prompts)]
 
@@ -95,9 +96,9 @@ def random_prompts(
 def text_prompts(
     num_prompts: int, length: int, text_ids: Sequence[int], seed: int | str = 0
 ) -> list[list[int]]:
-    """Stretches of one tokenised text, each from a place of its own, going round at its end.
+    """Cut prompts from one tokenised text, each at a place of its own, wrapping around at the end.
 
-    Different starts keep prefix caches, here and in peers, from answering for the model.
+    Different beginnings keep prefix caches, ours and the peers', from saving work.
     """
     generator = random.Random(seed)
     starts = [generator.randrange(len(text_ids)) for _ in range(num_prompts)]

@@ -27,7 +27,7 @@ from neuroada_serve.config import EngineConfig
 @command
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to answer.")],
     engine: Annotated[EngineConfig, Only("dtype", "chat_template", "deterministic")],
     adapter: Adapter = None,
     max_tokens: MaxTokens = 256,
@@ -35,7 +35,7 @@ def generate(
     seed: Seed = None,
     plain: Plain = False,
 ) -> None:
-    """Answer one prompt, streamed to the terminal."""
+    """Answer one prompt, token by token."""
     from neuroada_serve.request import Output, SamplingParams
 
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
@@ -55,7 +55,7 @@ def generate(
 @command
 def classify(
     model: Model,
-    text: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to classify.")],
+    text: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Text to classify.")],
     adapter: Annotated[
         list[str],
         typer.Option(
@@ -64,9 +64,10 @@ def classify(
     ],
     engine: Annotated[EngineConfig, Only("dtype")],
 ) -> None:
-    """Label texts by a classifier.
+    """Label texts with a classifier.
 
-    Prints a line for each text: its label and the labels' probabilities, or a regression's number.
+    Prints one line per text: its label and the probability of every label, or the number of a
+    regression.
     """
     llm, name = llm_with(model, adapter, engine)
     for output in llm.classify(text, name, use_tqdm=False):

@@ -14,7 +14,7 @@ bench_app = typer.Typer(
     name="bench",
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Measure this engine, and others beside it.",
+    help="Measure this engine, and compare it with others.",
 )
 app.add_typer(bench_app)
 
@@ -26,11 +26,13 @@ def _bench_command(function: Callable[..., None]) -> Callable[..., None]:
 
 ReportOut = Annotated[
     Path | None,
-    typer.Option("--out", help="Write every sample there as JSON, and a plot beside it as .png."),
+    typer.Option(
+        "--out", help="JSON file to write with every sample; a plot goes beside it as .png."
+    ),
 ]
 Json = Annotated[
     bool,
-    typer.Option("--json", help="Print the JSON as the last line of stdout, tables on stderr."),
+    typer.Option("--json", help="Print the JSON as the last line of stdout, and tables on stderr."),
 ]
 
 
@@ -38,7 +40,10 @@ Json = Annotated[
 def bench_throughput(
     model: Model, config: OfflineConfig, report: ReportOut = None, json_output: Json = False
 ) -> None:
-    """Tokens per second, with and without adapters. Of decode, prefill and whole calls."""
+    """Measure tokens per second, with and without adapters.
+
+    Of decode, of prefill, and of whole calls.
+    """
     from neuroada_serve.benchmark.offline import bench_throughput as bench
 
     _check_report(report)
@@ -49,7 +54,7 @@ def bench_throughput(
 def bench_latency(
     model: Model, config: LatencyConfig, report: ReportOut = None, json_output: Json = False
 ) -> None:
-    """Time to first token and per output token at few requests."""
+    """Measure time to first token and per output token."""
     from neuroada_serve.benchmark.offline import bench_latency as bench
 
     _check_report(report)
@@ -60,7 +65,10 @@ def bench_latency(
 def bench_serving(
     config: ServingConfig, report: ReportOut = None, json_output: Json = False
 ) -> None:
-    """Load a server with requests as they arrive. It runs already, or is started for this."""
+    """Measure a server while requests arrive over time.
+
+    Without --base-url one of ours is started for this.
+    """
     from neuroada_serve.benchmark.serving import bench_serving as bench
 
     _check_report(report)
@@ -68,7 +76,7 @@ def bench_serving(
 
 
 def _check_report(report: Path | None) -> None:
-    """Refuse a file that could not be written, before anything is measured."""
+    """Refuse a file that cannot be written, before anything is measured."""
     if report is None:
         return
     from neuroada_serve.adapters.durable import check_writable

@@ -1,4 +1,4 @@
-"""`neuroada chat`: a conversation in the terminal, with the base or any of its adapters."""
+"""`neuroada chat`: a conversation in the terminal with the base or any of its adapters."""
 
 import signal
 import sys
@@ -36,8 +36,8 @@ BASE = "base"
 _HELP = """\
 /use NAME       answer with an adapter from now on; a mix: /use sql:0.7+json:0.3; /use base
 /adapters       list the adapters
-/system [TEXT]  set the system message; without TEXT there is none
-/undo           take the last message and its answer back
+/system [TEXT]  set the system message; without TEXT remove it
+/undo           remove the last message and its answer
 /clear          begin a new conversation
 /help           show this
 /quit           leave, as does Ctrl-D
@@ -90,9 +90,9 @@ def chat(
 
 
 class Conversation:
-    """What has been said, who answers, and what the lines that begin with a slash do.
+    """A conversation: its messages, the adapter that answers, and the commands with a slash.
 
-    is_plain: every message is continued as text, for itself; there is no chat template to use.
+    is_plain: without a chat template; every message is continued as text, without the others.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Conversation:
         self._params = params
 
     def take(self, text: str) -> bool:
-        """Do what a line says, or answer it; False where it ends the conversation."""
+        """Answer a line, or run it as a command; return False if it ends the conversation."""
         text = text.strip()
         name, _, rest = text.partition(" ")
         try:
@@ -138,10 +138,10 @@ class Conversation:
         return True
 
     def use(self, name: str) -> None:
-        """Have an adapter or a mix answer, or the base.
+        """Let an adapter, a mix or the base answer from now on.
 
         Raises:
-            UsageError: there is none of this name, or it does not write.
+            UsageError: there is no adapter of this name, or it does not generate text.
         """
         if name == BASE:
             self.adapter = None
@@ -165,13 +165,13 @@ class Conversation:
 
     def _undo(self) -> None:
         if not self.messages:
-            notify("There is nothing to take back.")
+            notify("There is no message to remove.")
             return
-        notify(f"Taken back: {self.messages[-2]['content']}")
+        notify(f"Removed: {self.messages[-2]['content']}")
         del self.messages[-2:]
 
     def _answer(self, text: str) -> None:
-        """Stream an answer; what was said of it when it was stopped counts as said."""
+        """Stream an answer; a stopped one is kept in the conversation as far as it came."""
         asked = {"role": "user", "content": text}
         if self.is_plain:
             prompt: Any = text
@@ -216,11 +216,11 @@ class Conversation:
     def _prompt(
         self, messages: list[dict[str, str]]
     ) -> tuple[dict[str, list[int]], list[dict[str, str]]]:
-        """The prompt, and the messages in it: the oldest are left out where no room for an answer
-        would be left.
+        """Return the prompt and the messages in it, without the oldest if they leave no room for an
+        answer.
 
         Raises:
-            RequestError: the last message does not fit by itself, or the template refuses them.
+            UsageError: the last message does not fit by itself, or the template refuses them.
         """
         from neuroada_serve.model.prompt import encode_chat
 
@@ -243,12 +243,12 @@ class Conversation:
 
 
 class _Stopped(Exception):
-    """Ctrl-C while an answer came."""
+    """Raised when Ctrl-C stops an answer."""
 
 
 @contextmanager
 def _interrupts() -> Iterator[Any]:
-    """Whether Ctrl-C was pressed inside. The first waits for the end of a step, the second not."""
+    """Yield a function that tells if Ctrl-C was pressed; a second press interrupts at once."""
     pressed: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -264,7 +264,7 @@ def _interrupts() -> Iterator[Any]:
 
 
 def _typed(conversation: Conversation) -> Iterator[str]:
-    """What is typed, until Ctrl-D. Ctrl-C empties the line."""
+    """Yield the messages that are typed, until Ctrl-D. Ctrl-C empties the line."""
     lines: list[str] = []
     while True:
         try:
@@ -294,14 +294,14 @@ def _piped() -> Iterator[str]:
 
 
 def _joined(lines: list[str]) -> str:
-    """The lines as one message; the list is empty then."""
+    """Join the lines to one message, and empty the list."""
     text = "\n".join(line.removesuffix("\\") for line in lines)
     lines.clear()
     return text
 
 
 def _edit_lines(llm: "LLM") -> None:
-    """Arrow keys, a history, and names and commands by Tab, where Python has readline."""
+    """Offer arrow keys, a history, and completion by Tab, if Python has readline."""
     try:
         import readline
     except ImportError:

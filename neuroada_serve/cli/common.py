@@ -1,4 +1,4 @@
-"""What the commands share: registration, options, and where messages go."""
+"""Parts shared by the commands: registration, options, and messages to the user."""
 
 import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -62,7 +62,7 @@ Plain = Annotated[
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of new tokens in an answer.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")]
 GREEDY: Temperature = 0.0
 Seed = Annotated[int | None, typer.Option(help="Seed of the sampling; default: a random one.")]
 Adapters = Annotated[
@@ -89,7 +89,6 @@ def command(
     function: Callable[..., None], group: typer.Typer = app, name: str | None = None
 ) -> Callable[..., None]:
     """Register a command; a user's mistake ends it with one sentence and exit code 2."""
-
     flagged = with_flags(function)
 
     @wraps(flagged)
@@ -114,7 +113,7 @@ def command(
 
 @contextmanager
 def interrupted(tell: Callable[[], str]) -> Iterator[None]:
-    """Let a Ctrl-C within say more than that: what was kept, how to go on."""
+    """Add to the message of a Ctrl-C in the block, such as how to go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -123,8 +122,8 @@ def interrupted(tell: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def for_good() -> Iterator[None]:
-    """What is imported and loaded inside stays until the process ends. The garbage collector never
-    looks at it: neither now, nor in the steps of a server, nor on the way out."""
+    """Keep the garbage collector from everything imported and loaded in the block: it stays until
+    the process ends, and scanning it would delay loading, a server's steps, and the exit."""
     with uncollected():
         yield
         gc.freeze()
@@ -139,7 +138,7 @@ def notify(message: str) -> None:
 
 
 def rows_of(source: str) -> "Data":
-    """The rows that --data or --eval-data names."""
+    """Open the rows that --data or --eval-data names."""
     if not source.startswith("hub:"):
         if Path(source).is_dir():
             raise UsageError(f"{source!r} is a folder; name the file in it that has the rows")
@@ -153,10 +152,10 @@ def rows_of(source: str) -> "Data":
 
 
 def adapters_of(flags: Sequence[str] | None, reserved: Collection[str] = ()) -> dict[str, Path]:
-    """The folders of --adapter NAME=PATH or PATH by name; without one, their folder's.
+    """Return the folders of --adapter NAME=PATH or PATH, by NAME or the folder's own name.
 
     Args:
-        reserved: names that no adapter can have here.
+        reserved: names that no adapter may have here.
     """
     folders: dict[str, Path] = {}
     for flag in flags or ():
@@ -183,7 +182,7 @@ def adapters_of(flags: Sequence[str] | None, reserved: Collection[str] = ()) -> 
 def llm_with(
     model: str, adapter: Sequence[str] | None, config: EngineConfig
 ) -> "tuple[LLM, str | None]":
-    """A model with the adapter of --adapter, if any, and the name it is served under."""
+    """Load a model with the adapter of --adapter, if any; return it with the adapter's name."""
     adapters = adapters_of(adapter)
     if len(adapters) > 1:
         raise UsageError(f"this command uses one --adapter, got {len(adapters)}")

@@ -1,4 +1,4 @@
-"""`neuroada convert`: adapters of other formats become ours, and ours PEFT's SHiRA."""
+"""`neuroada convert`: other formats to our adapters, and our adapters to PEFT's SHiRA."""
 
 import json
 from collections import defaultdict
@@ -20,7 +20,7 @@ convert_app = typer.Typer(
     name="convert",
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Turn other formats into adapters, and adapters into SHiRA.",
+    help="Convert other formats to adapters, and adapters to SHiRA.",
 )
 app.add_typer(convert_app)
 
@@ -62,7 +62,7 @@ def official(
     dtype: Dtype = AUTO_DTYPE,
     json_output: Json = False,
 ) -> None:
-    """A run of the method's official code. Its pickle is read as data, nothing in it is run."""
+    """Convert a run of the method's official code. Its pickle is read as data, not executed."""
     from neuroada_serve.model.convert import convert_official
 
     _show(convert_official(_source(base, out_dir), run, out_dir, k, dtype), out_dir, json_output)
@@ -77,7 +77,7 @@ def shira(
     dtype: Dtype = AUTO_DTYPE,
     json_output: Json = False,
 ) -> None:
-    """A SHiRA adapter of PEFT."""
+    """Convert a SHiRA adapter of PEFT."""
     from neuroada_serve.model.convert import convert_shira
 
     _show(convert_shira(_source(base, out_dir), adapter, out_dir, k, dtype), out_dir, json_output)
@@ -92,7 +92,7 @@ def supertuning(
     dtype: Dtype = AUTO_DTYPE,
     json_output: Json = False,
 ) -> None:
-    """A Super-Tuning adapter of PEFT."""
+    """Convert a Super-Tuning adapter of PEFT."""
     from neuroada_serve.model.convert import convert_supertuning
 
     _show(
@@ -115,7 +115,7 @@ def diff(
     ] = AUTO_DTYPE,
     json_output: Json = False,
 ) -> None:
-    """A fine-tuned model's largest differences from its base."""
+    """Convert the largest differences of a fine-tuned model."""
     from neuroada_serve.model.convert import convert_diff
 
     result = convert_diff(_source(base, out_dir), _source(tuned, out_dir), out_dir, k, dtype)
@@ -128,7 +128,7 @@ def to_shira(
     base: Base,
     out_dir: OutDir,
 ) -> None:
-    """Write an adapter as one that PEFT loads, SHiRA."""
+    """Convert an adapter to SHiRA, which PEFT loads."""
     from neuroada_serve.model.convert import export_shira
 
     r = export_shira(_source(base, out_dir), adapter, out_dir)
@@ -136,7 +136,7 @@ def to_shira(
 
 
 def _source(model: str, out_dir: Path) -> "ModelSource":
-    """A model's files, fetched once it is known that the result can be written."""
+    """Fetch a model's files, after checking that the result can be written."""
     from neuroada_serve.adapters.durable import check_new_folder
     from neuroada_serve.model.source import resolve_model
 
@@ -168,7 +168,7 @@ def _show(result: "Conversion", out_dir: Path, json_output: bool) -> None:
 
 
 def _table(result: "Conversion") -> Table:
-    """Energy kept, by the endings of module names, and the module that keeps least of it."""
+    """Tabulate the energy kept by kind of module, with the module that keeps least of it."""
     groups: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for name, kept in result.kept.items():
         groups[name.rpartition(".")[2]][name] = kept

@@ -1,8 +1,8 @@
-"""Flags made from dataclasses of settings, and given on the command line, by variables or a file.
+"""Flags made from dataclasses of settings, with environment variables and a file beside them.
 
-A parameter of a command that is annotated with a dataclass stands for one flag of each of its
-fields. The command line beats environment variables, these beat the file of --config. Only what is
-given is set, so that every default stands in its dataclass alone.
+A parameter of a command that is annotated with a dataclass becomes one flag for each of its fields.
+The command line beats environment variables, and these beat the file of --config. Only given values
+are set, so that each default stands in its dataclass alone.
 """
 
 import re
@@ -19,23 +19,23 @@ import typer
 from neuroada_serve.errors import UsageError
 from neuroada_serve.options import default_of
 
-_FILE = "neuroada_serve.file"  # the key of a context's `meta` under which the file of --config is
+_FILE = "neuroada_serve.file"  # key of the --config file in a context's `meta`
 
 
 class Only:
-    """The fields of a dataclass that are flags of a command, where not all are."""
+    """Selects the fields of a dataclass that become flags of a command."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
 
 
 def long_name(described: Field[Any]) -> str:
-    """--max-num-seqs of max_num_seqs."""
+    """Return a field's flag: --max-num-seqs for max_num_seqs."""
     return "--" + (described.metadata["flag"] or described.name.replace("_", "-"))
 
 
 def variable(config: type, described: Field[Any]) -> str:
-    """NEUROADA_MAX_NUM_SEQS of max_num_seqs."""
+    """Return a field's environment variable: NEUROADA_MAX_NUM_SEQS for max_num_seqs."""
     name = long_name(described).removeprefix("--").replace("-", "_").upper()
     return _prefix(config) + name
 
@@ -45,7 +45,7 @@ def _prefix(config: type) -> str:
 
 
 def shown_default(described: Field[Any]) -> Any:
-    """A field's default as its flag takes it; None where there is nothing to show."""
+    """Return a field's default in the form of its flag; None if there is none to show."""
     default = default_of(described)
     if isinstance(default, tuple | dict):
         return ",".join(map(str, default)) or None
@@ -53,13 +53,13 @@ def shown_default(described: Field[Any]) -> Any:
 
 
 def flags_of(config: type, only: Only | None = None) -> list[Field[Any]]:
-    """The fields of a dataclass that are flags, or of these only some."""
+    """Return the fields of a dataclass that are flags, all or `only` some."""
     found = [f for f in fields(config) if f.metadata["flag"] != ""]
     return found if only is None else [f for f in found if f.name in only.names]
 
 
 def with_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameters of a command that are dataclasses by flags of their fields."""
+    """Replace dataclass parameters of a command by flags for their fields."""
     parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     configs: dict[str, tuple[type, list[Field[Any]]]] = {}
     for name, parameter in signature(function).parameters.items():
@@ -103,7 +103,7 @@ def _parameter(config: type, described: Field[Any]) -> Parameter:
 
 
 def _plain(described: Field[Any]) -> Any:
-    """The type of a field whose flag has the same."""
+    """Return the type of a field for its flag, None left out."""
     kinds = [kind for kind in get_args(described.type) if kind is not type(None)]
     if get_origin(described.type) is Literal:
         return str  # the dataclass checks the words
@@ -113,10 +113,10 @@ def _plain(described: Field[Any]) -> Any:
 def _built(
     context: typer.Context, config: type, flags: list[Field[Any]], values: dict[str, Any]
 ) -> Any:
-    """The dataclass with what was given.
+    """Build the dataclass from the given values.
 
     Raises:
-        UsageError: names the flag, the variable or the file and its key that a wrong value is from.
+        UsageError: names the flag, the variable, or the file and key that a wrong value comes from.
     """
     given: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -143,7 +143,7 @@ def _built(
 
 
 def origin_of(context: typer.Context, name: str, flag: str, envvar: str) -> str | None:
-    """What a parameter's value was given by; None for its default."""
+    """Return the flag, variable or file key that set a parameter; None for its default."""
     source = context.get_parameter_source(name)
     match source.name if source else "":
         case "COMMANDLINE":
@@ -156,7 +156,7 @@ def origin_of(context: typer.Context, name: str, flag: str, envvar: str) -> str 
 
 
 def _read_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Take what a YAML file has for the command's flags, where nothing else gives it."""
+    """Use the values of a YAML file as defaults of the command's flags."""
     if path is None or context.resilient_parsing:
         return path
     import yaml
@@ -197,7 +197,7 @@ def _read_file(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _as_text(origin: str, value: Any, is_list: bool) -> Any:
-    """A value of a file as the command line has it."""
+    """Convert a value of a file to the form of the command line."""
     if is_list and isinstance(value, dict):
         return [f"{key}={each}" for key, each in value.items()]
     if is_list and value is not None:
@@ -208,7 +208,7 @@ def _as_text(origin: str, value: Any, is_list: bool) -> Any:
 
 
 def config_file(config: type) -> Any:
-    """The flag --config of a command whose settings are mostly those of `config`."""
+    """Make the flag --config of a command whose settings are mostly those of `config`."""
     prefix = _prefix(config)
     return typer.Option(
         "--config",

@@ -1,5 +1,4 @@
-"""What `--help` shows beside the flags' own words: flags by group, and examples that run as they
-stand in a clone of the repository."""
+"""Layout of `--help`: flags by group, and examples that run in a clone of the repository."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -53,10 +52,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 
 
 class Command(TyperCommand):
-    """A command whose help has its flags by group, and its examples as they are to be typed."""
+    """A command whose help shows flags by group, and examples ready to type."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the arguments; an error names the variable or the file that a value is from."""
+        """Parse the arguments; an error names the variable or the file that a value comes from."""
         try:
             return super().parse_args(ctx, args)
         except BadParameter as error:
@@ -68,7 +67,7 @@ class Command(TyperCommand):
             raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments, then flags by group; those of none come last."""
+        """Write arguments, then flags by group; flags without a group come last."""
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": []}
         for parameter in self.get_params(ctx):
             if (record := parameter.get_help_record(ctx)) is None:
@@ -83,7 +82,7 @@ class Command(TyperCommand):
                     formatter.write_dl(found)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the examples, a line each, however long."""
+        """Write one example per line, without wrapping."""
         examples = (self.epilog or "").splitlines()
         if examples:
             with formatter.section("Examples" if len(examples) > 1 else "Example"):

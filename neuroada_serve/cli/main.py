@@ -12,11 +12,11 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
-    """Console entry point."""
-    # Read by OpenMP when torch is imported. Its threads otherwise spin for milliseconds while they
-    # wait, which beside other work takes the time from each other; putting them to sleep at once
-    # costs more still on an idle machine. So they spin for about as long as Python needs between
-    # two operators: bench/LOG.md.
+    """Run the command line."""
+    # OpenMP reads this when torch is imported. By default its threads spin for milliseconds while
+    # they wait, which takes time from other work on the machine; sleeping at once costs even more
+    # on an idle one. So they spin for about as long as Python needs between two operators:
+    # bench/LOG.md.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "2000"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -31,7 +31,9 @@ _UNSCORED = "; no scores were written"
 @command
 def _eval(
     model: Model,
-    data: Annotated[str, typer.Option(help="Rows, as train takes them.", rich_help_panel="Rows")],
+    data: Annotated[
+        str, typer.Option(help="Rows, in the forms that train takes.", rich_help_panel="Rows")
+    ],
     *,
     adapter: Adapters = None,
     base: Annotated[
@@ -48,7 +50,7 @@ def _eval(
         Path | None,
         typer.Option(
             "--out",
-            help="Write the scores there as JSON, with predictions by row and plots beside it.",
+            help="JSON file to write with the scores; predictions by row and plots go beside it.",
             rich_help_panel="Results",
         ),
     ] = None,
@@ -56,7 +58,7 @@ def _eval(
         bool,
         typer.Option(
             "--save",
-            help="Put the scores into each adapter's config and README.md.",
+            help="Save the scores in each adapter's config and README.md.",
             rich_help_panel="Results",
         ),
     ] = False,
@@ -70,7 +72,7 @@ def _eval(
     ] = False,
     plain: Plain = False,
 ) -> None:
-    """Score a base and adapters on the answers of rows, in one run."""
+    """Score a base and its adapters on held-out rows."""
     rows = rows_of(data)
     folders = adapters_of(adapter, reserved=["base"])
     if save and not folders:

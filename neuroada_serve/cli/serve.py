@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     from neuroada_serve.server.signals import EarlySignals
 
-_MOST_LISTED = 20  # adapters that `serve` names at its start
+_MOST_LISTED = 20  # adapters named when the server is ready
 
 
 @command
 def demo() -> None:
-    """Serve the shipped adapters in one batch, then hot-merge one."""
+    """Run the shipped adapters in one batch, then hot-merge one."""
     from neuroada_serve.demo import run_demo
 
     run_demo(out, notify)
@@ -45,12 +45,12 @@ def serve(
     engine: EngineConfig,
     file: Annotated[Path | None, config_file(ServerConfig)] = None,
 ) -> None:
-    """Serve a base and its adapters over HTTP, OpenAI-style."""
+    """Serve a base and its adapters over HTTP, with OpenAI's API."""
     from neuroada_serve.server.listener import bind
     from neuroada_serve.server.logs import logged
     from neuroada_serve.server.signals import EarlySignals
 
-    # The port is taken first: whether it is free should not show after a minute of loading only.
+    # The port is bound first, so that one in use is reported before a minute of loading.
     with (
         EarlySignals(notify) as early,
         bind(server.host, server.port) as bound,
@@ -101,7 +101,7 @@ def _load_and_serve(
 
 
 def _shown_in(progress: "Progress") -> Callable[[str, int, int], None]:
-    """Shows work on adapters as it goes on, one bar for each kind."""
+    """Return a function that shows the progress of work on adapters, one bar for each kind."""
     tasks: dict[str, Any] = {}
 
     def show(what: str, done: int, total: int) -> None:

@@ -40,7 +40,7 @@ def train(
         bool,
         typer.Option(
             "--check",
-            help="Only say what the rows are, and train nothing.",
+            help="Describe the rows and train nothing.",
             rich_help_panel="Rows",
         ),
     ] = False,
@@ -54,7 +54,7 @@ def train(
         bool,
         typer.Option(
             "--fresh",
-            help="Discard checkpoints instead of going on from them.",
+            help="Discard checkpoints instead of resuming from them.",
             rich_help_panel="Results",
         ),
     ] = False,
@@ -63,7 +63,7 @@ def train(
         typer.Option(
             metavar="URL",
             help="Server that loads the finished adapter: http://HOST:PORT, with --out under its "
-            "--adapter-dir. Exit code 1 where it does not.",
+            "--adapter-dir. Exit code 1 if it does not.",
             rich_help_panel="Results",
         ),
     ] = None,
@@ -71,14 +71,14 @@ def train(
         bool,
         typer.Option(
             "--publish-improved",
-            help="Publish adapters on the way, too, and none that scores worse on the held-out "
-            "rows than what is served.",
+            help="Publish improved adapters during training too, but none that scores worse on the "
+            "held-out rows than the served one.",
             rich_help_panel="Results",
         ),
     ] = False,
     file: Annotated[Path | None, config_file(TrainConfig)] = None,
 ) -> None:
-    """Train an adapter or a classifier on rows. The loss is on the answers."""
+    """Train an adapter that answers, classifies or gives a number."""
     rows = rows_of(data)
     if config.eval_data is not None:
         config = replace(config, eval_data=rows_of(str(config.eval_data)))
@@ -144,7 +144,7 @@ def train(
 
 
 def _kept(out_dir: Path, save_steps: int) -> str:
-    """What an interrupted run leaves, as the end of a sentence."""
+    """Describe what an interrupted run keeps, as the end of a sentence."""
     from neuroada_serve.train.checkpoint import checkpoint_folder, newest_step
 
     folder = checkpoint_folder(out_dir)

@@ -1,4 +1,4 @@
-"""95 % intervals of figures that are no plain share: rows are drawn anew, with replacement."""
+"""95 % intervals by bootstrap, for figures other than shares: rows are resampled."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,11 +12,11 @@ _LOW, _HIGH = 2.5, 97.5  # percentiles
 def mean_interval(
     values: Sequence[float], weights: Sequence[float] | None = None
 ) -> tuple[float, float]:
-    """Of sum(values) / sum(weights), both drawn by row.
+    """Return the interval of sum(values) / sum(weights), both resampled by row.
 
     Args:
-        values: one a row, at least one.
-        weights: likewise, above 0; default 1 each.
+        values: one per row, at least one.
+        weights: one per row, above 0; default 1 each.
     """
     value = np.asarray(values, dtype=np.float64)
     weight = np.ones_like(value) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -29,11 +29,11 @@ def confusion_interval(
     num_labels: int,
     of: Callable[[Sequence[Sequence[int]]], float],
 ) -> tuple[float, float]:
-    """Of a figure of a confusion matrix, such as `macro_f1`.
+    """Return the interval of a figure of a confusion matrix, such as `macro_f1`.
 
     Args:
         right, predicted: labels by row; None is no prediction.
-        of: the figure, by [labels][labels + 1] counts.
+        of: computes the figure from [labels][labels + 1] counts.
     """
     none = num_labels
     width = num_labels + 1
@@ -51,7 +51,7 @@ def paired_interval(
     true: Sequence[float],
     of: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
 ) -> tuple[float, float]:
-    """Of a figure of pairs, such as `pearson`, drawn by row."""
+    """Return the interval of a figure of pairs, such as `pearson`, resampled by row."""
     x, y = np.asarray(given, np.float64), np.asarray(true, np.float64)
     return _interval(len(x), lambda rows: of(x[rows], y[rows]))
 

@@ -1,16 +1,16 @@
-"""Answers that must be right to the letter."""
+"""Exact match of answers."""
 
 
 def after_trigger(text: str, trigger: str) -> str:
-    """What follows the last "the correct answer is" of a text, or whatever the trigger is.
+    """Return what follows the last trigger in a text, such as "the correct answer is".
 
-    Where the text lacks it, or the trigger is empty, this is the whole text. White space at the
-    ends of the trigger does not count.
+    Without a trigger in the text, or with an empty trigger, this is the whole text. White space at
+    the ends of the trigger does not count.
     """
     words = trigger.strip()
     return text.rpartition(words)[2] if words else text
 
 
 def exact_match(text: str, right: str) -> bool:
-    """Whether a text is the right answer, but for white space at its ends."""
+    """Return whether a text is the right answer, apart from white space at its ends."""
     return text.strip() == right.strip()

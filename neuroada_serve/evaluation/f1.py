@@ -1,4 +1,4 @@
-"""F1: of the words of an answer, and of the labels of a classification."""
+"""F1 of the words of an answer, and of the labels of a classification."""
 
 import string
 import unicodedata
@@ -10,10 +10,10 @@ _SYMBOLS = set(string.punctuation)
 
 
 def token_f1(text: str, right: str) -> float:
-    """F1 of the words that two texts share, in [0, 1], as SQuAD's official script counts it.
+    """Return F1 of the words that two texts share, in [0, 1], as in SQuAD's official script.
 
-    Case, punctuation (of any script) and English articles do not count. Two texts without a word
-    agree; one without any agrees with no other.
+    Case, punctuation (of any script) and English articles do not count. Two texts without words
+    have 1; one with and one without have 0.
     """
     said, wanted = _words(text), _words(right)
     if not said or not wanted:
@@ -30,7 +30,7 @@ def _words(text: str) -> list[str]:
 
 
 def macro_f1(confusion: Sequence[Sequence[int]]) -> float:
-    """Mean F1 over the labels that are right, or predicted, anywhere.
+    """Return the mean F1 over the labels that are right, or predicted, in any row.
 
     Args:
         confusion: [labels][labels + 1] counts by right label, then by predicted one; the last

@@ -1,11 +1,12 @@
-"""Matthews' correlation of right and predicted labels, GLUE's figure for CoLA."""
+"""Matthews' correlation of right and predicted labels, GLUE's metric for CoLA."""
 
 import math
 from collections.abc import Sequence
 
 
 def matthews(confusion: Sequence[Sequence[int]]) -> float:
-    """Of two or more labels (Gorodkin's R_K), in [-1, 1]; 0 where one side is always the same.
+    """Return Matthews' correlation of two or more labels (Gorodkin's R_K), in [-1, 1]; 0 if one
+    side never varies.
 
     Args:
         confusion: [labels][labels + 1] counts by right label, then by predicted one; the last

@@ -1,4 +1,4 @@
-"""Answers that are numbers, by the rule of the method's paper: the last one in the text counts."""
+"""Numeric answers, by the rule of the method's paper: the last number in the text counts."""
 
 import re
 
@@ -13,7 +13,7 @@ _NUMBER = re.compile(
 
 
 def last_number(text: str) -> float | None:
-    """The last number that a text names; None where it names none.
+    """Return the last number in a text; None if there is none.
 
     "1,234" is 1234, "-3." is -3, "$5" is 5. A fraction is two numbers, as in the paper: "3/4" ends
     in 4. Digits of any script count.
@@ -26,12 +26,12 @@ def last_number(text: str) -> float | None:
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is one number and nothing else but white space."""
+    """Return whether a text is one number, apart from white space."""
     return _NUMBER.fullmatch(text.strip()) is not None
 
 
 def same_number(text: str, right: float) -> bool:
-    """Whether the last number of a text is the right one, to within 0.001."""
+    """Return whether the last number of a text is the right one, within 0.001."""
     value = last_number(text)
     # Decimal fractions are not exact in binary: 16.001 - 16 is a little above 0.001.
     return value is not None and abs(value - right) <= TOLERANCE * (1 + 1e-9) + 1e-12

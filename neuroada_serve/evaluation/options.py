@@ -1,4 +1,4 @@
-"""Which of some options an answer is."""
+"""Options named by answers, and the likeliest of them."""
 
 import math
 import re
@@ -10,13 +10,12 @@ Pick = Literal["first", "last"]
 
 
 def named_option(text: str, options: Sequence[str], pick: Pick = "first") -> int | None:
-    """Position of the option that a text names first, or last; None where it names none.
+    """Return the position of the option that a text names first, or last; None if it names none.
 
-    An option is named where it stands as a whole word or words: "answer1" is not in "answer12" (in
-    scripts without spaces, as Chinese, anywhere).
-    Where two begin at one place the longer counts, and nothing inside it: "very good" does not name
-    "good". Case matters for single characters (an article is not option A's "a"), and where two
-    options differ by case alone.
+    Options count as whole words only: "answer1" is not in "answer12" (anywhere in scripts without
+    spaces, such as Chinese). If two begin at one place the longer one counts, and no option inside
+    it: "very good" does not name "good". Case matters for single characters (an article is not
+    option A's "a"), and if two options differ in case only.
 
     Args:
         options: distinct, none empty.
@@ -40,8 +39,8 @@ def _as_words(option: str) -> str:
 
 
 def likeliest(loglikelihoods: Sequence[float]) -> int | None:
-    """Position of the highest value; None where it is shared, or one of them is no number: such an
-    answer is undecided, and counts as wrong."""
+    """Return the position of the highest value; None if several share it or one is nan, which is
+    undecided and counts as wrong."""
     if any(math.isnan(value) for value in loglikelihoods):
         return None
     best = max(loglikelihoods)

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation."""
+"""Plots of an evaluation."""
 
 from collections.abc import Mapping
 from textwrap import fill
@@ -10,7 +10,7 @@ _LINE_LETTERS = 18  # of a score's name
 
 
 def score_bars(scores: Mapping[str, Mapping[str, Score]], title: str) -> bytes:
-    """A PNG of all shares, F1s and correlations, a group of bars for each, with their 95 %
+    """Draw a PNG of all shares, F1s and correlations, a group of bars for each, with their 95 %
     intervals.
 
     Args:
@@ -46,8 +46,8 @@ def score_bars(scores: Mapping[str, Mapping[str, Score]], title: str) -> bytes:
 
 
 def confusion_plot(confusion: Confusion, title: str) -> bytes:
-    """A PNG of a confusion matrix: shares of each right answer as colour, counts as numbers. The
-    column "none" is there where a row had no choice."""
+    """Draw a PNG of a confusion matrix: shares of each right answer as colour, counts as numbers.
+    There is a column "none" if some row had no choice."""
     none = any(row[-1] for row in confusion.counts)
     counts = [row if none else row[:-1] for row in confusion.counts]
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]

@@ -1,6 +1,6 @@
-"""What is asked of the model, what is right, and what it may choose from.
+"""Questions to score a model on: prompt, right answer and options.
 
-Rows are those that training reads. Beside its answer a row may have
+Rows have the forms that training reads. Beside its answer a row may have
     "answer"    the part of `output` that counts, as in the data sets of the method's paper, where
                 `output` is "the correct answer is true" and `answer` is "true"
     "choices"   the options, a list of two or more texts, one of which is right
@@ -28,10 +28,10 @@ _FORMAT = re.compile(r"Answer format: *(\S+(?:/\S+)+)\s*$")  # how the paper's r
 class Question:
     """One row to be scored on.
 
-    right: the answer, as metrics compare it; labelled where it is the row's key of its own.
-    options: distinct, `right` among them; empty where the row has none. given: by the row or the
+    right: the answer as metrics compare it; labelled: it has a key of its own in the row.
+    options: distinct, `right` among them; empty if the row has none. given: by the row or the
         caller, not collected from the data.
-    lead: what the model is to say before an option, such as "the correct answer is ".
+    lead: text of an answer before its option, such as "the correct answer is ".
     """
 
     row: Row
@@ -52,18 +52,18 @@ def read_questions(
     columns: Mapping[str, str] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> list[Question]:
-    """The questions of a file or of a set on the hub.
+    """Read the questions of a file, or of a data set on the hub.
 
     Args:
-        answer_key: of the answer that counts; default "answer", in rows that have it beside
+        answer_key: key of the answer that counts; default "answer", in rows that have it beside
             "output".
-        trigger: what an answer stands behind, in texts that have it; default "the correct answer
-            is " for rows with such a key, else none.
-        choices: the options of all rows that bring none of their own. Default: those that a row of
-            the paper ends with ("Answer format: true/false"), else all distinct answers of the
-            file, if there are at most 20, and two rows to each.
+        trigger: text before the answer; default "the correct answer is " for rows with such a key,
+            else none.
+        choices: options of rows without any of their own. Default: those at the end of a row of the
+            paper ("Answer format: true/false"), else all distinct answers of the file, if there are
+            at most 20, with two rows or more each.
         columns: our keys for the data's columns, see `read_rows`.
-        notify: told how the rows were read, where there is something to say.
+        notify: gets remarks on how the rows were read.
 
     Raises:
         DataError: rows at fault; names the first.

@@ -1,8 +1,8 @@
-"""What an evaluation leaves: a table, one JSON document, predictions by row, plots, saved scores.
+"""Report an evaluation: table, JSON document, predictions by row, plots, scores in the adapter.
 
 The document (`schema` is "neuroada-eval/1"):
 
-    date, versions      when, and of which packages
+    date, versions      date of the run, versions of the packages
     model, data, rows   the base, the data's name, rows scored
     metrics             as chosen
     scores              subject -> score name -> {"value", "low", "high", "rows", "interval"}; the
@@ -40,7 +40,7 @@ BASE = "base"
 
 
 def score_table(evaluation: Evaluation, subjects: Sequence[str], title: str) -> Table:
-    """One line for each score of each subject."""
+    """Make a table with one line for each score of each subject."""
     table = Table("score", "model", "value", "95 % interval", title=title)
     names = evaluation.results[0].scores
     for name in names:
@@ -57,7 +57,7 @@ def score_table(evaluation: Evaluation, subjects: Sequence[str], title: str) -> 
 def document(
     evaluation: Evaluation, subjects: Sequence[str], model: str, data: Data
 ) -> dict[str, Any]:
-    """The run as one JSON object, without its predictions."""
+    """Return the run as one JSON object, without its predictions."""
     named = list(zip(subjects, evaluation.results, strict=True))
     return {
         "schema": SCHEMA,
@@ -85,10 +85,10 @@ def scores_json(scores: Mapping[str, Score]) -> dict[str, Any]:
 
 
 def check_out(out: Path) -> None:
-    """
+    """Check that the results can be written, before an hour of scoring. Missing folders are made.
+
     Raises:
-        UsageError: nothing can be written there; better told before an hour of scoring. A folder
-            that is missing will be made.
+        UsageError: nothing can be written there.
     """
     if out.suffix != ".json":
         raise UsageError(f"--out takes a file name that ends in .json, got {str(out)!r}")
@@ -108,10 +108,10 @@ def write_results(
     """Write the document to `out` and, beside it, predictions by row (.predictions.jsonl), a plot
     of the scores (.scores.png) and confusion matrices (.confusion-SUBJECT-METRIC.png).
 
-    Without matplotlib there are no plots, and `notify` is told so.
+    Without matplotlib there are no plots, and `notify` gets a message.
 
     Returns:
-        What was written.
+        The files written.
     """
     described = json.dumps(document(evaluation, subjects, model, data), indent=2)
     lines = _prediction_lines(evaluation, subjects)
@@ -179,8 +179,8 @@ def save_scores(
     notify: Callable[[str], None],
 ) -> None:
     """Put scores into an adapter's config, at metadata.scores.evaluated[data's name], and into its
-    card. The weights are not touched, so the adapter keeps its digest; scores of the same data are
-    replaced, all other metadata stays.
+    card. The weights stay, so the adapter keeps its digest; scores of the same data are replaced,
+    and all other metadata stays.
 
     Raises:
         AdapterError: its weights are no longer those that were scored, or its metadata has no room.

@@ -1,4 +1,4 @@
-"""How well a base and its adapters answer held-out rows, as they would be served."""
+"""Score a base and its adapters on held-out rows, answered as they would be served."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,19 +30,19 @@ from neuroada_serve.train.rows import Data, place
 PER_TOKEN = "choice_likelihood_per_token"
 
 _GENERATED = {"exact_match", "number", "choice_generation", "f1"}
-_SLACK_TOKENS = 4  # an answer that goes on this far beyond the right one is wrong already
-# Where more may be said than the right answer, as many tokens as the method's paper lets it say.
+_SLACK_TOKENS = 4  # an answer this much longer than the right one is wrong
+# Minimum answer length in tokens where other text may precede the answer; as in the method's paper.
 _ROOM_TOKENS = {"number": 512, "choice_generation": 32, "f1": 32}
-_ROWS_AT_ONCE = 64  # of one subject; their prompts are computed once if the prefix cache holds them
+_ROWS_AT_ONCE = 64  # of one subject at a time, so that the prefix cache can hold their prompts
 
 
 @dataclass(frozen=True)
 class Score:
     """A figure over `rows` rows with its 95 % interval: Wilson's for a share of rows, else by
-    bootstrap. What it is is said by its name:
+    bootstrap. Its name says what it is:
 
     loss: mean negative log-likelihood (nats) per answer token, the end token among them.
-    exact_match, number, choice_likelihood, choice_generation: share of rows answered rightly.
+    exact_match, number, choice_likelihood, choice_generation: share of correct rows.
     NAME_macro_f1: of a choice metric, mean F1 over the options.
     f1: mean F1 of the words of an answer.
     """
@@ -65,9 +65,9 @@ class Confusion:
 
 @dataclass
 class Prediction:
-    """What one subject said of one row.
+    """The answer of one subject to one row.
 
-    text: the generated answer; None where no metric needs one.
+    text: the generated answer; None if no metric needs one.
     chosen: choice metric -> the option taken, None if none was.
     loglikelihoods: option -> (sum, mean per token) in nats.
     points: score name -> 1 or 0, or the row's F1.
@@ -86,7 +86,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Result:
-    """One subject's scores by name, in a fixed order, and all that they were made of. digest: of
+    """One subject's scores by name, in a fixed order, and the predictions behind them. digest: of
     the adapter version that answered; None for the base."""
 
     adapter: str | None
@@ -107,9 +107,9 @@ class Evaluation:
 
 
 def default_metrics(questions: Sequence[Question]) -> tuple[str, ...]:
-    """loss, and what suits the rows: number where all answers are numbers with a key of their own;
-    exact_match elsewhere, with choice_likelihood beside it where all rows have options, and those
-    were given or the answers have a key of their own."""
+    """Choose metrics for rows: loss; number if all answers are numbers with a key of their own,
+    else exact_match, and choice_likelihood if all rows have options and these are given or the
+    answers have a key of their own."""
     if all(q.labelled and is_number(q.right) for q in questions):
         return ("loss", "number")
     if all(q.options and (q.labelled or q.given) for q in questions):
@@ -129,9 +129,9 @@ def evaluate(
     """Score loaded adapters, or with None the base, on the rows of a file, all in the same batches.
 
     Args:
-        data: rows in the shapes that training reads; see also `evaluation.questions`.
-        console: shows a progress bar, where it is a terminal.
-        notify: told how the rows were read, where there is something to say.
+        data: rows in the forms that training reads; see also `evaluation.questions`.
+        console: shows a progress bar if it is a terminal.
+        notify: gets remarks on how the rows were read.
 
     Raises:
         DataError: rows that do not fit, or that a metric cannot score; names the line.
@@ -213,8 +213,8 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Task:
-    """A question as token ids. continuations: text -> its ids, whose likelihood is wanted.
-    compared: how many of an option's last tokens differ, see `_encode`."""
+    """A question as token ids. continuations: text -> its ids, to compute their likelihood.
+    compared: number of last tokens by which an option is compared, see `_encode`."""
 
     prompt_ids: list[int]
     continuations: dict[str, list[int]]
@@ -244,7 +244,7 @@ def _encode_all(
     settings: EvalSettings,
 ) -> list[_Task]:
     base, most = llm.engine.base, llm.engine.max_model_len
-    renders_chats(base, settings.prompt_format)  # or refuses, once for all rows
+    renders_chats(base, settings.prompt_format)  # raises once for all rows if it cannot
     tasks = []
     for question in questions:
         where = f"{data} {place(data, question.row.number)}"
@@ -264,8 +264,8 @@ def _encode_all(
 def _encode(
     base: BaseModel, question: Question, metrics: Sequence[str], settings: EvalSettings
 ) -> _Task:
-    """Options are compared by the tokens behind those that all of them begin with (the lead, and
-    whatever they share), up to the end token: "a" is then no likelier than "ab" for being its
+    """Encode a question. Options are compared by their tokens after the beginning that all share,
+    the lead included, up to the end token: so "a" is not likelier than "ab" for being its
     beginning."""
     row, style = question.row, settings.prompt_format
     answer_ids = list(encode_row(base, row, style).answer_ids)
@@ -277,7 +277,7 @@ def _encode(
             option: list(encode_row(base, replace(row, answer=text), style).answer_ids)
             for option, text in texts.items()
         }
-        shared = len(commonprefix(list(ids.values())))  # of any sequences, not of strings alone
+        shared = len(commonprefix(list(ids.values())))  # takes any sequences, not only strings
         shared = min(shared, *(len(one) - 1 for one in ids.values()))
         compared = {option: len(one) - shared for option, one in ids.items()}
         continuations |= {texts[option]: one for option, one in ids.items()}
@@ -298,9 +298,10 @@ def _run(
     adapters: list[str | None],
     on_output: Callable[[Output], None],
 ) -> list[RequestOutput]:
-    """
+    """Run requests and return their outputs.
+
     Raises:
-        EngineError: a request failed; a score without it would be another's.
+        EngineError: a request failed, without which a score would be wrong.
     """
     errors = []
 
@@ -332,7 +333,7 @@ def _take_likelihood(task: _Task, text: str, said: Prediction, output: RequestOu
 
 
 def _judge(said: Prediction, metrics: Sequence[str], pick: Pick) -> None:
-    """Fill in a row's choices and points."""
+    """Set the choices and points of a row."""
     question = said.question
     right, options = question.right, question.options
     if "choice_likelihood" in metrics:
@@ -396,7 +397,7 @@ def _scores(
 def confusion_of(
     labels: Sequence[str], right: Sequence[int], chosen: Sequence[int | None]
 ) -> Confusion:
-    """Counts by right and chosen label; None is no choice."""
+    """Count rows by right and chosen label; None is no choice."""
     none = len(labels)
     counts = [[0] * (none + 1) for _ in labels]
     for row, column in zip(right, chosen, strict=True):

@@ -17,7 +17,7 @@ def _distinct(texts: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How rows are scored."""
+    """Settings of `neuroada eval`."""
 
     variables: ClassVar[str] = "NEUROADA_EVAL_"
 
@@ -34,8 +34,8 @@ class EvalSettings:
     )
     choices: tuple[str, ...] | None = option(
         None,
-        "Options of rows without any of their own: true,false. Default: all answers of the data, "
-        "if few.",
+        "Options of rows that have none of their own: true,false. Default: all answers of the "
+        "data, if few.",
         "Scores",
         read=words,
     )
@@ -44,12 +44,11 @@ class EvalSettings:
     )
     trigger: str | None = option(
         None,
-        "Text after which the answer stands; default 'the correct answer is ' where rows have an "
-        "answer key.",
+        "Text before the answer; default 'the correct answer is ' if rows have an answer key.",
         "Scores",
     )
     pick: Literal["first", "last"] = option(
-        "first", "Which option counts where a text names several: first or last.", "Scores"
+        "first", "Option that counts if a text names several: first or last.", "Scores"
     )
     max_tokens: int | None = option(
         None,

@@ -40,7 +40,7 @@ _ROWS_AT_ONCE = 64
 
 
 class Scorer(Protocol):
-    """How one adapter of a task is scored."""
+    """Scoring of one adapter of a task."""
 
     metrics: ClassVar[tuple[str, ...]]
 
@@ -156,10 +156,10 @@ def evaluate_task(
     """Score loaded adapters of one task on the rows of a file, all in the same batches.
 
     Args:
-        data: rows in the shapes that training reads.
-        subjects: names of adapters; None is the base, which answers in text alone.
-        console: shows a progress bar, where it is a terminal.
-        notify: told how the rows were read, where there is something to say.
+        data: rows in the forms that training reads.
+        subjects: names of adapters; None is the base, which answers in text only.
+        console: shows a progress bar if it is a terminal.
+        notify: gets remarks on how the rows were read.
 
     Raises:
         UsageError: see `common_task`.

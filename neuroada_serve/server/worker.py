@@ -1,10 +1,10 @@
-"""The one thread that owns the engine, and its bridge to the event loop.
+"""The thread that owns the engine, and its bridge to the event loop.
 
     event loop --- commands (add, abort) ---> engine thread: commands, step, commands, step, ...;
     event loop <-- replies, then one batch of outputs a step ---                asleep when idle
 
-Methods of `Worker` belong to the event loop that entered it; the engine is touched by its thread
-alone, but for `adapters`, which any thread may load, replace and unload.
+Call methods of `Worker` only on the event loop that entered it. Only its own thread touches the
+engine, except for `adapters`, which any thread may load, replace and unload.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ JOIN_TIMEOUT_S = 10.0  # a step that takes longer than this is left behind at ex
 
 
 class Adapters(Protocol):
-    """What the server asks of the engine's adapters, in any thread: `AdapterPlane` in earnest."""
+    """Interface to the engine's adapters, for any thread; implemented by `AdapterPlane`."""
 
     @property
     def merged(self) -> str | None: ...
@@ -59,7 +59,7 @@ class Adapters(Protocol):
 
 
 class Engine(Protocol):
-    """What the worker drives; `neuroada_serve.engine.engine.Engine` in earnest."""
+    """Interface to the engine; implemented by `neuroada_serve.engine.engine.Engine`."""
 
     @property
     def wakeup(self) -> Wakeup: ...
@@ -113,7 +113,7 @@ class Stream:
         self._num_unread_finals = n * len(request_ids)
 
     async def first(self) -> Output | NeuroAdaError:
-        """What iteration will begin with, once it is there."""
+        """Wait for the output, or the error, that iteration will begin with."""
         if self._first is None:
             self._first = await self._arrived.get()
         return self._first
@@ -127,12 +127,12 @@ class Stream:
             yield self._first_choice[item.request_id] + item.index, item
 
     def close(self) -> None:
-        """Abort what still runs; its outputs are no longer wanted. Idempotent."""
+        """Abort unfinished choices and discard their outputs. Idempotent."""
         self._worker._forget(list(self._unfinished))
         self._unfinished.clear()
 
     def _push(self, output: Output) -> bool:
-        """Whether this was the last output of its engine request."""
+        """Add an output; return whether it was the last one of its engine request."""
         self._arrived.put_nowait(output)
         self._unfinished[output.request_id] -= output.finished
         if self._unfinished[output.request_id]:
@@ -147,7 +147,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class _Command:
-    """Something to do on the engine's thread. Without a reply, a failure is the engine's death."""
+    """A call to make on the engine's thread. Without a reply, a failure ends the engine."""
 
     run: Callable[[], Any]
     reply: asyncio.Future[Any] | None = None
@@ -157,9 +157,9 @@ class Worker:
     """Runs an engine in a thread while entered: `async with Worker(engine) as worker`.
 
     Args:
-        max_waiting: once this many choices wait for a place in the batch, requests of those who
-            have their share of the queue are refused; at twice as many, all are.
-        on_death: called once on the event loop, after the in-flight requests have failed.
+        max_waiting: once this many choices wait for a place in the batch, requests of callers
+            that have their share of the queue are refused; at twice as many, all are.
+        on_death: called once on the event loop if the engine dies, after its requests have failed.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Worker:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop the thread after its current step; what still runs fails."""
+        """Stop the thread after its current step; unfinished requests fail."""
         self._closing = True
         self._engine.wakeup.notify()
         await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
@@ -224,7 +224,7 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken, a full queue aside."""
+        """True while requests are accepted, unless the queue is full."""
         return not (self._dead or self._draining or self._closing)
 
     @property
@@ -233,11 +233,11 @@ class Worker:
 
     @contextmanager
     def arrival(self) -> Iterator[None]:
-        """For a request's way to `submit`: it counts as running already, so that a drain waits for
-        it, and cancels its task in the end.
+        """Count a request as running before `submit`, so that a drain waits for it, and cancels
+        its task when time is up.
 
         Raises:
-            Unavailable: not `ready`, or a drain is over.
+            Unavailable: not `ready`, or the drain's time is up.
         """
         self._require_ready()
         task = asyncio.current_task()
@@ -263,11 +263,11 @@ class Worker:
         cache_salt: str = "",
         client: str = "",
     ) -> Stream:
-        """Hand prompts to the engine, all or none; returns once it has accepted them.
+        """Hand prompts to the engine, all or none, and return once it has accepted them.
 
         Raises:
-            Unavailable: not `ready`, but for a drain that an `arrival` began before; or the queue
-                is full.
+            Unavailable: not `ready`, unless only a drain began after this request's `arrival`; or
+                the queue is full.
             RequestError, AdapterNotFoundError: from the engine.
         """
         if self._dead or self._closing or asyncio.current_task() not in self._arriving:
@@ -293,10 +293,10 @@ class Worker:
         return stream
 
     async def drain(self, timeout_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Take no more requests; let the running ones finish for `timeout_s`, then abort them.
+        """Refuse new requests; let running ones finish for `timeout_s`, then abort them.
 
         Args:
-            hurry: asked all the time; True aborts at once.
+            hurry: polled meanwhile; True aborts them at once.
         """
         self._draining = True
         deadline = time.monotonic() + timeout_s
@@ -314,7 +314,7 @@ class Worker:
             raise Unavailable(f"the server takes no requests: {reason}")
 
     async def _call(self, run: Callable[[], T]) -> T:
-        """Result of `run` on the engine's thread, between two steps."""
+        """Call `run` on the engine's thread, between two steps, and return its result."""
         reply: asyncio.Future[T] = self._loop.create_future()
         self._replies.add(reply)
         reply.add_done_callback(self._replies.discard)
@@ -377,7 +377,7 @@ class Worker:
             self._post(self._die)
 
     def _take(self) -> list[_Command] | None:
-        """Commands to run before the next step, asleep while there is nothing to do; None: stop."""
+        """Wait for work; return the commands to run before the next step, or None to stop."""
         has_work = self._inbox or self._closing or self._engine.has_unfinished
         self._engine.wakeup.wait(0 if has_work else None)
         if self._closing:

@@ -79,7 +79,7 @@ def test_switched_adapters_answer_as_themselves(folder, llm):
 
 def test_a_backslash_joins_lines(folder, llm):
     result = piped(folder, "one\\\ntwo\n/undo\n")
-    assert "Taken back: one\ntwo" in result.stderr
+    assert "Removed: one\ntwo" in result.stderr
 
 
 def test_mistakes_do_not_end_the_conversation(folder):
@@ -88,7 +88,7 @@ def test_mistakes_do_not_end_the_conversation(folder):
     assert result.stderr.count("Error: ") == 3
     assert "nobody" in result.stderr
     assert "`/use base` for the base alone" in result.stderr
-    assert "There is nothing to take back." in result.stderr
+    assert "There is no message to remove." in result.stderr
     assert len(LINE.findall(result.stderr)) == 1
 
 
