@@ -4,6 +4,7 @@ Commands run as they stand there, but for pip (which is how the tests got here) 
 `.ci/run` runs).
 """
 
+import ast
 import json
 import os
 import re
@@ -14,10 +15,12 @@ import tempfile
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import pytest
 from filelock import FileLock
 
+from neuroada_serve.server.app import ROUTERS
 from neuroada_serve.server.protocol import _SAMPLING_FIELDS, WITHOUT_EFFECT, GenerationRequest
 from tests.support.pages import BLOCKS, PAGES, ROOT, TEXT, block_with, blocks
 
@@ -34,6 +37,9 @@ RUN = (
     "--task-type SEQ_CLS",
     "/v1/classify",
 )
+
+# Names on the pages about the code that are none of a class, function or variable in it.
+OF_OTHERS = {"W0", "system_fingerprint"}
 
 
 @pytest.fixture
@@ -215,6 +221,75 @@ def test_paths_on_pages_exist():
         folder = ROOT / "bench" / name
         named.add(f"bench/{name}/__main__.py" if folder.is_dir() else f"bench/{name}.py")
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+
+
+def decode_ratio(name: str, popularity: str, k: int, peer: str | None = None) -> float:
+    """Decoded tokens/s of 16 requests, of the base's, or of a peer's that does the same."""
+    for case in results(name)["cases"]:
+        keys = ("engine", "phase", "concurrency", "popularity", "k")
+        if tuple(case[key] for key in keys) == ("neuroada", "decode", 16, popularity, k):
+            ratios = case["ratio_to_peer"][peer] if peer else case["ratio_to_base"]
+            return ratios["decode_tokens_per_s"]
+    raise AssertionError(f"{name} has no such case")
+
+
+def test_figures_of_readme_are_those_of_the_results():
+    step_ms = {case: median(ms) for case, ms in results("gpu")["samples_ms"].items()}
+    many = results("adapters")
+    tokens_per_s = {c["case"]: c["tokens_per_s"] for c in many["throughput"]["cases"]}
+    added_ms = many["cold"]["idle"]["added_ms"]
+    swap, trained = results("merge")["swap"], results("training_gpu")["summary"]
+    of_official = trained["neuroada k=8 (compiled)"]["of official k=8"]
+    on_base = step_ms["decode/64/base"]
+    figures = [
+        *(f"k={k}: {decode_ratio('throughput_16', 'distinct', k):.3f}" for k in (1, 8)),
+        *(f"k={k}: {decode_ratio('throughput_16', 'merged', k):.3f}" for k in (1, 8)),
+        f"{decode_ratio('throughput', 'distinct', 1, 'vllm'):.2f} times",
+        f"{decode_ratio('throughput_peft', 'distinct', 1, 'peft'):.0f} times",
+        *(f"k={k}: {step_ms[f'decode/64/k{k}/64'] / on_base:.2f}" for k in (1, 8)),
+        f"LoRA r=16: {step_ms['lora/64/64'] / on_base:.2f}",
+        f"{step_ms['resident/many'] / step_ms['resident/few']:.3f}",
+        f"{tokens_per_s['10000']:.0f}; {tokens_per_s['1']:.0f}",
+        f"from host memory {added_ms['host']:.1f} ms, from disk {added_ms['disk']:.1f} ms",
+        f"{swap['ours_ms']['k1']:.1f} ms; {swap['peft_lora_r8_ms']:.0f} ms",
+        f"{of_official['step']:.2f} and {of_official['memory']:.2f}",
+    ]
+    rows = [row.split("|") for row in PAGES["README.md"].splitlines() if "](bench/results/" in row]
+    assert len(rows) == 10
+    written = ", ".join(row[2].strip() for row in rows)
+    for figure in figures:
+        assert figure in written
+
+
+def test_every_route_is_on_a_page():
+    for router in ROUTERS:
+        for route in router.routes:
+            (method,) = route.methods
+            path = re.sub(r":\w+}", "}", route.path)
+            assert f"`{method} {path}`" in TEXT, f"no page has {method} {path}"
+
+
+def test_names_on_the_pages_about_the_code_are_in_the_code():
+    """Classes, their attributes, functions and constants."""
+    nodes = [
+        node
+        for file in (ROOT / "neuroada_serve").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+    ]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    kinds = {ast.Name: "id", ast.arg: "arg", ast.Attribute: "attr"}
+    kinds |= dict.fromkeys((ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef), "name")
+    names = {getattr(node, kinds[type(node)]) for node in nodes if type(node) in kinds}
+    text = PAGES["docs/architecture.md"] + PAGES["docs/glossary.md"]
+    said = set(re.findall(r"`(_?[A-Z]\w+(?:\.\w+)?|[a-z]+_\w+)`", text))
+    assert len(said) > 50
+    for name, _, attribute in (one.partition(".") for one in said - OF_OTHERS):
+        assert name in names, name
+        assert not attribute or attribute in ast.unparse(classes[name]), f"{name}.{attribute}"
 
 
 def test_links_of_readme_lead_somewhere():
