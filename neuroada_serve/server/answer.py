@@ -69,12 +69,12 @@ class GenerationAnswer(Answer):
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the client asked for server-sent events."""
+        """True if the client asked for server-sent events."""
         return bool(self._request.stream)
 
     @property
     def include_usage(self) -> bool:
-        """Whether the client asked for `usage_chunk` at the end of a stream."""
+        """True if the client asked for `usage_chunk` at the end of a stream."""
         return self._request.include_usage
 
     def add(self, index: int, output: Output) -> None:

@@ -10,7 +10,7 @@ _LATE_S = 1.0  # a timer that fires so late was held up, and so were the client'
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """How long a client may take; seconds.
+    """Time limits for clients, in seconds.
 
     header_s: from the opening, or a later request's first byte, to the end of the headers.
     keep_alive_s: from an answer to the next request's first byte. Longer than clients keep theirs
@@ -33,7 +33,7 @@ class ConnectionLimits:
 
 
 class Awaited(Enum):
-    """What the client has to send next."""
+    """The part of a request that the client has to send next."""
 
     NOTHING = 0
     HEADERS = 1
