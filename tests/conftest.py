@@ -4,6 +4,7 @@ other down wherever the machine has other work (the command line does the same).
 import os
 import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -16,3 +17,8 @@ settings.register_profile(
     "neuroada", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("neuroada")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"

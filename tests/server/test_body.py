@@ -22,11 +22,6 @@ JSON = {"content-type": "application/json"}
 USER = b'{"role":"user","content":"x"}'
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def filled(begin: bytes, item: bytes, end: bytes, most: int = MOST) -> bytes:
     """As many items as a body of the largest size holds."""
     num = min(most, (MOST - len(begin) - len(end)) // (len(item) + 1))

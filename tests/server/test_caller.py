@@ -19,11 +19,6 @@ ONE, OTHER = "127.0.0.1", "127.0.0.2"
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def two_addresses() -> None:
     with socket.socket() as probe:
         try:

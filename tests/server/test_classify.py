@@ -231,11 +231,6 @@ def test_a_head_that_overflows_fails_its_request_alone(source):
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 async def client(source):
     llm = LLM(str(source.path), {"mood": classifier(source, 1), "talk": random_adapter(source, 3)})
     async with AsyncExitStack() as stack:

@@ -11,11 +11,6 @@ from tests.support.serving import error_of, serving
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 async def test_unknown_model_is_told_the_names_there_are() -> None:
     async with serving() as client:
         error = error_of(await client.complete(model="sqll"), 404)

@@ -19,11 +19,6 @@ from tests.support.tiny import tiny_tokenizer
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class SlowTokenizer(ByteTokenizer):
     """Takes a millisecond for a thousand characters, and counts them."""
 

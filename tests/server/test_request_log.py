@@ -18,11 +18,6 @@ Lines = Callable[[], list[str]]
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Lines]:
     with caplog.at_level(logging.INFO, "neuroada_serve"):
         yield lambda: caplog.messages

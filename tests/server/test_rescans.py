@@ -11,11 +11,6 @@ from tests.support.fake_engine import FakeEngine
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class SlowAdapters:
     """Rescans that take until they may end."""
 

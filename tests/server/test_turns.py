@@ -11,11 +11,6 @@ from neuroada_serve.server.turns import Cancelled, Job, Turns
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Held:
     """Turns whose thread is held until `go`; what ran after that, in order."""
 

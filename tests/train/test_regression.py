@@ -146,11 +146,6 @@ def test_a_merged_checkpoint_is_transformers_own_regression(source, tmp_path):
     assert "- task: regression of `score`" in card
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.mark.anyio
 async def test_over_http_probs_is_the_number(source):
     llm = LLM(str(source.path), {"nines": classifier(source, 1, LABELS)})
