@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from typer.main import get_command
 
 from neuroada_serve.benchmark import offline
@@ -12,6 +13,12 @@ from neuroada_serve.benchmark.report import plain, progress_bar
 from neuroada_serve.benchmark.settings import ServingConfig
 from neuroada_serve.cli.main import app
 from tests.support.benchmark import run
+from tests.support.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
