@@ -92,12 +92,15 @@ def test_prompt_without_memory_ends_alone(tmp_path, run):
         assert (found["streams_right"], found["right"]) == (3, 4)
 
 
-def test_scaling_draws_every_series(model, run, tmp_path):
-    result = run(scaling, model, "--rounds", 1, "--steps", 2, "--max-batch", 4)
+def test_scaling_writes_and_draws_its_series(model, run, tmp_path):
+    result = run(scaling, model, "--rounds", 2, "--steps", 2, "--max-batch", 4)
     assert result["series"].keys() == scaling.LABELS.keys()
-    for name, entries in result["series"].items():
-        assert all(entry["step_ms"] > 0 for entry in entries)
-        assert (tmp_path / f"found_{name}.png").stat().st_size > 1000
+    xs = {name: [entry["x"] for entry in entries] for name, entries in result["series"].items()}
+    assert xs["adapters"] == xs["batch"] == [1, 2, 4]
+    assert xs["k"] == [1, 2, 4, 8, 16, 32]
+    assert len(xs["nnz"]) == 7 * 3 + 6  # seven kinds of modules of three ks, and the series of k
+    assert len(list(tmp_path.glob("found_*.png"))) == 5
+    assert result["nnz_fit"]["r2"] <= 1
 
 
 def test_start_is_told_by_phase(model, run):
