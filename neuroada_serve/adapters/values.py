@@ -1,4 +1,4 @@
-"""An adapter as two flat vectors, its columns and its values, in the order of the base's layers.
+"""Adapters as two flat vectors, columns and values, in the order of the base's layers.
 
 Layers that read the same input (q, k and v, say) are one site, their rows numbered through. An
 adapter's entries lie site by site and row by row, so one copy brings them to a device, one pass
@@ -78,16 +78,16 @@ class Layout:
         return self.num_entries + sum(stretch.rows for stretch in self.biases)
 
     def of_module(self) -> dict[str, slice]:
-        """Module -> its entries."""
+        """Return module -> its entries."""
         return self._slices(self.d_outs, self.k, 0)
 
     def of_bias(self) -> dict[str, slice]:
-        """Module -> its bias's values, of those that have them."""
+        """Return module -> its bias's values, for modules that have them."""
         biased = [module for stretch in self.biases for module in stretch.modules]
         return self._slices(biased, 1, self.num_entries)
 
     def of_tensor(self) -> dict[str, slice]:
-        """Name of a tensor in a file -> its values."""
+        """Return the name of a tensor in a file -> its values."""
         entries = {f"{module}.bypass": part for module, part in self.of_module().items()}
         return entries | {f"{module}.bias": part for module, part in self.of_bias().items()}
 
@@ -114,7 +114,7 @@ class FlatOrder:
         self._layouts: dict[tuple[frozenset[str], int, frozenset[str]], Layout] = {}
 
     def layout(self, modules: Iterable[str], k: int, biased: Iterable[str] = ()) -> Layout:
-        """The layout of an adapter of these modules, with biases of some of them."""
+        """Return the layout of an adapter of these modules, with biases of some of them."""
         key = (frozenset(modules), k, frozenset(biased))
         if key not in self._layouts:
             self._layouts[key] = self._new_layout(*key)
@@ -132,7 +132,7 @@ class FlatOrder:
         return self._d_outs[module] if site is None else site[module]
 
     def _stretches(self, wanted: frozenset[str], each: int, offset: int) -> tuple[Stretch, ...]:
-        """What has `each` values a row, from `offset` on."""
+        """Return the stretches of what has `each` values a row, from `offset` on."""
         stretches = []
         for site in sorted({self._site_of.get(module, module) for module in wanted}):
             row = 0
@@ -149,8 +149,8 @@ class FlatOrder:
 
 @dataclass(frozen=True, eq=False)
 class IndexTable:
-    """Which columns an adapter keeps; one object for all adapters that keep the same, and have the
-    same biases.
+    """The columns that an adapter keeps; one object for all adapters with the same columns and
+    biases.
 
     index: [num_entries] int32 on the CPU, in the order of the layout.
     """
@@ -165,7 +165,7 @@ class IndexTable:
 
 @dataclass(frozen=True, eq=False)
 class AdapterValues:
-    """An adapter's values as its file has them.
+    """The values of an adapter, as in its file.
 
     values: [nnz] on the CPU, in the order of the table's layout.
     head: [labels, hidden_size] float32 on the CPU, of a classifier.
@@ -177,13 +177,13 @@ class AdapterValues:
 
     @property
     def size_bytes(self) -> int:
-        """Without the table, which is shared."""
+        """Bytes without the table, which is shared."""
         head_bytes = 0 if self.head is None else self.head.nbytes
         return self.values.nbytes + head_bytes
 
 
 class ValuesReader:
-    """Brings adapters into flat vectors. Safe in any thread.
+    """Read adapters as flat vectors. Safe in any thread.
 
     Args:
         order: of the model's sites.
@@ -236,7 +236,7 @@ class ValuesReader:
         return self._checked(layout, columns, values, head, header.source, damage)
 
     def of(self, adapter: Adapter) -> AdapterValues:
-        """The values of an adapter in memory that fits the base.
+        """Return the values of an adapter in memory that fits the base.
 
         Raises:
             AdapterFormatError: a value is so large that a weight could overflow.
@@ -255,7 +255,7 @@ class ValuesReader:
         return self._checked(layout, columns, values, head, repr(adapter.digest[:12]), [])
 
     def mix(self, parts: Sequence[tuple[AdapterValues, float]]) -> AdapterValues:
-        """The weighted sum of adapters, float32, whatever tables and modules they have.
+        """Return the weighted sum of adapters, float32, whatever tables and modules they have.
 
         Raises:
             AdapterFormatError: a value is so large that a weight could overflow.
@@ -316,7 +316,7 @@ class ValuesReader:
     def _table(
         self, layout: Layout, columns: Sequence[Columns]
     ) -> tuple[IndexTable | None, list[str]]:
-        """The table of these columns, checked; None with its faults."""
+        """Return the table of these columns, checked; None with its faults."""
         said = f"{layout.k} {tuple(layout.d_outs)} {tuple(layout.of_bias())}"
         digest = hashlib.sha256(said.encode())
         for part in columns:
@@ -341,7 +341,7 @@ class ValuesReader:
 
 
 def _narrowed(columns: Columns) -> Columns:
-    """The same as 16-bit numbers where they fit: equal columns have equal bytes."""
+    """Return the index as 16-bit numbers if they fit: equal columns have equal bytes."""
     narrow = _COLUMN_TYPES["U16"]
     if columns.dtype == narrow or columns.min() < 0 or columns.max() > np.iinfo(narrow).max:
         return columns
@@ -349,7 +349,7 @@ def _narrowed(columns: Columns) -> Columns:
 
 
 def realise(originals: Tensor, values: Tensor) -> Tensor:
-    """What merging changes: float(round(W0 + v)) - float(W0), in the weights' dtype.
+    """Return what merging changes: float(round(W0 + v)) - float(W0), in the weights' dtype.
 
     Serving this instead of v makes a merged and an unmerged adapter one model. It is exact in the
     dtype wherever |v| <= |W0| / 2 (Sterbenz).
@@ -363,14 +363,15 @@ def realise(originals: Tensor, values: Tensor) -> Tensor:
 
 
 def merged_weights(originals: Tensor, values: Tensor) -> Tensor:
-    """[nnz] round(W0 + v) in the weights' dtype; arguments as in `realise`."""
+    """Return [nnz] round(W0 + v) in the weights' dtype; arguments as in `realise`."""
     return (originals.float() + values.float()).to(originals.dtype)
 
 
 def _union(
     parts: Sequence[tuple[AdapterValues, float]], base: BaseSpec
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Module -> index and module -> values [d_out, k] of a weighted sum, one k for all modules.
+    """Return module -> index and module -> values [d_out, k] of a weighted sum, one k for all
+    modules.
 
     A row keeps the columns that any adapter keeps, the first adapter's first; what several keep is
     added up. Rows with fewer are padded with unused columns and zeros.
@@ -392,7 +393,7 @@ def _union(
 
 
 def _bias_sums(parts: Sequence[tuple[AdapterValues, float]]) -> dict[str, Tensor]:
-    """Module -> [d_out] the weighted sum of what adapters add to its bias."""
+    """Return module -> [d_out] the weighted sum of what adapters add to its bias."""
     sums: dict[str, Tensor] = {}
     for values, weight in parts:
         for module, own in values.table.layout.of_bias().items():
@@ -402,8 +403,8 @@ def _bias_sums(parts: Sequence[tuple[AdapterValues, float]]) -> dict[str, Tensor
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns and values side by side [d_out, sum of k], and which are the first of their column;
-    those have the sum of all values of their column."""
+    """Join columns and values side by side [d_out, sum of k], and mark the first of each column,
+    which has the sum of all its values."""
     columns = torch.cat([index for index, _ in parts], 1)
     values = torch.cat([own for _, own in parts], 1)
     kept = torch.ones_like(columns, dtype=torch.bool)
@@ -418,7 +419,8 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Ten
 def _padded(
     columns: Tensor, sums: Tensor, kept: Tensor, k: int, d_in: int
 ) -> tuple[Tensor, Tensor]:
-    """The kept columns of every row first, then the lowest unused ones with the value 0: [_, k].
+    """Put the kept columns of every row first, then the lowest unused ones with the value 0: [_,
+    k].
 
     Raises:
         AdapterFormatError: a row has no k columns.

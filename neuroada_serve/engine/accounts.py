@@ -34,7 +34,7 @@ class Party:
 
 
 def charge(line: Iterable[Party], cost: float) -> None:
-    """Charge these parties for what one of their requests was given."""
+    """Charge the parties on a line for what one of their requests was given."""
     for party in line:
         party.counter += cost / party.weight
 
@@ -86,7 +86,7 @@ class Accounts:
             self._silent.popitem(last=False)
 
     def _return(self, above: Party, path: tuple[str, ...]) -> Party:
-        """One that was away."""
+        """Return a party that was away, its counter lifted to the lowest of those present."""
         if len(path) > len(self.weights):
             return Party()
         party = self._silent.pop(path, None)

@@ -1,4 +1,4 @@
-"""Who is served next: the one who has had the fewest tokens for its weight. Pure Python.
+"""The fair queue: next is served who has had the fewest tokens for its weight. Pure Python.
 
 There are three levels of parties (`accounts.py`): tenants among each other, within a tenant its
 adapters, the base among them, and of an adapter its clients. So adapters share alike however many
@@ -25,7 +25,7 @@ AFFINITY = 64.0
 
 
 class Request(Hashable, Protocol):
-    """What is queued."""
+    """A request that can be queued."""
 
     tenant: str
     client: str
@@ -39,7 +39,7 @@ R = TypeVar("R", bound=Request)
 
 
 class FairQueue(Generic[R]):
-    """Requests that wait, and the accounts of all that are present.
+    """A queue of requests, and the accounts of all that are present.
 
     Args:
         tenant_weights, adapter_weights: shares; 1 for those that are not named.
@@ -59,14 +59,15 @@ class FairQueue(Generic[R]):
         return self._accounts.root.num_waiting
 
     def __iter__(self) -> Iterator[R]:
-        """All that wait, in no order."""
+        """Iterate over all waiting requests, in no order."""
         for queue in self._queues.values():
             yield from queue
 
     # --- places in the queue -----------------------------------------------------------------
 
     def admits(self, tenant: str, adapter: str | None, limit: int, client: str = "") -> bool:
-        """Whether a request of this tenant, adapter and client may join a queue of `limit` places.
+        """Return whether a request of this tenant, adapter and client may join a queue of
+        `limit` places.
 
         A full queue still takes requests of those who have less than their share of it, so that
         nobody is shut out by another's backlog; up to twice the limit.
@@ -79,8 +80,9 @@ class FairQueue(Generic[R]):
     def displaced_by(
         self, tenant: str, adapter: str | None, limit: int, client: str = ""
     ) -> R | None:
-        """Who must go from a queue of twice the limit for a request that has less than its share:
-        of whoever has most, the one that came last; None where nobody has more than one."""
+        """Return the request that must leave a queue of twice the limit for one that has less
+        than its share: of whoever has most, the one that came last; None if nobody has more than
+        one."""
         if len(self) < 2 * limit:
             return None
         crowding = self._crowding((tenant, adapter or "", client), limit) or []
@@ -93,8 +95,8 @@ class FairQueue(Generic[R]):
         return self._queues[most][-1]
 
     def _crowding(self, path: tuple[str, ...], limit: int) -> list[Party] | None:
-        """From the top, the first level where a newcomer's party has less than its share of the
-        places: the other parties there. None where it has its share on every level."""
+        """Return the other parties on the first level, from the top, where a newcomer's party
+        has less than its share of the places. None if it has its share on every level."""
         share, party = float(limit), self._accounts.root
         for name, weights in zip(path, self._accounts.weights, strict=True):
             own = party.parties.get(name)
@@ -118,7 +120,7 @@ class FairQueue(Generic[R]):
             party.num_waiting += 1
 
     def take(self, request: R) -> None:
-        """A request no longer waits: it has a slot, or ends."""
+        """Take a request out of the queue: it has a slot, or ends."""
         line = self._lines[request]
         queue = self._queues[line[-1]]
         queue.remove(request)
@@ -129,7 +131,7 @@ class FairQueue(Generic[R]):
             party.num_slots += 1
 
     def put_back(self, request: R) -> None:
-        """A request that had a slot waits again, before all later ones of its client."""
+        """Queue a request that had a slot again, before all later ones of its client."""
         line = self._lines[request]
         self._queues.setdefault(line[-1], deque()).appendleft(request)
         for party in line:
@@ -137,30 +139,32 @@ class FairQueue(Generic[R]):
             party.num_slots -= 1
 
     def leave(self, request: R) -> None:
-        """A request that is not queued has ended."""
+        """End the presence of a request that is not queued."""
         for party in self._lines.pop(request):
             party.num_slots -= 1
         self._accounts.leave(self._path(request))
 
     def charge(self, request: R, cost: float) -> None:
-        """A present request was given something."""
+        """Charge a present request for what it was given."""
         charge(self._lines[request], cost)
 
     # --- whose turn it is --------------------------------------------------------------------
 
     def rank(self, request: R) -> tuple[float, float]:
-        """What a present request's tenant, and its adapter there, have had: lower is first."""
+        """Return what a present request's tenant, and its adapter there, have had: lower is
+        first."""
         _, tenant, adapter, *_ = self._lines[request]
         return tenant.counter, adapter.counter
 
     def heads(self) -> list[R]:
-        """The next request of every tenant and adapter, in the order of their claims."""
+        """Return the next request of every tenant and adapter, in the order of their claims."""
         tenants = _that_wait(self._accounts.root)
         heads = [self._head(adapter) for tenant in tenants for adapter in _that_wait(tenant)]
         return sorted(heads, key=self.rank)
 
     def _head(self, adapter: Party) -> R:
-        """Of the client that has had least, the first of the requests with fewest slots."""
+        """Return the next request of the client that has had least: the first of those with
+        fewest slots."""
         client = min(_that_wait(adapter), key=lambda party: party.counter)
         fewest: Party | None = None
         for request in client.parties.values():
@@ -172,14 +176,15 @@ class FairQueue(Generic[R]):
         return self._queues[fewest][0]
 
     def may_displace(self, waiting: R, running: R) -> bool:
-        """Whether a slot of one request is due to another: on the first level where they differ,
-        the one that waits has less of the slots than the other, and still has not more after it;
-        and it has not had more so far.
+        """Return whether a slot of one request is due to another: on the first level where they
+        differ, the waiting one has fewer slots than the other, has no more than it afterwards,
+        and has not had more so far.
 
         Never to an equal: where each of as many as there are slots has one, whoever comes next
         waits until one ends. Slices of time would shorten the longest waits, but what loses its
         slot is computed again, and answers would stop midway for as long as the waits that they
-        save (bench/LOG.md)."""
+        save (bench/LOG.md).
+        """
         for own, other in zip(self._lines[waiting], self._lines[running], strict=True):
             if own is not other:
                 own_slots, other_slots = own.num_slots + 1, other.num_slots - 1
@@ -190,8 +195,8 @@ class FairQueue(Generic[R]):
         return False
 
     def slots_of(self, request: R, more: int = 0) -> tuple[float, ...]:
-        """Slots of a request's tenant, of its adapter there, of its client and of itself, each with
-        `more`, for their weights."""
+        """Return the slots of a request's tenant, of its adapter there, of its client and of
+        itself, each with `more`, divided by their weights."""
         return tuple((p.num_slots + more) / p.weight for p in self._lines[request][1:])
 
     def _path(self, request: R) -> tuple[str, str, str, str]:
@@ -199,5 +204,5 @@ class FairQueue(Generic[R]):
 
 
 def _that_wait(party: Party) -> list[Party]:
-    """A party's parties of whom a request waits."""
+    """Return a party's parties that have a waiting request."""
     return [p for p in party.parties.values() if p.num_waiting]
