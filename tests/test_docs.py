@@ -220,6 +220,8 @@ def test_paths_on_pages_exist():
     for name in re.findall(r"-m bench\.([a-z_]+)", TEXT):
         folder = ROOT / "bench" / name
         named.add(f"bench/{name}/__main__.py" if folder.is_dir() else f"bench/{name}.py")
+    modules = re.findall(r"`((?!tests/)[a-z_]+(?:/\w+)*\.py)`", PAGES["docs/architecture.md"])
+    named |= {f"neuroada_serve/{name}" for name in modules}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
