@@ -16,6 +16,7 @@ FLOORS: list[list[str]] = [
         "ops",
         "adapters.durable",
         "adapters.extents",
+        "adapters.slot_memory",
         "adapters.readiness",
         "adapters.format",
         "adapters.card",

@@ -81,7 +81,7 @@ def memory(source: ModelSource, folder: Path, count: int, console: Console) -> d
         "process_bytes_per_registered_adapter": header,
         "process_bytes_per_resident_adapter": each + header,
         "overhead_bytes_per_resident_adapter": each + header - 2 * nnz,
-        "device_used_bytes": engine.adapters.bank.used_bytes,
+        "device_used_bytes": engine.adapters.bank.memory.used_bytes,
     }
 
 

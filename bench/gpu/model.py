@@ -133,9 +133,9 @@ def add_on_device(engine: Engine, k: int, numbers: Sequence[int]) -> None:
     for number in numbers:
         name = f"k{k}-{number}"
         version = AdapterVersion(name, f"random-{name}", first.nnz, first.source)
-        extent = bank.reserve(bank.values_bytes(first.nnz))
+        extent = bank.memory.take(bank.memory.values_bytes(first.nnz))
         if extent is None:
-            raise MemoryError(f"no room for {name} in {bank.size_bytes} bytes")
+            raise MemoryError(f"no room for {name} in {bank.memory.size_bytes} bytes")
         resident = bank.settle(extent, plane.tiers.resident(first).plane)
         bank.values(resident).normal_(0, 0.01)
         plane.store.add(version)

@@ -200,7 +200,7 @@ def measure_residents(report: Report, engine: Engine, shape: Shape, runner: Mode
     present = sum(name.startswith("k1-") for name in engine.adapters.names)
     add_on_device(engine, 1, range(present, many))
     report.facts["adapters resident"] = engine.adapters.bank.num_resident
-    report.facts["adapter bytes used"] = engine.adapters.bank.used_bytes
+    report.facts["adapter bytes used"] = engine.adapters.bank.memory.used_bytes
     draw = random.Random(0)
     for _ in range(2 * shape.samples):
         for name, among in (("few", few), ("many", many)):

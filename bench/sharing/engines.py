@@ -29,7 +29,7 @@ def room_bytes(engine: Engine) -> int:
     """Bytes in which ROOM of the engine's adapters fit, which share one index table."""
     bank = engine.adapters.bank
     nnz = engine.adapters.store.get("a0").nnz
-    return bank.columns_bytes(nnz) + ROOM * bank.values_bytes(nnz)
+    return bank.memory.columns_bytes(nnz) + ROOM * bank.memory.values_bytes(nnz)
 
 
 def greedy(max_tokens: int) -> SamplingParams:

@@ -22,7 +22,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from neuroada_serve.adapters.bank import AdapterBank, Extent, ResidentAdapter
+from neuroada_serve.adapters.bank import AdapterBank, ResidentAdapter
+from neuroada_serve.adapters.slot_memory import Extent
 from neuroada_serve.adapters.store import AdapterVersion
 from neuroada_serve.adapters.values import AdapterValues
 from neuroada_serve.errors import NeuroAdaError
@@ -117,11 +118,11 @@ class Residency:
         assert type(to) in _MOVES[type(before)], f"{version} cannot go from {before} to {to}"
         kept = _extents(to)
         if isinstance(before, Writing | Resident) and before.resident.extent not in kept:
-            self._bank.free(before.resident)
+            self._bank.release(before.resident)
         elif isinstance(before, Reading | NeedsIndex):
             for extent in _extents(before):
                 if extent not in kept:
-                    self._bank.cancel(extent)
+                    self._bank.memory.release(extent)
         self.num_writing += isinstance(to, Writing) - isinstance(before, Writing)
         if to == ABSENT:
             self._states.pop(version, None)

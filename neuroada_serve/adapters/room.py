@@ -86,19 +86,20 @@ class Room:
 
     def reserve(self, nnz: int, with_index: bool) -> Reading | None:
         """Reserve room for so many values, and for an index of theirs; None: too many stay."""
-        values_bytes = self._bank.values_bytes(nnz)
-        index_bytes = self._bank.columns_bytes(nnz) if with_index else 0
-        while (room := self._bank.reserve(values_bytes)) is None and self.evict():
+        memory = self._bank.memory
+        values_bytes = memory.values_bytes(nnz)
+        index_bytes = memory.columns_bytes(nnz) if with_index else 0
+        while (room := memory.take(values_bytes)) is None and self.evict():
             pass
         if room is not None and not index_bytes:
             return Reading(room, None)
         if room is not None:
-            while (index_room := self._bank.reserve(index_bytes)) is None and self.evict():
+            while (index_room := memory.take(index_bytes)) is None and self.evict():
                 pass
             if index_room is not None:
                 return Reading(room, index_room)
-            self._bank.cancel(room)
-        if self._bank.free_bytes >= values_bytes + index_bytes:
+            memory.release(room)
+        if memory.free_bytes >= values_bytes + index_bytes:
             self.needs_compaction = True
         return None
 
@@ -127,7 +128,7 @@ class Room:
         """Close the bank's holes if that is needed and nobody writes; for the engine's thread."""
         if not self.needs_compaction or self._residency.num_writing:
             return False
-        self._bank.compact()
+        self._bank.memory.compact()
         self.needs_compaction = False
         self._metrics.num_compactions += 1
         return True
@@ -140,6 +141,7 @@ class Room:
         indexes = list(planes.values())
         if version.nnz not in indexes:  # else it may well be on one of these
             indexes.append(version.nnz)
-        needed = sum(self._bank.values_bytes(self._residency.nnz(v)) for v in (version, *kept))
-        needed += sum(map(self._bank.columns_bytes, indexes))
-        return needed <= self._bank.size_bytes
+        memory, nnz = self._bank.memory, self._residency.nnz
+        needed = sum(memory.values_bytes(nnz(v)) for v in (version, *kept))
+        needed += sum(map(memory.columns_bytes, indexes))
+        return needed <= memory.size_bytes

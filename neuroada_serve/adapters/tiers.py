@@ -95,11 +95,11 @@ class AdapterTiers:
         Raises:
             AdapterError: an adapter of so many values never fits the device memory set aside.
         """
-        needed = self._bank.values_bytes(nnz) + self._bank.columns_bytes(nnz)
-        if needed > self._bank.size_bytes:
+        needed = self._bank.memory.values_bytes(nnz) + self._bank.memory.columns_bytes(nnz)
+        if needed > self._bank.memory.size_bytes:
             raise AdapterError(
                 f"adapter {name!r} needs {needed} bytes on the device with its index, and "
-                f"{self._bank.size_bytes} are set aside; raise --adapter-memory"
+                f"{self._bank.memory.size_bytes} are set aside; raise --adapter-memory"
             )
 
     def prefetch(self, version: AdapterVersion) -> None:

@@ -17,6 +17,7 @@ from neuroada_serve.adapters.bank import AdapterBank
 from neuroada_serve.adapters.directory import AdapterDirectory, OnProgress, Rescan
 from neuroada_serve.adapters.format import Adapter, check_adapter
 from neuroada_serve.adapters.reader import AdapterHeader, AdapterReader
+from neuroada_serve.adapters.slot_memory import SlotMemory
 from neuroada_serve.adapters.store import AdapterStore, AdapterVersion
 from neuroada_serve.adapters.tiers import AdapterTiers
 from neuroada_serve.adapters.values import FlatOrder, ValuesReader
@@ -85,7 +86,9 @@ class AdapterPlane:
         self._allow_other_base = config.allow_other_base
         self._wakeup = wakeup
         merger = WeightMerger(attached.layers)
-        self.bank = AdapterBank(base.device, base.dtype, _device_bytes(config, base.device))
+        self.bank = AdapterBank(
+            SlotMemory(base.device, base.dtype, _device_bytes(config, base.device))
+        )
         self._files = AdapterReader(base.spec, allow_other_base=config.allow_other_base)
         d_outs = {module: d_out for module, (d_out, _) in base.spec.shapes.items()}
         values = ValuesReader(
@@ -158,12 +161,12 @@ class AdapterPlane:
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Bytes in use and set aside, on the device and on the host, and how many adapters are
         there."""
-        bank, host = self.bank, self.tiers.host
+        device, host = self.bank.memory, self.tiers.host
         return {
             "device": {
-                "used": bank.used_bytes,
-                "size": bank.size_bytes,
-                "adapters": bank.num_resident,
+                "used": device.used_bytes,
+                "size": device.size_bytes,
+                "adapters": self.bank.num_resident,
             },
             "host": {"used": host.used_bytes, "size": host.size_bytes, "adapters": len(host)},
         }
@@ -178,7 +181,7 @@ class AdapterPlane:
             tier=self.tiers.tier_of(version),
             k=source.config.k if isinstance(source, AdapterHeader | Adapter) else None,
             nnz=nnz,
-            size_bytes=self.bank.values_bytes(nnz),
+            size_bytes=self.bank.memory.values_bytes(nnz),
             num_leases=version.num_leases,
             is_pinned=version.is_pinned,
             is_merged=self.merging.version is version,
@@ -270,13 +273,14 @@ class AdapterPlane:
             return
         versions = self.store.versions
         largest = max((v.nnz for v in versions), default=0)
-        own = self.store.get(name)
-        kept = sum(self.bank.values_bytes(v.nnz) for v in versions if v.is_pinned and v is not own)
-        needed = kept + self.bank.values_bytes(own.nnz) + self.bank.values_bytes(largest)
-        if needed + self.bank.columns_bytes(largest) > self.bank.size_bytes:
+        own, memory = self.store.get(name), self.bank.memory
+        pinned_now = [v for v in versions if v.is_pinned and v is not own]
+        kept = sum(memory.values_bytes(v.nnz) for v in pinned_now)
+        needed = kept + memory.values_bytes(own.nnz) + memory.values_bytes(largest)
+        if needed + memory.columns_bytes(largest) > memory.size_bytes:
             raise AdapterError(
                 f"pinning {name!r} would leave no room for others: {kept} of "
-                f"{self.bank.size_bytes} bytes are pinned already; unpin one or raise "
+                f"{memory.size_bytes} bytes are pinned already; unpin one or raise "
                 "--adapter-memory"
             )
         self.tiers.prefetch(self.store.pin(name))

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from neuroada_serve.adapters.bank import SLOT_BYTES
+from neuroada_serve.adapters.slot_memory import SLOT_BYTES
 from tests.support.bank_cases import SIZES, assert_holds, new_adapter
 from tests.support.flat import FlatBank
 
@@ -33,10 +33,10 @@ def test_an_adapter_takes_its_values_and_no_more():
     bank = new_bank()
     for k, modules in itertools.product((1, 2, 8, 20), (("a.q",), ("a.up",), tuple(SIZES))):
         bank.upload(new_adapter(k=k, modules=modules))
-        before = bank.used_bytes
+        before = bank.memory.used_bytes
         adapter = new_adapter(seed=1, k=k, modules=modules)
         assert_holds(bank, bank.upload(adapter), adapter)
-        assert bank.used_bytes - before == -(-4 * adapter.nnz // SLOT_BYTES) * SLOT_BYTES
+        assert bank.memory.used_bytes - before == -(-4 * adapter.nnz // SLOT_BYTES) * SLOT_BYTES
 
 
 def test_adapters_of_any_k_index_and_modules_lie_side_by_side():
@@ -51,18 +51,18 @@ def test_adapters_of_any_k_index_and_modules_lie_side_by_side():
 def test_memory_never_moves_while_adapters_come_and_go():
     bank = new_bank()
     first = bank.upload(new_adapter(0))
-    version = bank.version
+    version = bank.memory.version
     residents = [bank.upload(new_adapter(seed, k=1 + seed % 5)) for seed in range(1, 30)]
     for resident in residents[::2]:
-        bank.free(resident)
-    assert bank.version == version
+        bank.release(resident)
+    assert bank.memory.version == version
     assert_holds(bank, first, new_adapter(0))
 
 
 def test_freed_room_is_used_again():
     bank = new_bank()
     residents = [bank.upload(new_adapter(seed)) for seed in range(4)]
-    bank.free(residents[1])
+    bank.release(residents[1])
     assert bank.num_resident == 3
     resident = bank.upload(new_adapter(9))
     assert resident.slot == residents[1].slot
@@ -72,10 +72,10 @@ def test_freed_room_is_used_again():
 
 def test_index_stays_for_the_next_adapter_until_its_room_is_wanted():
     bank = new_bank()
-    bank.free(bank.upload(new_adapter(0)))
+    bank.release(bank.upload(new_adapter(0)))
     assert bank.index_bytes == SLOT_BYTES
     assert bank.evict_plane()
-    assert (bank.index_bytes, bank.used_bytes) == (0, 0)
+    assert (bank.index_bytes, bank.memory.used_bytes) == (0, 0)
     assert not bank.evict_plane()
 
 
@@ -83,36 +83,37 @@ def test_index_in_use_or_about_to_be_is_not_evicted():
     bank = new_bank()
     resident = bank.upload(new_adapter(0))
     assert not bank.evict_plane()
-    coming = bank.settle(bank.reserve(SLOT_BYTES), resident.plane)  # its values are on their way
-    bank.free(resident)
+    room = bank.memory.take(SLOT_BYTES)
+    coming = bank.settle(room, resident.plane)  # its values are on their way
+    bank.release(resident)
     assert not bank.evict_plane()
-    bank.free(coming)
+    bank.release(coming)
     assert bank.evict_plane()
 
 
 def test_freeing_twice_is_refused():
     bank = new_bank()
     resident, _ = bank.upload(new_adapter(0)), bank.upload(new_adapter(1))
-    bank.free(resident)
+    bank.release(resident)
     with pytest.raises(KeyError):
-        bank.free(resident)
+        bank.release(resident)
 
 
 def test_full_bank_says_so():
     bank = new_bank(num_slots=3)
     bank.upload(new_adapter(0))  # its index and its values
-    assert bank.reserve(SLOT_BYTES) is not None
-    assert bank.reserve(1) is None
+    assert bank.memory.take(SLOT_BYTES) is not None
+    assert bank.memory.take(1) is None
     assert bank.add_plane(bank.reader.of(new_adapter(index_seed=1)).table) is None
 
 
 def test_room_reserved_for_more_is_given_back():
     bank = new_bank()
     plane = bank.upload(new_adapter(0)).plane
-    before = bank.used_bytes
-    extent = bank.reserve(20 * SLOT_BYTES)
+    before = bank.memory.used_bytes
+    extent = bank.memory.take(20 * SLOT_BYTES)
     bank.settle(extent, plane)
-    assert bank.used_bytes - before == bank.values_bytes(plane.nnz)
+    assert bank.memory.used_bytes - before == bank.memory.values_bytes(plane.nnz)
 
 
 def test_compaction_joins_what_is_free_and_keeps_what_is_there():
@@ -120,15 +121,15 @@ def test_compaction_joins_what_is_free_and_keeps_what_is_there():
     adapters = [new_adapter(seed, k=1 + seed % 4, index_seed=seed % 2) for seed in range(9)]
     residents = [bank.upload(adapter) for adapter in adapters]
     for resident in residents[::2]:
-        bank.free(resident)
-    free = bank.free_bytes
-    assert bank.reserve(free) is None
-    version = bank.version
-    bank.compact()
-    assert bank.version > version
+        bank.release(resident)
+    free = bank.memory.free_bytes
+    assert bank.memory.take(free) is None
+    version = bank.memory.version
+    bank.memory.compact()
+    assert bank.memory.version > version
     for resident, adapter in list(zip(residents, adapters, strict=True))[1::2]:
         assert_holds(bank, resident, adapter)
-    assert bank.reserve(free) is not None
+    assert bank.memory.take(free) is not None
 
 
 def test_batch_gives_each_plane_the_slots_of_its_own_tokens():
@@ -180,20 +181,20 @@ class BankMachine(RuleBasedStateMachine):
     def free(self, data):
         place = data.draw(st.integers(0, len(self.resident) - 1))
         resident, _ = self.resident.pop(place)
-        self.bank.free(resident)
+        self.bank.release(resident)
 
     @rule()
     def evict_planes(self):
         while self.bank.evict_plane():
             pass
-        assert self.resident or self.bank.used_bytes == 0
+        assert self.resident or self.bank.memory.used_bytes == 0
 
     @rule()
     def compact(self):
-        self.bank.compact()
-        assert self.bank.reserve(self.bank.free_bytes + 1) is None
-        extent = self.bank.reserve(self.bank.free_bytes)
-        self.bank.cancel(extent)
+        self.bank.memory.compact()
+        assert self.bank.memory.take(self.bank.memory.free_bytes + 1) is None
+        extent = self.bank.memory.take(self.bank.memory.free_bytes)
+        self.bank.memory.release(extent)
 
     @invariant()
     def every_resident_adapter_holds_its_own_values(self):

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from neuroada_serve.adapters.bank import SLOT_BYTES
 from neuroada_serve.adapters.residency import (
     ABSENT,
     Absent,
@@ -16,6 +15,7 @@ from neuroada_serve.adapters.residency import (
     Resident,
     Writing,
 )
+from neuroada_serve.adapters.slot_memory import SLOT_BYTES
 from neuroada_serve.adapters.store import AdapterVersion
 from neuroada_serve.errors import AdapterError
 from tests.adapters.test_bank import SIZES, new_adapter
@@ -54,7 +54,9 @@ class Way:
     def go(self, kind):
         """Move on to a state of this kind, as the loaders would."""
         if kind is Reading:
-            self.reading = Reading(self.bank.reserve(SLOT_BYTES), self.bank.reserve(SLOT_BYTES))
+            self.reading = Reading(
+                self.bank.memory.take(SLOT_BYTES), self.bank.memory.take(SLOT_BYTES)
+            )
             self.residency.move(self.version, self.reading)
         elif kind is Writing and self.resident is None:
             self.resident = self.residency.settle(self.version, self.values).resident
@@ -68,7 +70,7 @@ class Way:
             return Failed(AdapterError("it failed"))
         if kind in (Writing, Resident):
             return kind(self.resident or self.bank.upload(new_adapter(2)))
-        room = self.reading or Reading(self.bank.reserve(SLOT_BYTES), None)
+        room = self.reading or Reading(self.bank.memory.take(SLOT_BYTES), None)
         return room if kind is Reading else NeedsIndex(self.values, room.room, room.index_room)
 
 
@@ -93,26 +95,26 @@ def test_only_the_drawn_moves_are_possible(before, after):
 )
 def test_room_goes_back_to_the_bank_with_the_last_state_that_holds_it(state, end):
     way = Way()
-    before = way.bank.used_bytes
+    before = way.bank.memory.used_bytes
     for kind in [*PATHS[state], end]:
         way.go(kind)
     if end in (Absent, Failed):
-        assert way.bank.used_bytes == before
+        assert way.bank.memory.used_bytes == before
     elif end is Resident:
         way.go(Absent)
-        assert way.bank.used_bytes == before
+        assert way.bank.memory.used_bytes == before
     else:
-        assert way.bank.used_bytes > before
+        assert way.bank.memory.used_bytes > before
     assert way.residency.num_writing == (end is Writing)
 
 
 def test_index_room_is_given_up_once_the_index_is_there():
     way = Way()
-    used = way.bank.used_bytes
+    used = way.bank.memory.used_bytes
     way.go(Reading)
-    assert way.bank.used_bytes == used + 2 * SLOT_BYTES
+    assert way.bank.memory.used_bytes == used + 2 * SLOT_BYTES
     way.go(Writing)
-    assert way.bank.used_bytes == used + SLOT_BYTES
+    assert way.bank.memory.used_bytes == used + SLOT_BYTES
     assert way.residency.num_writing == 1
     assert way.residency.nnz(way.version) == way.version.nnz
     assert torch.equal(way.plane.table.index, way.values.table.index)

@@ -13,12 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from neuroada_serve.adapters import residency as residency_module
 from neuroada_serve.adapters import room as room_module
-from neuroada_serve.adapters.bank import SLOT_BYTES
 from neuroada_serve.adapters.format import Adapter, BaseSpec, save_adapter
 from neuroada_serve.adapters.loaders import Loaders
 from neuroada_serve.adapters.reader import AdapterReader
 from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.adapters.residency import Absent, Failed, Resident
+from neuroada_serve.adapters.slot_memory import SLOT_BYTES, SlotMemory
 from neuroada_serve.adapters.store import AdapterStore, AdapterVersion
 from neuroada_serve.adapters.tiers import AdapterTiers
 from neuroada_serve.errors import AdapterError, AdapterFormatError, AdapterNotFoundError
@@ -52,7 +52,7 @@ class Tiers(AdapterTiers):
 
     @property
     def device_bytes(self) -> tuple[int, int]:
-        return self.flat.used_bytes, self.flat.size_bytes
+        return self.flat.memory.used_bytes, self.flat.memory.size_bytes
 
     @property
     def host_bytes(self) -> tuple[int, int]:
@@ -341,8 +341,8 @@ def test_allocation_that_fails_leaves_the_budget_as_it_was(new_tiers, monkeypatc
     assert tiers.hold(kept)
     before = tiers.device_bytes
     calls = itertools.count(1)
-    real = FlatBank._take
-    monkeypatch.setattr(FlatBank, "_take", lambda s, n: None if next(calls) == kth else real(s, n))
+    real = SlotMemory.take
+    monkeypatch.setattr(SlotMemory, "take", lambda s, n: None if next(calls) == kth else real(s, n))
     version = tiers.add("a", new_adapter(1, k=8, index_seed=1))
     deadline = time.monotonic() + 120
     while tiers.request(version) is not Readiness.READY:
@@ -502,7 +502,7 @@ class TiersMachine(RuleBasedStateMachine):
         tiers = self.tiers
         used, size = tiers.device_bytes
         values = sum(
-            tiers.flat.values_bytes(version.nnz)
+            tiers.flat.memory.values_bytes(version.nnz)
             for version in tiers.residency
             if tiers.is_ready(version)
         )

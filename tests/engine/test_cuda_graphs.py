@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import configuration_auto
 
-from neuroada_serve.adapters.bank import AdapterBank, Extent, Plane, ResidentAdapter
+from neuroada_serve.adapters.bank import AdapterBank, Plane, ResidentAdapter
+from neuroada_serve.adapters.slot_memory import Extent, SlotMemory
 from neuroada_serve.adapters.values import IndexTable, Layout
 from neuroada_serve.engine.cuda_graphs import DecodeGraphs, DecodeRows, buckets
 from neuroada_serve.engine.fused import compile_elementwise
@@ -51,7 +52,7 @@ def rows(*ids: int) -> DecodeRows:
 
 @pytest.fixture
 def bank():
-    return AdapterBank(CPU, torch.float32, 1 << 12)
+    return AdapterBank(SlotMemory(CPU, torch.float32, 1 << 12))
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_another_layout_is_another_graph(graphs, recorder, bank):
 def test_moved_memory_makes_new_graphs(graphs, recorder, bank):
     graphs.run(rows(3), bank.plan([None], None), 0)
     graphs.run(rows(3), bank.plan([None], None), 1)
-    bank.version += 1
+    bank.memory.version += 1
     graphs.run(rows(3), bank.plan([None], None), 1)
     assert recorder.captures == 3
     assert len(graphs) == 1

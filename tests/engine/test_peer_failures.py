@@ -69,7 +69,7 @@ class Served:
 
     def bytes_of(self, engine: Engine, *names: str) -> int:
         """Device memory for these adapters' values."""
-        return sum(engine.adapters.bank.values_bytes(self.made[name].nnz) for name in names)
+        return sum(engine.adapters.bank.memory.values_bytes(self.made[name].nnz) for name in names)
 
 
 def with_index_of_its_own(adapter, spec):
@@ -176,10 +176,10 @@ def test_adapter_takes_the_bytes_of_its_values_whatever_the_largest_is(served):
     """vLLM PR #22782, #20160: every slot has the size of max_lora_rank."""
     engine = served.engine(served.made)
     ask(engine, "k20")
-    before = engine.adapters.bank.used_bytes - engine.adapters.bank.index_bytes
+    before = engine.adapters.bank.memory.used_bytes - engine.adapters.bank.index_bytes
     for name in ("k1", "some", "own index"):
         ask(engine, name)
-        used = engine.adapters.bank.used_bytes - engine.adapters.bank.index_bytes
+        used = engine.adapters.bank.memory.used_bytes - engine.adapters.bank.index_bytes
         item = engine.base.dtype.itemsize
         assert 0 <= used - before - served.made[name].nnz * item < 128
         before = used

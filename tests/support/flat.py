@@ -6,6 +6,7 @@ import torch
 
 from neuroada_serve.adapters.bank import AdapterBank, ResidentAdapter
 from neuroada_serve.adapters.format import Adapter, BaseSpec
+from neuroada_serve.adapters.slot_memory import SlotMemory
 from neuroada_serve.adapters.values import FlatOrder, ValuesReader
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ class FlatBank(AdapterBank):
         sites: Mapping[str, Mapping[str, int]] | None = None,
         size_bytes: int = 1 << 20,
     ) -> None:
-        super().__init__(CPU, dtype, size_bytes)
+        super().__init__(SlotMemory(CPU, dtype, size_bytes))
         order = FlatOrder(sites or {}, {name: d_out for name, (d_out, _) in shapes.items()})
         self.reader = ValuesReader(order, BaseSpec("base", "0" * 64, shapes), dtype)
 
@@ -33,8 +34,8 @@ class FlatBank(AdapterBank):
         values = self.reader.of(adapter)
         plane = self.plane(values.table) or self.add_plane(values.table)
         assert plane is not None
-        extent = self.reserve(self.values_bytes(plane.nnz))
+        extent = self.memory.take(self.memory.values_bytes(plane.nnz))
         assert extent is not None
         resident = self.settle(extent, plane)
-        self.write(resident, torch.zeros(plane.nnz, dtype=self._values.dtype), values.values)
+        self.write(resident, torch.zeros(plane.nnz, dtype=self.memory.dtype), values.values)
         return resident
