@@ -194,10 +194,10 @@ def measure_residents(report: Report, engine: Engine, shape: Shape, runner: Mode
     They are drawn from few adapters on the device and from many, of which no cache holds any.
     """
     few, many = shape.residents
-    for name in engine.adapters.names:  # of larger k: their room is wanted
+    for name in engine.adapters.store.names:  # of larger k: their room is wanted
         if not name.startswith("k1-"):
             engine.adapters.remove(name)
-    present = sum(name.startswith("k1-") for name in engine.adapters.names)
+    present = sum(name.startswith("k1-") for name in engine.adapters.store.names)
     add_on_device(engine, 1, range(present, many))
     report.facts["adapters resident"] = engine.adapters.bank.num_resident
     report.facts["adapter bytes used"] = engine.adapters.bank.memory.used_bytes

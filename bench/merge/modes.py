@@ -39,7 +39,7 @@ def modes(source: ModelSource, k: int, rounds: int, console: Console) -> dict[st
             for load in LOADS:
                 for mode, engine in engines.items():
                     engine.adapters.merging.unmerge()
-                    engine.adapters.set_merge_mode(names[0] if mode == "named" else mode)
+                    engine.adapters.merging.set_mode(names[0] if mode == "named" else mode)
                 metrics = engines["auto"].metrics
                 before = metrics.num_merges + metrics.num_unmerges
                 for mode, rate in side_by_side(engines, load_of(load, names, number)).items():

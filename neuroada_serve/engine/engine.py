@@ -1,7 +1,7 @@
 """The engine: requests of many adapters in, tokens out, one step at a time.
 
 step() = schedule, run, postprocess. Everything here belongs to one thread; what other threads may
-do is in `AdapterPlane`.
+do is in `AdapterManager`.
 """
 
 import logging
@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine.adapter_plane import AdapterPlane
+from neuroada_serve.engine.adapter_manager import AdapterManager
 from neuroada_serve.engine.checks import check_ids, check_prompt, check_task
 from neuroada_serve.engine.detokenizer import Detokenizer
 from neuroada_serve.engine.fairness import OUTPUT_COST, FairQueue
@@ -73,7 +73,7 @@ class Engine:
                 "choose their kernels by the size of the batch; leave it out, or take --device cpu"
             )
         attached = attach_bypass(base.model, fixed_shapes=config.deterministic)
-        self.adapters = AdapterPlane(base, attached, config, self.metrics, self.wakeup)
+        self.adapters = AdapterManager(base, attached, config, self.metrics, self.wakeup)
         on_cuda = base.device.type == "cuda"
         self._cache = KVCache(config.max_num_seqs, self.max_model_len, coarse=on_cuda)
         self._runner = ModelRunner(
@@ -90,7 +90,7 @@ class Engine:
             config.max_num_batched_tokens,
             FairQueue(config.tenant_weights, config.adapter_weights),
             self.adapters.tiers,
-            self.adapters.can_leave,
+            self.adapters.merging.can_leave,
             self._reuse_prefix,
             self._on_preempt,
             deterministic=config.deterministic,
@@ -320,11 +320,11 @@ class Engine:
             error = str(self.adapters.tiers.error(sequence.version))
             outputs.append(self._end_with_error(sequence, error, may_retry=True))
         if schedule.starved and schedule.is_empty:
-            self.adapters.make_way()
+            self.adapters.merging.make_way()
         for sequence in schedule.starved if self._step % _CHECK_STEPS == 0 else ():
             version = sequence.version
             assert version is not None
-            if not self.adapters.could_fit(version):
+            if not self.adapters.merging.could_fit(version):
                 error = (
                     f"adapter {version.name!r} has no room on the device beside those that are "
                     "pinned or merged; raise --adapter-memory"

@@ -17,6 +17,7 @@ from neuroada_serve.engine.merge_policy import Load, MergePolicy
 from neuroada_serve.errors import AdapterUnavailable, EngineError
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.merge import WeightMerger
+from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class MergeControl:
         metrics: EngineMetrics,
         device_type: str,
         max_num_seqs: int,
+        wakeup: Wakeup,
     ) -> None:
         self._merger = merger
         self._bank = bank
@@ -61,6 +63,7 @@ class MergeControl:
         self._metrics = metrics
         self._device_type = device_type
         self._max_num_seqs = max_num_seqs
+        self._wakeup = wakeup
         self._merged: Lease | None = None
         self._refused: WeakSet[AdapterVersion] = WeakSet()  # merging these has failed
         self._mode = self._new_mode(mode)  # replaced as a whole, by any thread
@@ -88,8 +91,30 @@ class MergeControl:
         return None if version is None else version.name
 
     def set_mode(self, mode: str) -> None:
-        """Set the mode. It takes effect with the next `bring_in_line`."""
+        """Set the mode: never, auto, or the name of an adapter to keep merged. It takes effect with
+        the next `bring_in_line`.
+
+        Raises:
+            AdapterNotFoundError
+        """
+        if mode not in ("never", "auto"):
+            self._store.get(mode)
         self._mode = self._new_mode(mode)
+        self._wakeup.notify()
+
+    def can_leave(self, version: AdapterVersion) -> bool:
+        """Look whether a version may leave the device once no sequence holds it."""
+        return not version.is_pinned and version is not self.version
+
+    def could_fit(self, version: AdapterVersion) -> bool:
+        """Look whether a version would have room if all left that may."""
+        # The version that auto has merged may: see `make_way`.
+        return self._tiers.could_fit(version, None if self.is_auto else self.version)
+
+    def make_way(self) -> None:
+        """Take the version that auto has merged out: nothing can run for want of room."""
+        if self.is_auto and self.version is not None:
+            self.restore()
 
     def bring_in_line(self, loads: Callable[[], Iterable[Load]]) -> None:
         """Merge what the mode wants if everything it takes is there; request what is not.

@@ -25,7 +25,7 @@ class Models:
         self._worker = worker
         self.base_names = config.served_model_name or (worker.base.spec.name,)
         self._started = int(time.time())
-        worker.adapters.reserve(self.base_names)
+        worker.adapters.store.reserve(self.base_names)
 
     def name_of(self, adapter: str | None) -> str:
         """Return the name that answers show: the adapter's, or the base's first."""
@@ -63,7 +63,7 @@ class Models:
         if model is None or model in self.base_names:
             return None
         try:
-            self._worker.adapters.check_model(model)
+            self._worker.adapters.store.acquire(model).release()
         except AdapterNotFoundError:
             raise self._unknown(model, "does not exist") from None
         except AdapterError as error:  # it looks like a mix, but is not one
@@ -71,7 +71,7 @@ class Models:
         return model
 
     def _unknown(self, model: str, why: str) -> Failure:
-        names = [*self.base_names, *sorted(self._worker.adapters.names)]
+        names = [*self.base_names, *sorted(self._worker.adapters.store.names)]
         if len(names) <= _MOST_LISTED:
             known = f"Available: {', '.join(names)}."
         else:

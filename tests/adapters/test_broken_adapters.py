@@ -84,7 +84,7 @@ def test_engine_answers_the_same_after_all_broken_adapters(base, valid, tmp_path
         path = broken.apply(folder, base.spec)
         with pytest.raises(LOADING_ERRORS):
             engine.adapters.load("good", path, folder.parent, replace=True)
-    assert engine.adapters.names == ("good",)
+    assert engine.adapters.store.names == ("good",)
     assert _answer(engine, "good") == tokens
     assert engine.base_digest() == digest
 

@@ -77,7 +77,7 @@ def test_both_shapes_reach_every_command(tmp_path, monkeypatch):
         flags = [str(source.path), "--adapter", given]
         run = CliRunner().invoke
         assert run(app, ["serve", *flags]).exit_code == 0
-        assert served.pop()[0].adapters.names == (name,)
+        assert served.pop()[0].adapters.store.names == (name,)
         answered = run(app, ["generate", *flags, "hi", "--max-tokens", "1"])
         assert answered.exit_code == 0, answered.output
         rows = ["--data", f"{tmp_path}/rows.jsonl", "--metric", "loss", "--json"]

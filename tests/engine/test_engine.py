@@ -382,7 +382,7 @@ def test_merge_that_fails_leaves_its_adapter_served_unmerged(llama, monkeypatch,
 
     with monkeypatch.context() as broken:
         broken.setattr(WeightMerger, "merge", fail)
-        engine.adapters.set_merge_mode("a")
+        engine.adapters.merging.set_mode("a")
         engine.add_request("r", PROMPTS[0], GREEDY, "a")
         tokens = [t for o in run(engine) for t in o.token_ids]
     model = plain_merged(source, adapters["a"])
@@ -392,7 +392,7 @@ def test_merge_that_fails_leaves_its_adapter_served_unmerged(llama, monkeypatch,
     assert engine.base_digest() == digest
     assert "adapter a cannot be merged" in caplog.text
     assert "no memory for it" in caplog.text
-    engine.adapters.set_merge_mode("b")
+    engine.adapters.merging.set_mode("b")
     engine.step()
     assert engine.merged == "b"
     engine.adapters.unload("a")  # the failed merge has kept no lease
@@ -414,7 +414,7 @@ def test_room_is_not_taken_from_what_is_being_merged(llama, monkeypatch, asked):
     if asked == "by name":
         engine.adapters.merging.merge("a")
     else:
-        engine.adapters.set_merge_mode("a")
+        engine.adapters.merging.set_mode("a")
         engine.step()
     assert engine.merged == "a"
     assert engine.adapters.bank.num_resident == 1
@@ -433,7 +433,7 @@ def test_weights_that_cannot_be_restored_stop_the_engine(llama, monkeypatch):
         raise DirtyWeightsError("half written")
 
     monkeypatch.setattr(WeightMerger, "merge", fail)
-    engine.adapters.set_merge_mode("a")
+    engine.adapters.merging.set_mode("a")
     with pytest.raises(DirtyWeightsError, match="half written"):
         engine.step()
 
@@ -443,14 +443,14 @@ def test_idle_merged_adapter_is_unloaded_without_a_wait_being_asked_for(llama, m
     """Its lease is the engine's own, who lets go of it between two steps."""
     engine = new_engine(*llama, merge=mode)
     engine.adapters.merging.merge("a")
-    engine.adapters.set_merge_mode(mode)
+    engine.adapters.merging.set_mode(mode)
     with ThreadPoolExecutor() as pool:
         unloaded = pool.submit(engine.adapters.unload, "a")
         while not unloaded.done():
             engine.step()
         unloaded.result()
     assert engine.merged is None
-    assert "a" not in engine.adapters.names
+    assert "a" not in engine.adapters.store.names
     assert engine.base_digest() == new_engine(llama[0]).base_digest()
 
 

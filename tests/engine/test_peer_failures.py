@@ -464,7 +464,7 @@ def test_merged_adapter_that_fills_the_room_makes_way_or_is_named(served, mode):
     room = 2 * served.bytes_of(engine, "k8")  # with its index, as many columns
     engine = served.engine(["k1", "k8"], adapter_memory=room)
     engine.adapters.merging.merge("k8")
-    engine.adapters.set_merge_mode(mode)
+    engine.adapters.merging.set_mode(mode)
     add(engine, "r", "k1")
     outputs, deadline = [], time.monotonic() + 120
     while engine.has_unfinished and time.monotonic() < deadline:

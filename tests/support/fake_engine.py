@@ -13,7 +13,7 @@ from neuroada_serve.adapters.directory import Rescan
 from neuroada_serve.adapters.format import CONFIG_FILE, BaseSpec
 from neuroada_serve.adapters.store import parse_mix
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine.adapter_plane import AdapterInfo
+from neuroada_serve.engine.adapter_manager import AdapterInfo
 from neuroada_serve.engine.fairness import FairQueue
 from neuroada_serve.errors import (
     AdapterConflictError,
@@ -73,6 +73,29 @@ class FakeLease:
 
     digest: str
     parts: tuple[FakeVersion, ...]
+    changed: threading.Condition
+
+    def release(self) -> None:
+        with self.changed:
+            for version in self.parts:
+                version.num_leases -= 1
+            self.changed.notify_all()
+
+
+class FakeMerging:
+    """Takes effect with the next poll."""
+
+    def __init__(self, adapters: "FakeAdapters", wakeup: Wakeup) -> None:
+        self.mode = "never"
+        self.merged: str | None = None
+        self._adapters = adapters
+        self._wakeup = wakeup
+
+    def set_mode(self, mode: str) -> None:
+        if mode not in ("never", "auto"):
+            self._adapters.get(mode)
+        self.mode = mode
+        self._wakeup.notify()
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,7 @@ class Call:
 
 
 class FakeAdapters:
-    """Names, digests and leases; in any thread.
+    """Names, digests and leases, its own store; in any thread.
 
     A folder's config is one word for what it is: good, slow (good, once `may_read` is set), bad,
     locked, crash; and any more text, so that digests differ. There is room for one pinned adapter.
@@ -96,8 +119,8 @@ class FakeAdapters:
         self.versions = {name: FakeVersion(name, digest_of(name)) for name in names}
         self.base_names = {BASE}
         self.directory: Path | None = None
-        self.merge_mode = "never"
-        self.merged: str | None = None
+        self.store = self
+        self.merging = FakeMerging(self, wakeup)
         self.may_read = threading.Event()
         self.calls: list[Call] = []
         self._changed = threading.Condition()  # guards the versions
@@ -126,18 +149,15 @@ class FakeAdapters:
             return sorted(map(self._info, self.versions.values()), key=lambda info: info.name)
 
     def describe_one(self, name: str) -> AdapterInfo:
-        return self._info(self._get(name))
+        return self._info(self.get(name))
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         return {"device": {"used": 1, "size": 2, "adapters": len(self.versions)}}
 
-    def check_model(self, name: str) -> None:
-        self.release(self.acquire(name))
-
     def prefetch(self, name: str | None) -> None:
         self._record("prefetch", name)
         if name is not None:
-            self.check_model(name)
+            self.acquire(name).release()
 
     def load(self, name: str, path: Path, root: Path, replace: bool = False) -> None:
         self._record("load", name)
@@ -156,7 +176,7 @@ class FakeAdapters:
     def unload(self, name: str, timeout_s: float = 0.0, abort: bool = False) -> None:
         self._record("unload", name)
         with self._changed:
-            version = self._get(name)
+            version = self.get(name)
             version.state = "draining"
             if not self._wait_unleased(version, timeout_s):
                 if abort:
@@ -169,16 +189,10 @@ class FakeAdapters:
 
     def pin(self, name: str, pinned: bool = True) -> None:
         self._record("pin" if pinned else "unpin", name)
-        version = self._get(name)
+        version = self.get(name)
         if pinned and any(v.is_pinned for v in self.versions.values() if v is not version):
             raise AdapterError(f"pinning {name!r} would leave no room for others")
         version.is_pinned = pinned
-
-    def set_merge_mode(self, mode: str) -> None:
-        if mode not in ("never", "auto"):
-            self._get(mode)
-        self.merge_mode = mode
-        self._wakeup.notify()
 
     def rescan(self) -> Rescan:
         self._record("rescan")
@@ -208,24 +222,19 @@ class FakeAdapters:
 
     def poll(self) -> list[FakeVersion]:
         """Bring the merge about; versions whose requests are to be aborted."""
-        wanted = None if self.merge_mode in ("never", "auto") else self.merge_mode
-        self.merged = wanted if wanted in self.versions else None
+        mode = self.merging.mode
+        self.merging.merged = mode if mode in self.versions else None
         to_abort, self._to_abort = self._to_abort, []
         return to_abort
 
     def acquire(self, name: str | None) -> FakeLease:
         with self._changed:
             names = [] if name is None else list(parse_mix(name) or (name,))
-            parts = tuple(map(self._get, names))
+            parts = tuple(map(self.get, names))
             for version in parts:
                 version.num_leases += 1
-        return FakeLease(parts[0].digest if len(parts) == 1 else digest_of(str(name)), parts)
-
-    def release(self, lease: FakeLease) -> None:
-        with self._changed:
-            for version in lease.parts:
-                version.num_leases -= 1
-            self._changed.notify_all()
+        digest = parts[0].digest if len(parts) == 1 else digest_of(str(name))
+        return FakeLease(digest, parts, self._changed)
 
     # --- inside ---
 
@@ -248,7 +257,7 @@ class FakeAdapters:
             raise AdapterFormatError(repr(folder.name), ["k is 0", "values are NaN"])
         return digest_of(text)
 
-    def _get(self, name: str) -> FakeVersion:
+    def get(self, name: str) -> FakeVersion:
         version = self.versions.get(name)
         if version is None or version.state != "ready":
             raise AdapterNotFoundError(f"no adapter named {name!r}; adapters here: none is loaded")
@@ -265,7 +274,7 @@ class FakeAdapters:
             size_bytes=14,
             num_leases=version.num_leases,
             is_pinned=version.is_pinned,
-            is_merged=version.name == self.merged,
+            is_merged=version.name == self.merging.merged,
             since=SINCE,
         )
 
@@ -427,7 +436,7 @@ class FakeEngine:
         else:
             self.waiting.take(sequence)
         self.waiting.leave(sequence)
-        self.adapters.release(sequence.lease)
+        sequence.lease.release()
 
     def _next(self, sequence: FakeSequence) -> Output:
         if sequence.prompt == b"absent":

@@ -77,8 +77,8 @@ async def list_adapters(server: Server) -> dict[str, Any]:
     return {
         "object": "list",
         "data": found,
-        "merge_mode": adapters.merge_mode,
-        "merged": adapters.merged,
+        "merge_mode": adapters.merging.mode,
+        "merged": adapters.merging.merged,
         "memory": adapters.memory(),
     }
 
@@ -134,9 +134,10 @@ async def rescan(http: Request, server: Server, directory: AdapterDir) -> dict[s
 @router.post("/v1/adapters/merge", dependencies=PERMISSION)
 async def merge(http: Request, request: MergeRequest, server: Server) -> dict[str, Any]:
     """Set the merge mode. The weights follow between two steps."""
-    server.adapters.set_merge_mode(request.mode)
+    server.adapters.merging.set_mode(request.mode)
     logger.info("merge mode %r set by %s", request.mode[:256], client_of(http.scope))
-    return {"merge_mode": server.adapters.merge_mode, "merged": server.adapters.merged}
+    merging = server.adapters.merging
+    return {"merge_mode": merging.mode, "merged": merging.merged}
 
 
 @router.post("/v1/adapters/{name}/pin", dependencies=PERMISSION)

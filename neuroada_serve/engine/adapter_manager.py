@@ -7,7 +7,7 @@ a running step. The engine's thread brings the device and the merged weights in 
 import logging
 import os
 import queue
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class AdapterInfo:
     labels: tuple[str, ...] = ()
 
 
-class AdapterPlane:
+class AdapterManager:
     """Puts together the adapters of one engine, and does what takes more than one of its rooms.
 
     Args:
@@ -113,30 +113,17 @@ class AdapterPlane:
             metrics,
             device,
             config.max_num_seqs,
+            wakeup,
         )
         self._to_abort: queue.SimpleQueue[AdapterVersion] = queue.SimpleQueue()
         self._directory: AdapterDirectory | None = None
 
     # --- any thread: what there is -----------------------------------------------------------
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Adapters that requests can use now."""
-        return self.store.names
-
-    @property
-    def merged(self) -> str | None:
-        """Name of the adapter that is merged into the weights."""
-        return self.merging.merged
-
-    @property
-    def merge_mode(self) -> str:
-        """never, auto, or the name of the adapter to keep merged."""
-        return self.merging.mode
-
     def describe(self) -> list[AdapterInfo]:
         """All adapters, in the order of their names."""
-        return sorted(map(self._info, self.store.versions), key=lambda info: info.name)
+        infos = [_info(v, self.tiers, self.bank, self.merging) for v in self.store.versions]
+        return sorted(infos, key=lambda info: info.name)
 
     def describe_one(self, name: str) -> AdapterInfo:
         """An adapter, or a mix that requests could name.
@@ -147,16 +134,7 @@ class AdapterPlane:
         """
         lease = self.store.acquire(name)
         lease.release()
-        return self._info(lease.version)
-
-    def check_model(self, name: str) -> None:
-        """Whether requests may name this adapter, or mix, now.
-
-        Raises:
-            AdapterNotFoundError: there is no such adapter.
-            AdapterError: it is no mix either.
-        """
-        self.store.acquire(name).release()
+        return _info(lease.version, self.tiers, self.bank, self.merging)
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Bytes in use and set aside, on the device and on the host, and how many adapters are
@@ -170,24 +148,6 @@ class AdapterPlane:
             },
             "host": {"used": host.used_bytes, "size": host.size_bytes, "adapters": len(host)},
         }
-
-    def _info(self, version: AdapterVersion) -> AdapterInfo:
-        source = version.source
-        nnz = self.tiers.residency.nnz(version)
-        return AdapterInfo(
-            name=version.name,
-            digest=version.digest,
-            state=version.state.value,
-            tier=self.tiers.tier_of(version),
-            k=source.config.k if isinstance(source, AdapterHeader | Adapter) else None,
-            nnz=nnz,
-            size_bytes=self.bank.memory.values_bytes(nnz),
-            num_leases=version.num_leases,
-            is_pinned=version.is_pinned,
-            is_merged=self.merging.version is version,
-            since=version.since,
-            labels=version.task.labels,
-        )
 
     # --- any thread: changes -----------------------------------------------------------------
 
@@ -238,10 +198,6 @@ class AdapterPlane:
         version = AdapterVersion(name, digest, nnz, source)
         return self.store.add(version, self.tiers.host.read, replace)
 
-    def reserve(self, names: Sequence[str]) -> None:
-        """As `AdapterStore.reserve`."""
-        self.store.reserve(names)
-
     def unload(self, name: str, timeout_s: float = 0.0, abort: bool = False) -> None:
         """Stop serving an adapter, and free all it holds, once its requests have finished.
 
@@ -253,7 +209,7 @@ class AdapterPlane:
             AdapterNotFoundError
             AdapterInUseError: they had not finished; the adapter is served as before.
         """
-        if self.merged == name:  # the engine, too, must let go of it: between two steps
+        if self.merging.merged == name:  # the engine, too, must let go of it: between two steps
             timeout_s = max(timeout_s, _UNMERGE_TIMEOUT_S)
         self.store.remove(name, timeout_s, self._abort if abort else None)
 
@@ -271,18 +227,7 @@ class AdapterPlane:
         if not pinned:
             self.store.pin(name, False)
             return
-        versions = self.store.versions
-        largest = max((v.nnz for v in versions), default=0)
-        own, memory = self.store.get(name), self.bank.memory
-        pinned_now = [v for v in versions if v.is_pinned and v is not own]
-        kept = sum(memory.values_bytes(v.nnz) for v in pinned_now)
-        needed = kept + memory.values_bytes(own.nnz) + memory.values_bytes(largest)
-        if needed + memory.columns_bytes(largest) > memory.size_bytes:
-            raise AdapterError(
-                f"pinning {name!r} would leave no room for others: {kept} of "
-                f"{memory.size_bytes} bytes are pinned already; unpin one or raise "
-                "--adapter-memory"
-            )
+        _check_pin(self.store.get(name), self.store.versions, self.bank.memory)
         self.tiers.prefetch(self.store.pin(name))
 
     def prefetch(self, name: str | None) -> None:
@@ -295,17 +240,6 @@ class AdapterPlane:
             lease = self.store.acquire(name)
             self.tiers.prefetch(lease.version)
             lease.release()
-
-    def set_merge_mode(self, mode: str) -> None:
-        """never, auto, or the name of an adapter to keep merged; the next step brings it about.
-
-        Raises:
-            AdapterNotFoundError
-        """
-        if mode not in ("never", "auto"):
-            self.store.get(mode)
-        self.merging.set_mode(mode)
-        self._wakeup.notify()
 
     # --- any thread: the adapter directory ---------------------------------------------------
 
@@ -375,19 +309,42 @@ class AdapterPlane:
             self.merging.restore()
         self.store.remove(name, wait=False)
 
-    def can_leave(self, version: AdapterVersion) -> bool:
-        return not version.is_pinned and version is not self.merging.version
 
-    def make_way(self) -> None:
-        """Nothing can run for want of room: what auto has merged need not stay."""
-        if self.merging.is_auto and self.merging.version is not None:
-            self.merging.restore()
+def _info(
+    version: AdapterVersion, tiers: AdapterTiers, bank: AdapterBank, merging: MergeControl
+) -> AdapterInfo:
+    source, nnz = version.source, tiers.residency.nnz(version)
+    return AdapterInfo(
+        name=version.name,
+        digest=version.digest,
+        state=version.state.value,
+        tier=tiers.tier_of(version),
+        k=source.config.k if isinstance(source, AdapterHeader | Adapter) else None,
+        nnz=nnz,
+        size_bytes=bank.memory.values_bytes(nnz),
+        num_leases=version.num_leases,
+        is_pinned=version.is_pinned,
+        is_merged=merging.version is version,
+        since=version.since,
+        labels=version.task.labels,
+    )
 
-    def could_fit(self, version: AdapterVersion) -> bool:
-        """Whether there would be room if all left that may."""
-        # What auto has merged may.
-        beside = None if self.merging.is_auto else self.merging.version
-        return self.tiers.could_fit(version, beside)
+
+def _check_pin(
+    own: AdapterVersion, versions: tuple[AdapterVersion, ...], memory: SlotMemory
+) -> None:
+    """
+    Raises:
+        AdapterError: with `own`, the pinned versions would leave no room for the largest one.
+    """
+    largest = max((v.nnz for v in versions), default=0)
+    kept = sum(memory.values_bytes(v.nnz) for v in versions if v.is_pinned and v is not own)
+    needed = kept + memory.values_bytes(own.nnz) + memory.values_bytes(largest)
+    if needed + memory.columns_bytes(largest) > memory.size_bytes:
+        raise AdapterError(
+            f"pinning {own.name!r} would leave no room for others: {kept} of "
+            f"{memory.size_bytes} bytes are pinned already; unpin one or raise --adapter-memory"
+        )
 
 
 def _device_bytes(config: EngineConfig, device: torch.device) -> int:
