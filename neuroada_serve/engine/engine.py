@@ -5,29 +5,24 @@ do is in `AdapterManager`.
 """
 
 import logging
-import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
-
-from torch import Tensor
 
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.adapter_manager import AdapterManager
-from neuroada_serve.engine.checks import check_ids, check_prompt, check_task
-from neuroada_serve.engine.detokenizer import Detokenizer
-from neuroada_serve.engine.fairness import OUTPUT_COST, FairQueue
-from neuroada_serve.engine.kv_cache import KVBlocks, KVCache
+from neuroada_serve.engine.fairness import FairQueue
+from neuroada_serve.engine.input_processor import InputProcessor
+from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.memory import (
     describe_need,
     is_out_of_memory,
     most_demanding,
-    prefix_cache_bytes,
 )
 from neuroada_serve.engine.merge_policy import Load
-from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS, PrefixCache, prefix_root
-from neuroada_serve.engine.runner import ModelRunner, PromptLogits, StepLogits
-from neuroada_serve.engine.sampler import Sampled, new_draws, sample, score
+from neuroada_serve.engine.output_processor import OutputProcessor
+from neuroada_serve.engine.prefixes import Prefixes
+from neuroada_serve.engine.runner import ModelRunner
+from neuroada_serve.engine.sampler import sample
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.engine.token_names import TokenNames
@@ -37,8 +32,7 @@ from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.model.merge import weights_digest
 from neuroada_serve.model.rotary import fix_rotation
-from neuroada_serve.request import FinishReason, Output, SamplingParams, TokenLogprob
-from neuroada_serve.tasks import GENERATE
+from neuroada_serve.request import FinishReason, Output, SamplingParams
 from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -63,7 +57,7 @@ class Engine:
         self.base = base
         self.config = config
         self.max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
-        # What of the base's rotation that chooses, in a sentence.
+        # The choice that max_model_len makes of the base's rotation, in a sentence.
         self.rotation = fix_rotation(base.model, self.max_model_len)
         self.metrics = EngineMetrics()
         self.wakeup = wakeup or Wakeup()
@@ -85,21 +79,27 @@ class Engine:
             enforce_eager=config.enforce_eager,
             deterministic=config.deterministic,
         )
+        fingerprint = base.spec.fingerprint
+        self._prefixes = Prefixes(config, base.device, fingerprint, self._cache, self.metrics)
         self._scheduler = Scheduler(
             config.max_num_seqs,
             config.max_num_batched_tokens,
             FairQueue(config.tenant_weights, config.adapter_weights),
             self.adapters.tiers,
             self.adapters.merging.can_leave,
-            self._reuse_prefix,
+            self._prefixes.find,
             self._on_preempt,
             deterministic=config.deterministic,
         )
-        self._names = TokenNames(base.tokenizer)
-        self._vocab_size = int(base.model.config.get_text_config().vocab_size)
-        self._prefixes: PrefixCache | None = None  # once the size of a token's KV is known
-        self._blocks: KVBlocks | None = None
-        self._must_scrub = False  # entries of a failed sequence in the KV cache may be non-finite
+        self._inputs = InputProcessor(base, self.adapters.store, self.max_model_len)
+        self._outputs = OutputProcessor(
+            TokenNames(base.tokenizer),
+            self.adapters.tiers,
+            self._scheduler,
+            self._prefixes,
+            self._cache,
+            self.metrics,
+        )
         self._step = 0
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
 
@@ -129,8 +129,8 @@ class Engine:
     def may_queue(
         self, tenant: str, adapter: str | None, max_waiting: int, client: str = ""
     ) -> bool:
-        """Whether one more request may wait where `max_waiting` are enough, by shares. Where even
-        twice as many wait, the last of whoever has most may end for it."""
+        """Decide whether one more request may wait where `max_waiting` are enough, by shares. Where
+        even twice as many wait, the last of whoever has most may end for it."""
         queue = self._scheduler.waiting
         limit = max_waiting + self.config.max_num_seqs - self.num_running
         if queue.admits(tenant, adapter, limit, client):
@@ -139,7 +139,7 @@ class Engine:
         if displaced is None:
             return False
         error = f"{len(queue)} requests wait, and others have fewer; try again later"
-        self._ended.append(self._end_with_error(displaced, error, may_retry=True))
+        self._ended.append(self._outputs.end_with_error(displaced, error, may_retry=True))
         return True
 
     def add_request(
@@ -176,55 +176,19 @@ class Engine:
             AdapterNotFoundError: no adapter of this name.
             AdapterError: the mix is not written as one.
         """
-        check_ids(params, self._vocab_size)
-        for request_id, prompt in zip(request_ids, prompts, strict=True):
-            check_prompt(prompt, self.max_model_len, self._vocab_size)
+        for request_id in request_ids:
             if self._scheduler.find(request_id):
                 raise RequestError(f"request id {request_id!r} is in use", "request_id")
-        lease = None if adapter is None else self.adapters.store.acquire(adapter)
-        try:
-            task = GENERATE if lease is None else lease.version.task
-            check_task(params, adapter, task)
-            eos = frozenset() if params.ignore_eos else self.base.eos_token_ids
-            end_token_ids = eos.union(params.stop_token_ids)
-            for request_id, prompt in zip(request_ids, prompts, strict=True):
-                token_ids = list(prompt)  # one for all choices
-                for index in range(params.n):
-                    detokenizer = self._new_detokenizer(token_ids, params)
-                    room = self.max_model_len - len(token_ids)
-                    sequence = Sequence(
-                        request_id,
-                        index,
-                        token_ids,
-                        params,
-                        max_tokens=min(params.max_tokens or room, room),
-                        end_token_ids=end_token_ids,
-                        detokenizer=detokenizer,
-                        random=new_draws(params, index),
-                        tenant=tenant,
-                        client=client,
-                        cache_salt=cache_salt,
-                        lease=None if lease is None else lease.share(),
-                        task=task,
-                    )
-                    self._scheduler.add(sequence)
-        finally:
-            if lease is not None:
-                lease.release()
-
-    def _new_detokenizer(self, prompt: Seq[int], params: SamplingParams) -> Detokenizer:
-        return Detokenizer(
-            self.base.tokenizer,
-            prompt,
-            params.stop_strings,
-            params.include_stop_str_in_output,
-            params.skip_special_tokens,
+        new = self._inputs.sequences(
+            request_ids, prompts, params, adapter, tenant, cache_salt, client
         )
+        for sequence in new:
+            self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """End all choices of a request; the next step hands out their final outputs."""
         for sequence in self._scheduler.find(request_id):
-            self._ended.append(self._end(sequence, FinishReason.ABORT))
+            self._ended.append(self._outputs.end(sequence, FinishReason.ABORT))
 
     # --- the loop ----------------------------------------------------------------------------
 
@@ -245,7 +209,7 @@ class Engine:
         outputs, self._ended = self._ended, []
         for version in self.adapters.poll(self._loads):
             outputs += [
-                self._end(sequence, FinishReason.ABORT)
+                self._outputs.end(sequence, FinishReason.ABORT)
                 for sequence in [*self._scheduler.running.values(), *self._scheduler.waiting]
                 if sequence.version is version
             ]
@@ -259,15 +223,11 @@ class Engine:
         while not schedule.is_empty:
             computed = {s: s.num_computed for s in schedule.scheduled}
             try:
-                self._restore_prefixes(schedule)
-                if self._must_scrub:
-                    running = schedule.running
-                    self._cache.scrub(
-                        {s.slot: s.num_computed for s in running if s.slot is not None}
-                    )
-                    self._must_scrub = False
+                self._prefixes.restore(schedule.prefills)
+                if self._cache.is_tainted:
+                    self._cache.scrub(schedule.computed_by_slot)
                 step = self._runner.run(schedule, self.adapters.merging.version)
-                scores = [self._score_prompt(prompt) for prompt in step.prompts]
+                scores = [self._outputs.score_prompt(prompt) for prompt in step.prompts]
                 chosen = sample(step.logits, step.sequences)
             except Exception as error:
                 for sequence, num_computed in computed.items():
@@ -279,35 +239,16 @@ class Engine:
                     continue
                 logger.exception("a step failed; its requests end with an error")
                 message = "the engine failed on this request's step"
-                return outputs + [self._fail(sequence, message) for sequence in computed]
+                return outputs + [self._outputs.fail(sequence, message) for sequence in computed]
             for prompt, tokens in zip(step.prompts, scores, strict=True):
                 prompt.sequence.prompt_logprobs += tokens
-            return outputs + self._give_out(schedule, step, chosen)
-        return outputs
-
-    def _give_out(
-        self, schedule: Schedule, step: StepLogits, chosen: Seq[Sampled | None]
-    ) -> list[Output]:
-        """What the sequences of a step get from it."""
-        outputs = []
-        self.metrics.num_steps += 1
-        self.metrics.num_prompt_tokens += sum(
-            c.num_tokens for c in schedule.prefills if not c.sequence.num_preempted
-        )
-        for row, (sequence, token) in enumerate(zip(step.sequences, chosen, strict=True)):
-            if sequence.task.pools and step.hidden is not None:
-                outputs.append(self._pool(sequence, step.hidden[row]))
-            elif token is None:
-                outputs.append(self._fail(sequence, "the model gave non-finite logits"))
-            else:
-                if not sequence.output_token_ids:
-                    self._keep_prefix(sequence)
-                outputs.append(self._append(sequence, token))
+            return outputs + self._outputs.process(schedule, step, chosen)
         return outputs
 
     def _end_for_want_of_memory(self, sequence: Sequence, error: Exception) -> Output:
         logger.warning("a request ends for want of memory: %s", error)
-        output = self._end_with_error(sequence, describe_need(sequence, error), may_retry=True)
+        need = describe_need(sequence, error)
+        output = self._outputs.end_with_error(sequence, need, may_retry=True)
         if not any(s.num_computed for s in self._scheduler.running.values()):
             self._runner.release()  # whatever it was given is free for the others
         return output
@@ -318,7 +259,7 @@ class Engine:
         for sequence in schedule.failed:
             assert sequence.version is not None
             error = str(self.adapters.tiers.error(sequence.version))
-            outputs.append(self._end_with_error(sequence, error, may_retry=True))
+            outputs.append(self._outputs.end_with_error(sequence, error, may_retry=True))
         if schedule.starved and schedule.is_empty:
             self.adapters.merging.make_way()
         for sequence in schedule.starved if self._step % _CHECK_STEPS == 0 else ():
@@ -329,8 +270,12 @@ class Engine:
                     f"adapter {version.name!r} has no room on the device beside those that are "
                     "pinned or merged; raise --adapter-memory"
                 )
-                outputs.append(self._end_with_error(sequence, error, may_retry=True))
+                outputs.append(self._outputs.end_with_error(sequence, error, may_retry=True))
         return outputs
+
+    def _on_preempt(self, sequence: Sequence) -> None:
+        self.metrics.num_preemptions += 1
+        self._prefixes.keep(sequence)  # it is wanted again
 
     def _loads(self) -> Iterable[Load]:
         """Tokens that are still to come, at most."""
@@ -340,185 +285,3 @@ class Engine:
         for sequence in self._scheduler.waiting:
             left = sequence.max_tokens - len(sequence.output_token_ids)
             yield Load(sequence.version, left, is_running=False)
-
-    # --- prefixes ----------------------------------------------------------------------------
-
-    def _reuse_prefix(self, sequence: Sequence) -> int:
-        """How many tokens of those to compute are in the prefix cache; they are copied before the
-        step."""
-        is_new = not sequence.num_preempted
-        if self._prefixes is None or (is_new and sequence.params.prompt_logprobs is not None):
-            return 0
-        sequence.prefix_root = self._root(sequence)
-        sequence.prefix_blocks = self._prefixes.find(sequence.prefix_root, sequence.token_ids)
-        num_cached = len(sequence.prefix_blocks) * BLOCK_TOKENS
-        if is_new:
-            sequence.num_cached = num_cached
-            self.metrics.num_cached_tokens += num_cached
-        return num_cached
-
-    def _on_preempt(self, sequence: Sequence) -> None:
-        self.metrics.num_preemptions += 1
-        self._keep_prefix(sequence)  # it is wanted again
-
-    def _restore_prefixes(self, schedule: Schedule) -> None:
-        """Copy what was found for the sequences that are about to be computed."""
-        for chunk in schedule.prefills:
-            sequence = chunk.sequence
-            if not sequence.prefix_blocks:
-                continue
-            assert self._blocks is not None
-            assert sequence.slot is not None
-            self._cache.reserve(sequence.slot + 1, sequence.num_computed)
-            self._blocks.restore(sequence.slot, sequence.prefix_blocks)
-            self._release_prefix(sequence)
-
-    def _release_prefix(self, sequence: Sequence) -> None:
-        if sequence.prefix_blocks and self._prefixes is not None:
-            blocks, sequence.prefix_blocks = sequence.prefix_blocks, []
-            self._prefixes.release(sequence.prefix_root, sequence.token_ids, len(blocks))
-
-    def _keep_prefix(self, sequence: Sequence) -> None:
-        """Keep what a sequence has computed, for others that begin alike."""
-        if self._prefixes is None:
-            self._make_prefix_cache()
-        if self._prefixes is None or self._blocks is None or sequence.slot is None:
-            return
-        root = sequence.prefix_root or self._root(sequence)
-        ids = sequence.token_ids[: sequence.num_computed]
-        if self.config.deterministic:  # as a prompt, an answer is computed in other shapes
-            ids = ids[: len(sequence.prompt_token_ids)]
-        new = self._prefixes.keep(root, ids)
-        try:
-            self._blocks.keep(sequence.slot, new)
-        except Exception as error:
-            self._prefixes.forget({number for _, number in new})
-            if not is_out_of_memory(error):
-                raise
-
-    def _root(self, sequence: Sequence) -> bytes:
-        version = sequence.version
-        salt = f"{len(sequence.tenant)} {sequence.tenant} {sequence.cache_salt}"
-        digest = None if version is None else version.digest
-        return prefix_root(self.base.spec.fingerprint, digest, salt)
-
-    def _make_prefix_cache(self) -> None:
-        size_bytes = prefix_cache_bytes(self.config, self.base.device)
-        block_bytes = self._cache.bytes_per_token * BLOCK_TOKENS
-        num_blocks = size_bytes // block_bytes if block_bytes else 0
-        if num_blocks:
-            try:
-                self._blocks = KVBlocks(self._cache, num_blocks, BLOCK_TOKENS)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                logger.warning("no memory for a prefix cache of %d bytes just now", size_bytes)
-                return
-            self._prefixes = PrefixCache(num_blocks)
-
-    # --- after a step ------------------------------------------------------------------------
-
-    def _append(self, sequence: Sequence, token: Sampled) -> Output:
-        """Add a token to its sequence, and end the sequence if that token says so."""
-        self.metrics.num_output_tokens += 1
-        self._scheduler.waiting.charge(sequence, OUTPUT_COST)
-        params, token_id = sequence.params, token.token_id
-        sequence.output_token_ids.append(token_id)
-        num_tokens = len(sequence.output_token_ids)
-        offset = sequence.detokenizer.num_chars
-        logprobs = () if token.logprob is None else (self._names.describe(token, offset),)
-
-        may_stop = num_tokens >= params.min_tokens
-        reason: FinishReason | None = None
-        stop_reason: str | int | None = None
-        if may_stop and token_id in sequence.end_token_ids:
-            reason = FinishReason.STOP
-            if token_id in params.stop_token_ids:
-                stop_reason = token_id
-                if params.include_stop_str_in_output:
-                    sequence.detokenizer.add(token_id)
-        elif sequence.detokenizer.add(token_id, may_stop):
-            reason, stop_reason = FinishReason.STOP, sequence.detokenizer.stop_reason
-        elif num_tokens >= sequence.max_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None:
-            self._keep_prefix(sequence)
-            return self._end(sequence, reason, (token_id,), logprobs, stop_reason)
-        return self._output(sequence, (token_id,), logprobs)
-
-    def _pool(self, sequence: Sequence, hidden: Tensor) -> Output:
-        """End a sequence with what its task makes of a hidden state.
-
-        Args:
-            hidden: [hidden_size] what the output head sees at the prompt's last token.
-        """
-        version, task = sequence.version, sequence.task
-        outputs = hidden.float()
-        head = None if version is None else self.adapters.tiers.resident(version).head
-        if head is not None:
-            outputs = head @ outputs
-        numbers: list[float] = outputs.tolist()
-        if not all(map(math.isfinite, numbers)):
-            return self._fail(sequence, f"the {task.noun} gave non-finite values")
-        self._keep_prefix(sequence)
-        output = self._end(sequence, FinishReason.STOP)
-        return replace(output, task=task, values=task.decode(numbers))
-
-    def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] = (),
-        stop_reason: str | int | None = None,
-    ) -> Output:
-        """Free everything the sequence holds; its final output."""
-        output = self._output(sequence, token_ids, logprobs, reason, stop_reason)
-        self._release_prefix(sequence)
-        self._scheduler.remove(sequence)
-        if sequence.lease is not None:
-            sequence.lease.release()
-        self.metrics.num_finished[reason] += 1
-        return output
-
-    def _end_with_error(self, sequence: Sequence, error: str, may_retry: bool = False) -> Output:
-        output = self._end(sequence, FinishReason.ERROR)
-        return replace(output, error=error, may_retry=may_retry)
-
-    def _fail(self, sequence: Sequence, error: str) -> Output:
-        """End a sequence whose entries in the KV cache may be non-finite."""
-        self._must_scrub = True
-        return self._end_with_error(sequence, error)
-
-    def _output(
-        self,
-        sequence: Sequence,
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] = (),
-        reason: FinishReason | None = None,
-        stop_reason: str | int | None = None,
-    ) -> Output:
-        first = len(sequence.output_token_ids) == len(token_ids)
-        version = sequence.version
-        return Output(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            text=sequence.detokenizer.take(final=reason is not None),
-            token_ids=token_ids,
-            logprobs=logprobs,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            adapter=sequence.adapter,
-            adapter_digest=None if version is None else version.digest,
-            num_cached_tokens=sequence.num_cached,
-            num_prompt_tokens=len(sequence.prompt_token_ids),
-            num_output_tokens=len(sequence.output_token_ids),
-        )
-
-    def _score_prompt(self, prompt: PromptLogits) -> list[TokenLogprob]:
-        sequence, start = prompt.sequence, prompt.first + 1
-        token_ids = sequence.prompt_token_ids[start : start + len(prompt.logits)]
-        num_top = sequence.params.prompt_logprobs or 0
-        scores = score(prompt.logits, token_ids, num_top) if token_ids else []
-        return [self._names.describe(token) for token in scores]

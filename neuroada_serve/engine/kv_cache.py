@@ -32,6 +32,7 @@ class KVCache:
         self._max_slots = max_slots
         self._max_tokens = max_tokens
         self._coarse = coarse
+        self.is_tainted = False  # entries of a failed sequence may be non-finite
         self.version = 0  # counts the times that memory was replaced or freed
         self._slots = 0
         self._tokens = 0
@@ -122,16 +123,18 @@ class KVCache:
         """Bytes of a token in all layers; 0 before the first `write`."""
         return _bytes_per_token(pair[0] for pair in self._layers.values())
 
+    def taint(self) -> None:
+        """Have it scrubbed before the next step: masking does not stop non-finite entries."""
+        self.is_tainted = True
+
     @torch.inference_mode()
     def scrub(self, used: Mapping[int, int]) -> None:
-        """Zero everything beyond the first used[slot] entries of each slot.
-
-        Needed once non-finite entries may have been written: masking does not stop them.
-        """
+        """Zero everything beyond the first used[slot] entries of each slot."""
         for pair in self._layers.values():
             for tensor in pair:
                 for slot in range(tensor.shape[0]):
                     tensor[slot, :, used.get(slot, 0) :] = 0
+        self.is_tainted = False
 
     def _new(self, like: Tensor) -> Tensor:
         _, heads, dim = like.shape

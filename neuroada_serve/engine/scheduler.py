@@ -58,6 +58,11 @@ class Schedule:
         """Every sequence that takes part."""
         return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
 
+    @property
+    def computed_by_slot(self) -> dict[int, int]:
+        """Tokens of the running sequences that are in the KV cache."""
+        return {s.slot: s.num_computed for s in self.running if s.slot is not None}
+
     def without(self, sequence: Sequence) -> "Schedule":
         """Return the same step without one sequence."""
         return replace(

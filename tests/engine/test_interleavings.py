@@ -102,8 +102,8 @@ def check_nothing_is_held(engine: Engine) -> None:
     assert not engine._scheduler.running
     assert sorted(engine._scheduler._free_slots) == [0, 1, 2]
     assert engine._cache._coarse or not list(engine._cache.layers())
-    if engine._prefixes is not None:
-        assert not any(block.num_readers for block in engine._prefixes._blocks.values())
+    if engine._prefixes.cache is not None:
+        assert not any(block.num_readers for block in engine._prefixes.cache._blocks.values())
 
 
 def test_prefix_is_restored_into_memory_that_was_given_back(new_engine):

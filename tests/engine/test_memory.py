@@ -269,7 +269,7 @@ def test_prefix_cache_without_memory_is_none_and_comes_later(new_engine, monkeyp
     with monkeypatch.context() as short:
         short.setattr(kv_cache.KVBlocks, "_new", lambda *args: torch.empty(1 << 60))
         assert answers(engine, ["long"])["long"][0] == expected
-    assert engine._prefixes is None
+    assert engine._prefixes.cache is None
     for num_cached in (0, 192):
         tokens, (final,) = answers(engine, ["long"])["long"]
         assert (tokens, final.num_cached_tokens) == (expected, num_cached)

@@ -1,0 +1,171 @@
+"""Output processing: turns what a step has computed into outputs, and ends sequences."""
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+from torch import Tensor
+
+from neuroada_serve.adapters.tiers import AdapterTiers
+from neuroada_serve.engine.fairness import OUTPUT_COST
+from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.engine.prefixes import Prefixes
+from neuroada_serve.engine.runner import PromptLogits, StepLogits
+from neuroada_serve.engine.sampler import Sampled, score
+from neuroada_serve.engine.scheduler import Schedule, Scheduler
+from neuroada_serve.engine.sequence import Sequence
+from neuroada_serve.engine.token_names import TokenNames
+from neuroada_serve.metrics import EngineMetrics
+from neuroada_serve.request import FinishReason, Output, TokenLogprob
+
+
+class OutputProcessor:
+    """Hands out what sequences get, each exactly one final output, with which it gives back all
+    that it holds."""
+
+    def __init__(
+        self,
+        names: TokenNames,
+        tiers: AdapterTiers,
+        scheduler: Scheduler,
+        prefixes: Prefixes,
+        kv_cache: KVCache,
+        metrics: EngineMetrics,
+    ) -> None:
+        self._names = names
+        self._tiers = tiers
+        self._scheduler = scheduler
+        self._prefixes = prefixes
+        self._kv_cache = kv_cache
+        self._metrics = metrics
+
+    def score_prompt(self, prompt: PromptLogits) -> list[TokenLogprob]:
+        """Score the prompt tokens that these logits are for."""
+        sequence, start = prompt.sequence, prompt.first + 1
+        token_ids = sequence.prompt_token_ids[start : start + len(prompt.logits)]
+        num_top = sequence.params.prompt_logprobs or 0
+        scores = score(prompt.logits, token_ids, num_top) if token_ids else []
+        return [self._names.describe(token) for token in scores]
+
+    def process(
+        self, schedule: Schedule, step: StepLogits, chosen: Seq[Sampled | None]
+    ) -> list[Output]:
+        """Make the outputs of one step.
+
+        Args:
+            chosen: tokens of the step's sequences; None where the logits were not finite.
+        """
+        outputs = []
+        self._metrics.num_steps += 1
+        self._metrics.num_prompt_tokens += sum(
+            c.num_tokens for c in schedule.prefills if not c.sequence.num_preempted
+        )
+        for row, (sequence, token) in enumerate(zip(step.sequences, chosen, strict=True)):
+            if sequence.task.pools and step.hidden is not None:
+                outputs.append(self._pool(sequence, step.hidden[row]))
+            elif token is None:
+                outputs.append(self.fail(sequence, "the model gave non-finite logits"))
+            else:
+                if not sequence.output_token_ids:
+                    self._prefixes.keep(sequence)
+                outputs.append(self._append(sequence, token))
+        return outputs
+
+    def end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        stop_reason: str | int | None = None,
+    ) -> Output:
+        """End a sequence: release everything it holds, and make its final output."""
+        output = _output(sequence, token_ids, logprobs, reason, stop_reason)
+        self._prefixes.release(sequence)
+        self._scheduler.remove(sequence)
+        if sequence.lease is not None:
+            sequence.lease.release()
+        self._metrics.num_finished[reason] += 1
+        return output
+
+    def end_with_error(self, sequence: Sequence, error: str, may_retry: bool = False) -> Output:
+        """End a sequence that nothing more can be had of."""
+        output = self.end(sequence, FinishReason.ERROR)
+        return replace(output, error=error, may_retry=may_retry)
+
+    def fail(self, sequence: Sequence, error: str) -> Output:
+        """End a sequence whose entries in the KV cache may be non-finite."""
+        self._kv_cache.taint()
+        return self.end_with_error(sequence, error)
+
+    def _append(self, sequence: Sequence, token: Sampled) -> Output:
+        """Add a token to its sequence, and end the sequence if that token says so."""
+        self._metrics.num_output_tokens += 1
+        self._scheduler.waiting.charge(sequence, OUTPUT_COST)
+        params, token_id = sequence.params, token.token_id
+        sequence.output_token_ids.append(token_id)
+        num_tokens = len(sequence.output_token_ids)
+        offset = sequence.detokenizer.num_chars
+        logprobs = () if token.logprob is None else (self._names.describe(token, offset),)
+
+        may_stop = num_tokens >= params.min_tokens
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if may_stop and token_id in sequence.end_token_ids:
+            reason = FinishReason.STOP
+            if token_id in params.stop_token_ids:
+                stop_reason = token_id
+                if params.include_stop_str_in_output:
+                    sequence.detokenizer.add(token_id)
+        elif sequence.detokenizer.add(token_id, may_stop):
+            reason, stop_reason = FinishReason.STOP, sequence.detokenizer.stop_reason
+        elif num_tokens >= sequence.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            self._prefixes.keep(sequence)
+            return self.end(sequence, reason, (token_id,), logprobs, stop_reason)
+        return _output(sequence, (token_id,), logprobs)
+
+    def _pool(self, sequence: Sequence, hidden: Tensor) -> Output:
+        """End a sequence with what its task makes of a hidden state.
+
+        Args:
+            hidden: [hidden_size] what the output head sees at the prompt's last token.
+        """
+        version, task = sequence.version, sequence.task
+        outputs = hidden.float()
+        head = None if version is None else self._tiers.resident(version).head
+        if head is not None:
+            outputs = head @ outputs
+        numbers: list[float] = outputs.tolist()
+        if not all(map(math.isfinite, numbers)):
+            return self.fail(sequence, f"the {task.noun} gave non-finite values")
+        self._prefixes.keep(sequence)
+        output = self.end(sequence, FinishReason.STOP)
+        return replace(output, task=task, values=task.decode(numbers))
+
+
+def _output(
+    sequence: Sequence,
+    token_ids: tuple[int, ...] = (),
+    logprobs: tuple[TokenLogprob, ...] = (),
+    reason: FinishReason | None = None,
+    stop_reason: str | int | None = None,
+) -> Output:
+    first = len(sequence.output_token_ids) == len(token_ids)
+    version = sequence.version
+    return Output(
+        request_id=sequence.request_id,
+        index=sequence.index,
+        text=sequence.detokenizer.take(final=reason is not None),
+        token_ids=token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+        finish_reason=reason,
+        stop_reason=stop_reason,
+        adapter=sequence.adapter,
+        adapter_digest=None if version is None else version.digest,
+        num_cached_tokens=sequence.num_cached,
+        num_prompt_tokens=len(sequence.prompt_token_ids),
+        num_output_tokens=len(sequence.output_token_ids),
+    )
