@@ -98,12 +98,74 @@ class Lease:
     def share(self) -> "Lease":
         """One more lease on the same version, whatever its name points to by now."""
         assert self._store is not None, "the lease has been released"
-        return self._store._share(self.version)
+        with self._store._changed:
+            return self._store._lease_locked(self.version)
 
     def release(self) -> None:
         store, self._store = self._store, None
         if store is not None:
             store._release(self.version)
+
+
+class _Mixes:
+    """Versions of mixes, the least recently asked for first. Guarded by the store."""
+
+    def __init__(self) -> None:
+        self._versions: OrderedDict[Mix, AdapterVersion] = OrderedDict()
+
+    def version(self, name: str, mix: Mix) -> AdapterVersion:
+        """Return the version of a mix, and make it where there is none."""
+        version = self._versions.get(mix)
+        if version is None:
+            said = "+".join(f"{part.digest}:{weight!r}" for part, weight in mix.parts)
+            digest = hashlib.sha256(f"mix {said}".encode()).hexdigest()
+            nnz = sum(part.nnz for part, _ in mix.parts)
+            version = self._versions[mix] = AdapterVersion(name, digest, nnz, mix)
+            version.state = VersionState.READY
+        self._versions.move_to_end(mix)
+        return version
+
+    def remove_unused(self, named: Mapping[str, AdapterVersion]) -> list[AdapterVersion]:
+        """Remove and return mixes that nobody uses and nobody can ask for again, or that are too
+        many to keep.
+
+        Args:
+            named: all versions that have a name.
+        """
+        spare = len(self._versions) - _MOST_IDLE_MIXES
+        removed: list[AdapterVersion] = []
+        for mix, version in list(self._versions.items()) if self._versions else ():
+            if version.num_leases:
+                continue
+            is_stale = any(named.get(part.name) is not part for part, _ in mix.parts)
+            if is_stale or len(removed) < spare:
+                del self._versions[mix]
+                version.state = VersionState.GONE
+                removed.append(version)
+        return removed
+
+
+class _NameLocks:
+    """A lock for every name that is being changed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._locks: dict[str, tuple[threading.Lock, list[None]]] = {}
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Make one change of a name at a time."""
+        with self._lock:
+            lock, users = self._locks.setdefault(name, (threading.Lock(), []))
+            users.append(None)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                users.pop()
+                if not users:
+                    del self._locks[name]
 
 
 class AdapterStore:
@@ -127,8 +189,8 @@ class AdapterStore:
         self._changed = threading.Condition()  # guards everything below; held for moments only
         self._versions: dict[str, AdapterVersion] = {}  # READY, and DRAINING ones that may return
         self._loading: dict[str, AdapterVersion] = {}
-        self._mixes: OrderedDict[Mix, AdapterVersion] = OrderedDict()
-        self._in_change: dict[str, tuple[threading.Lock, list[None]]] = {}
+        self._mixes = _Mixes()
+        self._in_change = _NameLocks()
 
     # --- what there is -----------------------------------------------------------------------
 
@@ -223,7 +285,7 @@ class AdapterStore:
             )
         if name in self._base_names:
             raise AdapterConflictError(f"{name!r} is the base model's name")
-        with self._changing(name):
+        with self._in_change.hold(name):
             with self._changed:
                 old = self._versions.get(name)
                 if old is not None and old.digest == version.digest:
@@ -267,7 +329,7 @@ class AdapterStore:
             AdapterNotFoundError
             AdapterInUseError: requests still ran with it at the end; it is served as before.
         """
-        with self._changing(name):
+        with self._in_change.hold(name):
             with self._changed:
                 version = self._get(name)
                 version.state = VersionState.DRAINING
@@ -301,21 +363,6 @@ class AdapterStore:
 
     # --- inside ------------------------------------------------------------------------------
 
-    @contextmanager
-    def _changing(self, name: str) -> Iterator[None]:
-        """One change of a name at a time."""
-        with self._changed:
-            lock, users = self._in_change.setdefault(name, (threading.Lock(), []))
-            users.append(None)
-        try:
-            with lock:
-                yield
-        finally:
-            with self._changed:
-                users.pop()
-                if not users:
-                    del self._in_change[name]
-
     def _find(self, name: str) -> AdapterVersion | None:
         version = self._versions.get(name)
         return version if version is not None and version.state is VersionState.READY else None
@@ -334,19 +381,7 @@ class AdapterStore:
         for part, _ in mix.parts:
             if part.task.head_rows:
                 raise AdapterError(f"{part.name!r} is a {part.task.noun}, which cannot be mixed")
-        version = self._mixes.get(mix)
-        if version is None:
-            said = "+".join(f"{part.digest}:{weight!r}" for part, weight in mix.parts)
-            digest = hashlib.sha256(f"mix {said}".encode()).hexdigest()
-            nnz = sum(part.nnz for part, _ in mix.parts)
-            version = self._mixes[mix] = AdapterVersion(name, digest, nnz, mix)
-            version.state = VersionState.READY
-        self._mixes.move_to_end(mix)
-        return version
-
-    def _share(self, version: AdapterVersion) -> Lease:
-        with self._changed:
-            return self._lease_locked(version)
+        return self._mixes.version(name, mix)
 
     def _lease_locked(self, version: AdapterVersion) -> Lease:
         for part in _with_parts(version):
@@ -367,28 +402,14 @@ class AdapterStore:
                 if part.state is VersionState.DRAINING and not named:
                     gone.append(part)
                     part.state = VersionState.GONE
-            gone += self._drop_mixes()
+            gone += self._mixes.remove_unused(self._versions)
         self._tell_gone(gone)
 
     def _retire(self, version: AdapterVersion) -> list[AdapterVersion]:
         """A version has lost its name; those that have gone by it."""
         version.state = VersionState.DRAINING if version.num_leases else VersionState.GONE
         gone = [] if version.num_leases else [version]
-        return gone + self._drop_mixes()
-
-    def _drop_mixes(self) -> list[AdapterVersion]:
-        """Mixes that nobody uses and nobody can ask for again, or that are too many to keep."""
-        spare = len(self._mixes) - _MOST_IDLE_MIXES
-        dropped: list[AdapterVersion] = []
-        for mix, version in list(self._mixes.items()) if self._mixes else ():
-            if version.num_leases:
-                continue
-            is_stale = any(self._versions.get(part.name) is not part for part, _ in mix.parts)
-            if is_stale or len(dropped) < spare:
-                del self._mixes[mix]
-                version.state = VersionState.GONE
-                dropped.append(version)
-        return dropped
+        return gone + self._mixes.remove_unused(self._versions)
 
     def _wait_unleased(self, version: AdapterVersion, timeout_s: float) -> bool:
         with self._changed:

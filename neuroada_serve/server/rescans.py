@@ -3,8 +3,8 @@
 import asyncio
 
 from neuroada_serve.adapters.directory import Rescan
+from neuroada_serve.server.engine_thread import Adapters
 from neuroada_serve.server.turns import in_daemon_thread
-from neuroada_serve.server.worker import Adapters
 
 
 class Rescans:

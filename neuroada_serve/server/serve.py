@@ -18,13 +18,14 @@ from neuroada_serve.config import ServerConfig
 from neuroada_serve.errors import NeuroAdaError
 from neuroada_serve.server.app import create_app
 from neuroada_serve.server.connection import Connection, Slices
+from neuroada_serve.server.engine_thread import Engine
 from neuroada_serve.server.guard import is_loopback
 from neuroada_serve.server.listener import Listener, bind, most_connections
 from neuroada_serve.server.rescans import Rescans, summary
 from neuroada_serve.server.signals import RESCAN_SIGNAL, EarlySignals
 from neuroada_serve.server.stats import ThroughputLog
 from neuroada_serve.server.timeouts import ConnectionLimits
-from neuroada_serve.server.worker import Engine, Worker
+from neuroada_serve.server.worker import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from neuroada_serve.config import ServerConfig
 from neuroada_serve.request import SamplingParams
 from neuroada_serve.server.answer import Answer
 from neuroada_serve.server.caller import Caller, caller_of
+from neuroada_serve.server.engine_thread import Adapters
 from neuroada_serve.server.models import Models
 from neuroada_serve.server.prompts import Prompts
 from neuroada_serve.server.rescans import Rescans
-from neuroada_serve.server.worker import Adapters, Stream, Worker
+from neuroada_serve.server.worker import Stream, Worker
 
 
 @dataclass(frozen=True)

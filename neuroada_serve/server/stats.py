@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from neuroada_serve.server.worker import Engine
+from neuroada_serve.server.engine_thread import Engine
 
 logger = logging.getLogger(__name__)
 

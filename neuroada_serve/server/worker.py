@@ -1,116 +1,19 @@
-"""The thread that owns the engine, and its bridge to the event loop.
+"""The engine as the event loop sees it: streams of outputs, and an orderly end.
 
-    event loop --- commands (add, abort) ---> engine thread: commands, step, commands, step, ...;
-    event loop <-- replies, then one batch of outputs a step ---                asleep when idle
-
-Call methods of `Worker` only on the event loop that entered it. Only its own thread touches the
-engine, except for `adapters`, which any thread may load, replace and unload.
+Call methods of `Worker` only on the event loop that entered it.
 """
 
 import asyncio
-import logging
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self
 
-from neuroada_serve.adapters.directory import Rescan
-from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine.adapter_manager import AdapterInfo
 from neuroada_serve.errors import EngineError, NeuroAdaError, Unavailable
-from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import Output, SamplingParams
-from neuroada_serve.wakeup import Wakeup
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-JOIN_TIMEOUT_S = 10.0  # a step that takes longer than this is left behind at exit
-
-
-class Names(Protocol):
-    """The names that requests can use; `AdapterStore` in earnest."""
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    def reserve(self, names: Sequence[str]) -> None: ...
-    def acquire(self, name: str) -> Any: ...
-
-
-class Merging(Protocol):
-    """The weights' content; `MergeControl` in earnest."""
-
-    @property
-    def mode(self) -> str: ...
-    @property
-    def merged(self) -> str | None: ...
-
-    def set_mode(self, mode: str) -> None: ...
-
-
-class Adapters(Protocol):
-    """The engine's adapters, for any thread; `AdapterManager` in earnest."""
-
-    @property
-    def store(self) -> Names: ...
-    @property
-    def merging(self) -> Merging: ...
-
-    def describe(self) -> list[AdapterInfo]: ...
-    def describe_one(self, name: str) -> AdapterInfo: ...
-    def memory(self) -> Mapping[str, Mapping[str, int]]: ...
-    def prefetch(self, name: str | None) -> None: ...
-    def load(self, name: str, path: Path, root: Path, replace: bool = False) -> Any: ...
-    def unload(self, name: str, timeout_s: float = 0.0, abort: bool = False) -> None: ...
-    def pin(self, name: str, pinned: bool = True) -> None: ...
-    def rescan(self) -> Rescan: ...
-
-
-class Engine(Protocol):
-    """Interface to the engine; implemented by `neuroada_serve.engine.engine.Engine`."""
-
-    @property
-    def wakeup(self) -> Wakeup: ...
-    @property
-    def base(self) -> BaseModel: ...
-    @property
-    def config(self) -> EngineConfig: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def adapters(self) -> Adapters: ...
-    @property
-    def has_unfinished(self) -> bool: ...
-    @property
-    def metrics(self) -> EngineMetrics: ...
-    @property
-    def num_running(self) -> int: ...
-    @property
-    def num_waiting(self) -> int: ...
-
-    def may_queue(
-        self, tenant: str, adapter: str | None, max_waiting: int, client: str = ""
-    ) -> bool: ...
-    def add_requests(
-        self,
-        request_ids: Sequence[str],
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        adapter: str | None = None,
-        tenant: str = "",
-        cache_salt: str = "",
-        client: str = "",
-    ) -> None: ...
-    def abort(self, request_id: str) -> None: ...
-    def step(self) -> list[Output]: ...
+from neuroada_serve.server.engine_thread import Adapters, Engine, EngineThread
 
 
 class Stream:
@@ -161,14 +64,6 @@ class Stream:
         self._arrived.put_nowait(error)
 
 
-@dataclass(frozen=True)
-class _Command:
-    """A call to make on the engine's thread. Without a reply, a failure ends the engine."""
-
-    run: Callable[[], Any]
-    reply: asyncio.Future[Any] | None = None
-
-
 class Worker:
     """Runs an engine in a thread while entered: `async with Worker(engine) as worker`.
 
@@ -187,22 +82,14 @@ class Worker:
         self._engine = engine
         self._max_waiting = max_waiting
         self._on_death = on_death
-        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
-
-        # Of the event loop.
+        loop = asyncio.get_running_loop()
+        self._thread = EngineThread(engine, loop, self._deliver, self._die)
         self._streams: dict[str, Stream] = {}  # by engine request id
-        self._replies: set[asyncio.Future[Any]] = set()
-        self._draining = False
         self._arriving: set[asyncio.Task[Any]] = set()  # of requests that come before `submit`
+        self._draining = False
         self._is_drained = False
 
-        # Shared. The engine's `wakeup` is notified after a change.
-        self._inbox: deque[_Command] = deque()
-        self._closing = False
-        self._dead = False
-
     async def __aenter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
         self._thread.start()
         return self
 
@@ -213,11 +100,7 @@ class Worker:
         traceback: TracebackType | None,
     ) -> None:
         """Stop the thread after its current step; unfinished requests fail."""
-        self._closing = True
-        self._engine.wakeup.notify()
-        await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
-        if self._thread.is_alive():
-            logger.error("the engine is still in a step after %s s; left behind", JOIN_TIMEOUT_S)
+        await self._thread.stop()
         self._fail_all(Unavailable("the server is shutting down"))
 
     # --- what the server asks ----------------------------------------------------------------
@@ -236,12 +119,12 @@ class Worker:
 
     @property
     def dead(self) -> bool:
-        return self._dead
+        return self._thread.dead
 
     @property
     def ready(self) -> bool:
         """True while requests are accepted, unless the queue is full."""
-        return not (self._dead or self._draining or self._closing)
+        return self._thread.takes_commands and not self._draining
 
     @property
     def idle(self) -> bool:
@@ -286,7 +169,7 @@ class Worker:
                 the queue is full.
             RequestError, AdapterNotFoundError: from the engine.
         """
-        if self._dead or self._closing or asyncio.current_task() not in self._arriving:
+        if not self._thread.takes_commands or asyncio.current_task() not in self._arriving:
             self._require_ready()
         self._engine.adapters.prefetch(adapter)  # while the engine finishes its step
         request_ids = [f"{request_id}-{i}" for i in range(len(prompts))]
@@ -302,7 +185,7 @@ class Worker:
         # Registered first: an output may come before the reply is looked at.
         self._streams.update(dict.fromkeys(request_ids, stream))
         try:
-            await self._call(add)
+            await self._thread.call(add)
         except BaseException:  # cancellation too
             stream.close()
             raise
@@ -320,34 +203,19 @@ class Worker:
             await asyncio.sleep(0.02)
         self._is_drained = True
         for request_id in list(self._streams):
-            self._send_abort(request_id)
+            self._thread.abort(request_id)
         for task in list(self._arriving):
             task.cancel()
 
     def _require_ready(self) -> None:
         if not self.ready:
-            reason = "its engine failed" if self._dead else "it is shutting down"
+            reason = "its engine failed" if self.dead else "it is shutting down"
             raise Unavailable(f"the server takes no requests: {reason}")
-
-    async def _call(self, run: Callable[[], T]) -> T:
-        """Call `run` on the engine's thread, between two steps, and return its result."""
-        reply: asyncio.Future[T] = self._loop.create_future()
-        self._replies.add(reply)
-        reply.add_done_callback(self._replies.discard)
-        self._put(_Command(run, reply))
-        return await reply
 
     def _forget(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             if self._streams.pop(request_id, None) is not None:
-                self._send_abort(request_id)
-
-    def _send_abort(self, request_id: str) -> None:
-        self._put(_Command(lambda: self._engine.abort(request_id)))
-
-    def _put(self, command: _Command) -> None:
-        self._inbox.append(command)
-        self._engine.wakeup.notify()
+                self._thread.abort(request_id)
 
     # --- what the engine's thread hands over, on the event loop ---------------------------------
 
@@ -357,15 +225,6 @@ class Worker:
             if stream is not None and stream._push(output):
                 del self._streams[output.request_id]
 
-    def _answer(self, replies: Sequence[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:
-        for reply, result, error in replies:
-            if reply.done():  # its caller was cancelled
-                continue
-            if error is None:
-                reply.set_result(result)
-            else:
-                reply.set_exception(error)
-
     def _die(self) -> None:
         self._fail_all(EngineError("the engine failed"))
         self._on_death()
@@ -374,51 +233,4 @@ class Worker:
         for stream in set(self._streams.values()):
             stream._fail(error)
         self._streams.clear()
-        for reply in list(self._replies):
-            if not reply.done():
-                reply.set_exception(error)
-
-    # --- the engine's thread --------------------------------------------------------------------
-
-    def _main(self) -> None:
-        try:
-            while (commands := self._take()) is not None:
-                self._execute(commands)
-                outputs = self._engine.step()
-                if outputs:
-                    self._post(self._deliver, outputs)
-        except BaseException:
-            logger.critical("the engine failed; the server stops", exc_info=True)
-            self._dead = True
-            self._post(self._die)
-
-    def _take(self) -> list[_Command] | None:
-        """Wait for work; return the commands to run before the next step, or None to stop."""
-        has_work = self._inbox or self._closing or self._engine.has_unfinished
-        self._engine.wakeup.wait(0 if has_work else None)
-        if self._closing:
-            return None
-        return [self._inbox.popleft() for _ in range(len(self._inbox))]
-
-    def _execute(self, commands: Sequence[_Command]) -> None:
-        replies: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []
-        for command in commands:
-            try:
-                result = command.run()
-            except EngineError:
-                raise
-            except Exception as error:
-                if command.reply is None:
-                    raise
-                replies.append((command.reply, None, error))
-            else:
-                if command.reply is not None:
-                    replies.append((command.reply, result, None))
-        if replies:
-            self._post(self._answer, replies)
-
-    def _post(self, deliver: Callable[..., None], *args: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(deliver, *args)
-        except RuntimeError:  # the loop is closed: nobody is left to hear it
-            logger.debug("an engine output came after the event loop had closed")
+        self._thread.fail_calls(error)

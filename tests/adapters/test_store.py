@@ -254,7 +254,7 @@ def test_many_loads_of_one_file_under_one_name_read_it_once(versions):
         loaded = list(pool.map(lambda i: versions.add("a", prepare=read), range(8)))
     assert len(reads) == 1
     assert len({id(version) for version in loaded}) == 1
-    assert not versions.store._in_change
+    assert not versions.store._in_change._locks
 
 
 def test_32_threads_of_load_and_unload_leave_nothing(versions):
@@ -364,7 +364,7 @@ def test_idle_mixes_are_kept_but_not_without_end(versions):
     versions.add("a")
     for i in range(1, 400):
         versions.store.acquire(f"a:{i / 1000}").release()
-    assert len(versions.store._mixes) <= 257
+    assert len(versions.store._mixes._versions) <= 257
     assert len(versions.gone) >= 399 - 257
     assert versions.store.get("a").num_leases == 0
 
