@@ -97,7 +97,7 @@ class HostValues:
     def discard(self, version: AdapterVersion) -> None:
         """Discard the copy of a version that has gone."""
         with self._lock:
-            self._cache.drop(version)
+            self._cache.remove(version)
 
     def _read_for_request(self, version: AdapterVersion) -> None:
         try:

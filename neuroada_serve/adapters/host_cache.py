@@ -28,8 +28,8 @@ class HostCache:
         return values
 
     def put(self, version: AdapterVersion, values: AdapterValues) -> int:
-        """Keep them where they fit at all; how many others went for them."""
-        self.drop(version)
+        """Keep values if they fit at all; return how many others were evicted for them."""
+        self.remove(version)
         if values.size_bytes > self.size_bytes:
             return 0
         self._values[version] = values
@@ -38,11 +38,11 @@ class HostCache:
         self.used_bytes += values.size_bytes + (0 if users else values.table.size_bytes)
         evicted = 0
         while self.used_bytes > self.size_bytes:
-            self.drop(next(iter(self._values)))
+            self.remove(next(iter(self._values)))
             evicted += 1
         return evicted
 
-    def drop(self, version: AdapterVersion) -> None:
+    def remove(self, version: AdapterVersion) -> None:
         values = self._values.pop(version, None)
         if values is None:
             return

@@ -1,10 +1,10 @@
-"""What stands between an adapter and the next step."""
+"""Readiness: the obstacle between an adapter and the next step."""
 
 from enum import Enum
 
 
 class Readiness(Enum):
-    """Where a version's values are, as the scheduler needs to know it."""
+    """The place of a version's values, as the scheduler needs to know it."""
 
     READY = "ready"  # on the device
     COMING = "coming"  # on their way

@@ -1,4 +1,4 @@
-"""Which adapters exist: a name points to an immutable version, and versions outlive their name.
+"""The adapters that exist: a name points to an immutable version, and versions outlive their name.
 
 A request holds a lease on the version it was admitted with. Replacing or removing a name leaves
 leased versions alone; a version goes when it has lost its name and its last lease.
@@ -449,7 +449,7 @@ def parse_mix(name: str) -> Mapping[str, float] | None:
 
 
 def mix_name(weights: Mapping[str, float]) -> str:
-    """How requests name a mix of adapters: `parse_mix` backwards."""
+    """Write a mix of adapters as requests name it: `parse_mix` backwards."""
     return "+".join(f"{name}:{weight:g}" for name, weight in weights.items())
 
 

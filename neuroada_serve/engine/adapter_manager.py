@@ -41,7 +41,7 @@ _HOST_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What there is to know of one version.
+    """All that is known of one version.
 
     state: loading, ready or draining. tier: disk, host or device.
     num_leases: requests that wait or run with it; a merged one has one more.
@@ -209,7 +209,7 @@ class AdapterManager:
             AdapterNotFoundError
             AdapterInUseError: they had not finished; the adapter is served as before.
         """
-        if self.merging.merged == name:  # the engine, too, must let go of it: between two steps
+        if self.merging.merged == name:  # the engine, too, must release it: between two steps
             timeout_s = max(timeout_s, _UNMERGE_TIMEOUT_S)
         self.store.remove(name, timeout_s, self._abort if abort else None)
 
@@ -267,7 +267,7 @@ class AdapterManager:
     # --- the engine's thread -----------------------------------------------------------------
 
     def poll(self, loads: Callable[[], Iterable[Load]]) -> list[AdapterVersion]:
-        """What is to be done between two steps: uploads that need this thread, and the weights.
+        """Do the work between two steps: uploads that need this thread, and the weights.
 
         Args:
             loads: tokens still to come, by adapter.

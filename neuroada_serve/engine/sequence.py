@@ -94,7 +94,7 @@ class Sequence:
 
     @property
     def may_be_preempted(self) -> bool:
-        """Whether it has come on since it got its slot: further each time, so that what has to be
+        """It has come on since it got its slot: further each time, so that what has to be
         computed again stays a small part; and is not about to end."""
         num_new = self.num_tokens - self.num_prefill
         num_left = self.max_tokens - len(self.output_token_ids)

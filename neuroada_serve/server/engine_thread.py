@@ -72,7 +72,7 @@ class Adapters(Protocol):
 
 
 class Engine(Protocol):
-    """What the worker drives; `neuroada_serve.engine.engine.Engine` in earnest."""
+    """The engine as its thread drives it; `neuroada_serve.engine.engine.Engine` in earnest."""
 
     @property
     def wakeup(self) -> Wakeup: ...

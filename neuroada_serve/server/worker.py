@@ -47,7 +47,7 @@ class Stream:
 
     def close(self) -> None:
         """Abort unfinished choices and discard their outputs. Idempotent."""
-        self._worker._forget(list(self._unfinished))
+        self._worker._abort(list(self._unfinished))
         self._unfinished.clear()
 
     def _push(self, output: Output) -> bool:
@@ -212,7 +212,7 @@ class Worker:
             reason = "its engine failed" if self.dead else "it is shutting down"
             raise Unavailable(f"the server takes no requests: {reason}")
 
-    def _forget(self, request_ids: Sequence[str]) -> None:
+    def _abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             if self._streams.pop(request_id, None) is not None:
                 self._thread.abort(request_id)
