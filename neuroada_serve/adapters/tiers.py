@@ -105,8 +105,6 @@ class AdapterTiers:
     def prefetch(self, version: AdapterVersion) -> None:
         """Begin to bring a version to the device, unless it is there or on its way."""
         with self._lock:
-            if version.state is VersionState.GONE:
-                return
             self.metrics.num_hits += self.is_ready(version)
             if self._room.is_lacking:
                 return  # others wait for what it would take; its turn comes
@@ -180,8 +178,9 @@ class AdapterTiers:
             try:
                 values = self.host.read(version)
                 with self._lock:
-                    needs_index = NeedsIndex(values, reading.room, reading.index_room)
-                    self.residency.move(version, needs_index)
+                    if self.residency[version] is reading:  # else it has been unloaded
+                        needs_index = NeedsIndex(values, reading.room, reading.index_room)
+                        self.residency.move(version, needs_index)
                 for load in self._bring_index(values.table, [version]):
                     self._loaders.write_now(*load)
             except BaseException as error:
@@ -232,7 +231,7 @@ class AdapterTiers:
         """Reserve room for a version, if it is neither there nor on its way."""
         state = self.residency[version]
         can_begin = isinstance(state, Absent) or (isinstance(state, Failed) and not state.is_recent)
-        if not can_begin:
+        if not can_begin or version.state is VersionState.GONE:
             return None
         lacks_index = isinstance(state, Absent) and state.lacks_index
         reading = self._room.reserve(version.nnz, with_index=lacks_index)

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from neuroada_serve.adapters import residency as residency_module
 from neuroada_serve.adapters import room as room_module
 from neuroada_serve.adapters.format import Adapter, BaseSpec, save_adapter
+from neuroada_serve.adapters.host import HostValues
 from neuroada_serve.adapters.loaders import Loaders
 from neuroada_serve.adapters.reader import AdapterReader
 from neuroada_serve.adapters.readiness import Readiness
@@ -276,6 +277,24 @@ def test_version_that_goes_on_its_way_leaves_nothing(new_tiers, monkeypatch):
     assert (tiers.device_bytes, tiers.host_bytes, tiers.num_resident) == before
     tiers.prefetch(version)  # too late
     assert isinstance(tiers.residency[version], Absent)
+
+
+def test_version_that_goes_while_it_is_fetched_leaves_nothing(new_tiers, monkeypatch):
+    tiers = new_tiers()
+    version = tiers.add("a", new_adapter(1))
+    real = HostValues.read
+
+    def read(host, version):
+        values = real(host, version)
+        tiers.store.remove("a")
+        return values
+
+    monkeypatch.setattr(HostValues, "read", read)
+    assert tiers.fetch(version) is Readiness.NO_ROOM
+    assert (tiers.num_resident, tiers.host_bytes[0], list(tiers.residency)) == (0, 0, [])
+    while tiers.flat.evict_plane():
+        pass
+    assert tiers.device_bytes[0] == 0
 
 
 def test_loaded_adapters_outlive_their_files(new_tiers, tmp_path):
