@@ -27,9 +27,9 @@ from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.offline import request_output, run_batch
 from neuroada_serve.engine.progress import UseTqdm
 from neuroada_serve.errors import EngineError, UsageError
-from neuroada_serve.model.loader import find_device, load_base
+from neuroada_serve.model.loader import BaseModel, find_device, load_base
 from neuroada_serve.model.prompt import Message, encode_chat, encode_text
-from neuroada_serve.model.source import Notify, resolve_model
+from neuroada_serve.model.source import ModelSource, Notify, resolve_model
 from neuroada_serve.ops import cpu_forward
 from neuroada_serve.request import (
     CLASSIFY,
@@ -82,22 +82,7 @@ class LLM:
             raise UsageError(f"model must be a name or a path, not {type(model).__name__}")
         engine_config = EngineConfig(**config)
         named = adapters_by_name(adapters)
-        source = resolve_model(os.fspath(model), notify)
-        kernels = Thread(target=cpu_forward.prepare, daemon=True)
-        if find_device(engine_config.device).type == "cpu":
-            kernels.start()
-        base = load_base(
-            source,
-            engine_config.dtype,
-            engine_config.device,
-            engine_config.max_model_len,
-            engine_config.chat_template,
-        )
-        if base.device.type == "cpu":
-            kernels.join(timeout=1)
-            if kernels.is_alive():
-                notify("Waiting for the CPU kernels; only the first start compiles them.")
-            kernels.join()
+        base = _load(resolve_model(os.fspath(model), notify), engine_config, notify)
         self.engine = Engine(base, engine_config)
         if self.engine.rotation is not None:
             notify(self.engine.rotation)
@@ -302,3 +287,19 @@ class LLM:
         collected = self._collect(prompts, each_params, each_adapter, use_tqdm, on_output)
         each = zip(collected, texts, prompts, each_params, each_adapter, strict=True)
         return [request_output(*one) for one in each]
+
+
+def _load(source: ModelSource, config: EngineConfig, notify: Notify) -> BaseModel:
+    """Load a base, and compile the CPU's kernels meanwhile."""
+    kernels = Thread(target=cpu_forward.prepare, daemon=True)
+    if find_device(config.device).type == "cpu":
+        kernels.start()
+    base = load_base(
+        source, config.dtype, config.device, config.max_model_len, config.chat_template
+    )
+    if base.device.type == "cpu":
+        kernels.join(timeout=1)
+        if kernels.is_alive():
+            notify("Waiting for the CPU kernels; only the first start compiles them.")
+        kernels.join()
+    return base

@@ -103,16 +103,16 @@ async def test_idle_engine_does_what_an_adapter_change_needs() -> None:
     async with serving(allow_runtime_adapters=True) as client:
         await client.complete()
         await client.post("/v1/adapters/merge", json={"mode": "sql"})
-        await until(lambda: client.engine.adapters.merged == "sql")
+        await until(lambda: client.engine.adapters.merging.merged == "sql")
         await client.post("/v1/adapters/merge", json={"mode": "never"})
-        await until(lambda: client.engine.adapters.merged is None)
+        await until(lambda: client.engine.adapters.merging.merged is None)
 
 
 async def test_engine_does_at_once_what_was_asked_for_before_it_was_served() -> None:
     engine = FakeEngine()
-    engine.adapters.set_merge_mode("sql")
+    engine.adapters.merging.set_mode("sql")
     async with serving(engine):
-        await until(lambda: engine.adapters.merged == "sql")
+        await until(lambda: engine.adapters.merging.merged == "sql")
 
 
 async def test_idle_engine_thread_sleeps(client: Client) -> None:

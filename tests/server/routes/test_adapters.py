@@ -198,13 +198,13 @@ async def test_many_waiting_unloads_hold_up_nobody(tmp_path: Path) -> None:
         assert (await client.load("fr", "new")).status_code == 200
         assert (await client.complete(model="fr")).status_code == 200
         for lease in leases:
-            adapters.release(lease)
+            lease.release()
         assert {reply.status_code for reply in await asyncio.gather(*unloads)} == {200}
 
 
 async def test_adapters_are_described(client: Client) -> None:
-    client.engine.adapters.set_merge_mode("pirate")
-    await until(lambda: client.engine.adapters.merged)
+    client.engine.adapters.merging.set_mode("pirate")
+    await until(lambda: client.engine.adapters.merging.merged)
     async with busy(client, 2, model="sql"):
         body = (await client.get("/v1/adapters")).json()
         pirate, sql = body.pop("data")
@@ -339,7 +339,7 @@ async def test_changes_are_403_unless_allowed(tmp_path: Path, route: str, body: 
         assert error["type"] == "PermissionDeniedError"
         assert "--allow-runtime-adapters" in error["message"]
         assert client.engine.adapters.calls == []
-        assert client.engine.adapters.merge_mode == "never"
+        assert client.engine.adapters.merging.mode == "never"
 
 
 @pytest.mark.parametrize(("route", "body"), CHANGES)
@@ -362,7 +362,7 @@ async def test_web_page_of_another_origin_changes_nothing(
             reply = await client.post(route, content=content, headers=headers)
             assert "application/json" in error_of(reply, 400)["message"]
         assert client.engine.adapters.calls == []
-        assert client.engine.adapters.merge_mode == "never"
+        assert client.engine.adapters.merging.mode == "never"
 
 
 # --- stopping -------------------------------------------------------------------------------------
