@@ -138,7 +138,7 @@ class Worker:
         Raises:
             Unavailable: not `ready`, or the drain's time is up.
         """
-        self._require_ready()
+        self.require_ready()
         task = asyncio.current_task()
         assert task is not None
         self._arriving.add(task)
@@ -170,7 +170,7 @@ class Worker:
             RequestError, AdapterNotFoundError: from the engine.
         """
         if not self._thread.takes_commands or asyncio.current_task() not in self._arriving:
-            self._require_ready()
+            self.require_ready()
         self._engine.adapters.prefetch(adapter)  # while the engine finishes its step
         request_ids = [f"{request_id}-{i}" for i in range(len(prompts))]
         stream = Stream(self, request_ids, params.n)
@@ -207,7 +207,12 @@ class Worker:
         for task in list(self._arriving):
             task.cancel()
 
-    def _require_ready(self) -> None:
+    def require_ready(self) -> None:
+        """Refuse everything once the engine has failed or the server is shutting down.
+
+        Raises:
+            Unavailable
+        """
         if not self.ready:
             reason = "its engine failed" if self.dead else "it is shutting down"
             raise Unavailable(f"the server takes no requests: {reason}")

@@ -21,7 +21,6 @@ from neuroada_serve.errors import (
     AdapterConflictError,
     AdapterError,
     AdapterNotFoundError,
-    Unavailable,
 )
 from neuroada_serve.server.body import BoundedRoute, require_json
 from neuroada_serve.server.failure import Failure
@@ -44,15 +43,14 @@ router = APIRouter(route_class=BoundedRoute)
 
 
 async def require_permission(server: Server) -> None:
-    """Refuse changes that --allow-runtime-adapters does not allow, and all during a shutdown."""
+    """Refuse changes that --allow-runtime-adapters does not allow, or that come too late."""
     if not server.config.allow_runtime_adapters:
         raise Failure(
             403,
             "Adapters can be changed over HTTP only where the server was started with "
             "--allow-runtime-adapters.",
         )
-    if not server.worker.ready:
-        raise Unavailable("the server takes no requests: it is shutting down")
+    server.worker.require_ready()
 
 
 async def require_directory(server: Server) -> Path:

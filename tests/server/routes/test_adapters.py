@@ -376,6 +376,17 @@ async def test_draining_server_changes_no_adapters(tmp_path: Path, route: str, b
         assert client.engine.adapters.calls == []
 
 
+@pytest.mark.parametrize(("route", "body"), CHANGES)
+async def test_server_whose_engine_failed_changes_no_adapters_and_says_so(
+    tmp_path: Path, route: str, body: Any
+) -> None:
+    async with serving_adapters(tmp_path) as client:
+        client.engine.dies = True
+        error_of(await client.complete(), 500)
+        refused = error_of(await client.post(route, json=body), 503)
+        assert "its engine failed" in refused["message"]
+
+
 # --- a real socket --------------------------------------------------------------------------------
 
 
