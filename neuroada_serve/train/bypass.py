@@ -20,7 +20,7 @@ from neuroada_serve.ops.value_grad import value_grad
 
 
 class BypassedLinear(nn.Module):
-    """y = base(x) + bypass(x), with trainable values.
+    """A layer y = base(x) + bypass(x) with trainable values.
 
     index: [d_out, k] int32.
     trained: [d_out, k] bool, entries whose values get a gradient; None for all.
@@ -50,7 +50,7 @@ class BypassedLinear(nn.Module):
 
 
 class _Bypass(torch.autograd.Function):
-    """s[t, i] = sum_j value[i, j] * x[t, index[i, j]], in float32 or wider."""
+    """Compute s[t, i] = sum_j value[i, j] * x[t, index[i, j]], in float32 or wider."""
 
     @staticmethod
     def forward(
@@ -93,7 +93,7 @@ def bypass_training(
     selections: Mapping[str, Selection],
     tune_bias: bool = False,
 ) -> Iterator[dict[str, BypassedLinear]]:
-    """Put a bypass beside `modules` of a model for the length of a block. Yields the layers.
+    """Put a bypass beside `modules` of a model inside a block. Yields the layers.
 
     As `inplace_training`, but nothing of the base changes, not even for a while.
 

@@ -1,4 +1,4 @@
-"""Where a run stands, on disk: enough to go on after a crash as if nothing had happened.
+"""Keep the state of a run on disk: enough to go on after a crash as if nothing had happened.
 
 A checkpoint is one safetensors file, so that a single rename makes it whole: tensors (index,
 values, the optimizer's moments, random states), and in its metadata the rest as JSON, with the
@@ -30,7 +30,7 @@ _NAME = re.compile(r"step-(\d{7})\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """step: optimizer steps done. tensors: by name. state: what JSON holds."""
+    """The state of a run. step: optimizer steps done. tensors: by name. state: what JSON holds."""
 
     step: int
     tensors: Mapping[str, Tensor]
@@ -38,12 +38,12 @@ class Checkpoint:
 
 
 def checkpoint_folder(out: Path) -> Path:
-    """Where the checkpoints of a run that writes `out` lie."""
+    """Return the folder for the checkpoints of a run that writes `out`."""
     return out.absolute().parent / f"{out.absolute().name}.training"
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step of the newest checkpoint in a folder; None without any."""
+    """Return the step of the newest checkpoint in a folder; None if there is none."""
     return next((step for step, _ in _files_in(folder)), None)
 
 
@@ -51,9 +51,9 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: theirs alone; made when the first is written.
-        run: everything that decides what the run does, as JSON holds it; only checkpoints of the
-            same are gone on from.
+        folder: used for nothing else; made when the first checkpoint is written.
+        run: everything that decides what the run does, as JSON holds it; only checkpoints of an
+            equal run are resumed.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Checkpoints:
         self._run = json.loads(json.dumps(run))
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write one durably, then drop those before the newest two.
+        """Write a checkpoint durably, then remove those before the newest two.
 
         Raises:
             UsageError: it cannot be written; those that are there stay.
@@ -84,7 +84,8 @@ class Checkpoints:
             older.unlink(missing_ok=True)
 
     def newest(self, notify: Callable[[str], None]) -> Checkpoint | None:
-        """The newest that is whole; None without any. Broken ones are told and passed over.
+        """Return the newest checkpoint that is whole; None if there is none. Broken ones are
+        reported and skipped.
 
         Raises:
             UsageError: they are of another run; names what differs.
@@ -100,7 +101,7 @@ class Checkpoints:
         return None
 
     def remove(self) -> None:
-        """Delete all of them, and what an interrupted write has left."""
+        """Remove all checkpoints, and the remains of an interrupted write."""
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
 
@@ -118,7 +119,7 @@ class Checkpoints:
 
 
 def _files_in(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file), newest first."""
+    """Return (step, file) of a folder's checkpoints, newest first."""
     if not folder.is_dir():
         return []
     names = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
@@ -126,7 +127,7 @@ def _files_in(folder: Path) -> list[tuple[int, Path]]:
 
 
 class _Broken(Exception):
-    """Why a checkpoint cannot be used."""
+    """A checkpoint cannot be used; the message says why."""
 
 
 def _read(path: Path) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Columns by name: which of the data's stand for ours, and which could."""
+"""Match columns of the data, by name, to the ones that training knows."""
 
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -30,7 +30,7 @@ _LABELS = (
 def known_columns(
     data: object, names: Sequence[str], columns: Mapping[str, str], ours: Collection[str]
 ) -> dict[str, str]:
-    """The data's columns -> ours.
+    """Return the data's columns -> ours.
 
     Args:
         names: all of the data's.
@@ -95,7 +95,8 @@ def _plain(name: str) -> str:
 
 
 def fitting_columns(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str | None:
-    """--columns that would make rows of these, by names and contents; None without a guess."""
+    """Guess --columns that would make rows of these, by names and contents; None without a
+    guess."""
     looked_at = records[:_LOOKED_AT]
     cells = {
         name: [r[name] for r in looked_at if not is_blank(r.get(name))]
@@ -139,8 +140,8 @@ def _keys_of_turns(value: Any) -> set[str]:
 
 
 def _is_text(values: Sequence[Any]) -> bool:
-    """Whether it can be a question, an answer or a label; different numbers throughout are an
-    index."""
+    """Tell whether a column can be a question, an answer or a label; different numbers in every row
+    are an index."""
     if not values or not all(isinstance(v, str | bool | int | float) for v in values):
         return False
     written = [str(v).strip() for v in values]
@@ -159,7 +160,8 @@ def _mean_chars(values: Sequence[Any]) -> float:
 
 
 def _first(names: Sequence[str], words: Sequence[str]) -> str | None:
-    """The name that is the earliest of these words, else the one that has it among its own."""
+    """Return the name that is the earliest of these words, else the one that contains it as a
+    word."""
     for parts in (lambda name: [_plain(name)], _words):
         for word in words:
             for name in names:
@@ -173,8 +175,8 @@ def _words(name: str) -> list[str]:
 
 
 def may_be_a_row(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a table's header looks like one of its rows: a sentence, or a cell that comes again
-    below it."""
+    """Tell whether a table's header looks like one of its rows: a sentence, or a cell that comes
+    again below it."""
     if any(len(name.split()) > 4 for name in names):
         return True
     return any(

@@ -1,4 +1,4 @@
-"""Correlations of numbers given and true: GLUE's figures for regressions (STS-B)."""
+"""Correlations between given and true numbers: GLUE's figures for regressions (STS-B)."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ Numbers = Sequence[float] | NDArray[np.float64]
 
 
 def pearson(given: Numbers, true: Numbers) -> float:
-    """In [-1, 1]; 0 where one side is always the same."""
+    """Return Pearson's correlation, in [-1, 1]; 0 if all numbers of one side are the same."""
     return _correlation(np.asarray(given, np.float64), np.asarray(true, np.float64))
 
 
 def spearman(given: Numbers, true: Numbers) -> float:
-    """Pearson's of the ranks; equal numbers share their mean rank."""
+    """Return Pearson's correlation of the ranks; equal numbers share their mean rank."""
     return _correlation(_ranks(given), _ranks(true))
 
 

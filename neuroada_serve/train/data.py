@@ -40,7 +40,7 @@ class DataReport:
     duplicates: rows that repeat an earlier one to the letter.
     seen: held-out rows whose prompt, as cut, is trained on.
     most_frequent: (an answer, its share of the training rows).
-    notes: what else is to be said of how the rows were read, as clauses.
+    notes: further remarks on how the rows were read, as clauses.
     """
 
     rows: int
@@ -98,7 +98,7 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
     """Read, split and encode rows.
 
     Raises:
-        DataError: names the data and the rows at fault, or says why no row is left to train on.
+        DataError: names the data and the faulty rows, or says why no row is left to train on.
     """
     task = task_of(config.task_type, config.labels)
     found = read_rows(data, config.columns, labels=labels_to_read(task))
@@ -161,7 +161,8 @@ def load_data(base: BaseModel, data: Data, config: TrainConfig) -> TrainingData:
 
 
 def _fitted(examples: Iterable[Example], most: int, cuts: bool) -> Iterable[Example]:
-    """Those of at most so many tokens; longer ones without their prompt's beginning, if `cuts`."""
+    """Yield examples of at most so many tokens, and if `cuts` longer ones without their prompt's
+    beginning."""
     for example in examples:
         room = most - len(example.answer_ids)
         if len(example) <= most:
@@ -171,7 +172,7 @@ def _fitted(examples: Iterable[Example], most: int, cuts: bool) -> Iterable[Exam
 
 
 def _of_tool_calls(base: BaseModel, rows: Sequence[Row], config: TrainConfig) -> list[str]:
-    """That the prompts' tool calls are lost, where they are: a template may know none."""
+    """Report tool calls in the prompts that are lost because the template does not know them."""
     count = sum(any("tool_calls" in message for message in row.messages) for row in rows)
     known = config.prompt_format == "chat" and "tool_calls" in str(base.tokenizer.chat_template)
     if not count or known:
@@ -181,7 +182,8 @@ def _of_tool_calls(base: BaseModel, rows: Sequence[Row], config: TrainConfig) ->
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held out). The same rows, fraction and seed always give the same split.
+    """Split rows into (train, held out). The same rows, fraction and seed always give the same
+    split.
 
     Rows with the same prompt stay on one side, so the held-out side is never seen in training.
     Where fraction is above 0 at least one prompt is held out, if there are two. Prompts are drawn
@@ -210,7 +212,7 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
 def _refuse_shared_prompts(
     data: Data, train_rows: Sequence[Row], eval_data: Data, heldout_rows: Sequence[Row]
 ) -> None:
-    """Held-out rows that are trained on would score the memory."""
+    """Refuse held-out rows that are trained on: they would score the memory."""
     trained = {row.text for row in train_rows}
     shared = [row.number for row in heldout_rows if row.text in trained]
     if shared:

@@ -1,4 +1,4 @@
-"""How long a run goes on, and why it ended.
+"""Decide how long a run goes on, and say why it ended.
 
 With --epochs or --max-steps a run is as long as that. Without, it goes on while the held-out loss
 falls: the learning rate stays at its peak until the loss has hardly fallen for `patience` scores;
@@ -26,12 +26,13 @@ _DECLINE = 0.2  # of the steps before it
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run's length before its first step.
+    """The length of a run, as far as it is known before the first step.
 
-    steps: at most; of a run that is not open all of them. eval_steps: between scores. patience:
-    scores that `scores_without_fall` counts, after which an open run declines and any other ends.
-    is_open: whether it goes on while the held-out loss falls. per_pass: steps, maybe a fraction.
-    heldout: rows.
+    steps: at most; a run that is not open takes all of them. eval_steps: steps between scores.
+    patience: number of scores without a fall, see `scores_without_fall`, after which an open run
+        declines and any other ends.
+    is_open: the run goes on while the held-out loss falls.
+    per_pass: steps in a pass, maybe a fraction. heldout: number of held-out rows.
     """
 
     steps: int
@@ -42,12 +43,12 @@ class Plan:
     heldout: int
 
     def passes(self, steps: int) -> str:
-        """So many steps in passes: "1 pass", "2.5 passes"."""
+        """Convert steps to passes in words: "1 pass", "2.5 passes"."""
         passes = steps / self.per_pass
         return f"{passes:.3g} pass{'' if f'{passes:.3g}' == '1' else 'es'}"
 
     def words(self) -> str:
-        """The sentence at the start, of how long it will take."""
+        """Say at the start how long the run will take."""
         bound = f"{self.passes(self.steps)} ({_steps(self.steps)})"
         if not self.is_open:
             return f"for {_steps(self.steps)}"
@@ -58,7 +59,7 @@ class Plan:
 
 
 def plan_of(config: TrainConfig, train_rows: int, heldout_rows: int, processes: int = 1) -> Plan:
-    """The plan of a run over so many rows."""
+    """Plan a run over so many rows."""
     per_pass = math.ceil(train_rows / config.batch_size) / config.gradient_accumulation / processes
     whole = max(1, math.floor(per_pass))
     scores = min(_SCORES_A_PASS, math.ceil(whole / _SCORED_EVERY))
@@ -79,10 +80,10 @@ def _most_steps(per_pass: float) -> int:
 
 
 def scores_without_fall(base_loss: float, losses: Sequence[float]) -> int:
-    """How many scores, at the end, have not brought the held-out loss down any more.
+    """Count the scores at the end that have not lowered the held-out loss any more.
 
-    A loss that has converged still falls, by ever less, for as long as one looks: a fall counts
-    from `LEAST_FALL` of the base's loss on, below the last loss that counted.
+    A loss that has converged still falls, by less and less, as long as training goes on. A fall
+    counts only if the loss is `LEAST_FALL` of the base's loss below the last one that counted.
     """
     lowest, since = math.inf, 0
     for loss in losses:
@@ -93,11 +94,11 @@ def scores_without_fall(base_loss: float, losses: Sequence[float]) -> int:
 
 
 class Course:
-    """Share of the peak learning rate by step, from 0: up to 1 during the warm-up, then by the
+    """The share of the peak learning rate by step, from 0: up to 1 during the warm-up, then by the
     schedule; never 0 before the end.
 
-    Of an open plan it stays at 1 until `decline_from`, which is early enough for the decline to
-    reach 0 at the bound; with the schedule constant nothing declines.
+    In an open plan the share stays at 1 until `decline_from`, early enough for the decline to reach
+    0 at the bound; with the constant schedule nothing declines.
 
     end: the step after which the run is over. declined_at: the step of `decline`, if any.
     """
@@ -114,7 +115,7 @@ class Course:
 
     @property
     def may_end_early(self) -> bool:
-        """Whether a decline may still bring the end nearer."""
+        """A decline may still bring the end nearer."""
         return self._is_open and self.declined_at is None
 
     def decline(self, step: int) -> None:
@@ -135,7 +136,7 @@ class Course:
 
 
 def reason(plan: Plan, done: int, scored: Sequence[tuple[int, float]]) -> str | None:
-    """Why a run is over, in a sentence; None where there is nothing to say.
+    """Say in a sentence why a run is over; None where there is nothing to say.
 
     Args:
         done: steps taken.
@@ -167,7 +168,7 @@ def reason(plan: Plan, done: int, scored: Sequence[tuple[int, float]]) -> str | 
 
 
 def rise(plan: Plan, done: int, before: float, after: float, lr: float) -> str | None:
-    """What to do about a held-out loss that has risen over a run; None where it has not."""
+    """Suggest what to do about a held-out loss that has risen over a run; None where it has not."""
     if after <= before:
         return None
     rose = f"The held-out loss rose from {before:.3f} to {after:.3f}"
@@ -178,7 +179,7 @@ def rise(plan: Plan, done: int, before: float, after: float, lr: float) -> str |
 
 
 def _more(plan: Plan, done: int) -> str:
-    """A flag that makes it twice as long."""
+    """Return a flag that makes the run twice as long."""
     passes = 2 * done / plan.per_pass
     return f"--epochs {round(passes)}" if passes >= 1 else f"--max-steps {2 * done}"
 

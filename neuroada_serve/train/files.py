@@ -1,4 +1,4 @@
-"""Files of rows.
+"""Read files of rows.
 
     .jsonl .ndjson    an object a line
     .json             a list of objects, alone or beside other keys ({"data": [...]}), or columns
@@ -59,7 +59,7 @@ Numbered = tuple[int, dict[str, Any] | RecordFault]
 
 
 def read_records(data: Data) -> Records:
-    """The rows of a file or of the hub, and what was odd about them.
+    """Read the rows of a file or of the hub, and note what was odd about them.
 
     Numbers count from 1, see `train.rows.place`. Cells of CSV are strings.
 
@@ -95,7 +95,7 @@ def read_records(data: Data) -> Records:
 
 
 def _utf8(path: Path, content: bytes) -> bytes:
-    """The same text without a byte order mark, and as UTF-8 if the mark says UTF-16 or 32."""
+    """Convert text to UTF-8 without a byte order mark, from UTF-16 or 32 if the mark says so."""
     for mark, encoding in _BOMS:
         if content.startswith(mark):
             try:
@@ -120,13 +120,13 @@ def _refuse_others(path: Path, content: bytes) -> None:
 
 
 def _begins_with_object(content: bytes) -> bool:
-    """Whether the first line is a JSON object by itself."""
+    """Tell whether the first line is a JSON object by itself."""
     first = content.lstrip().partition(b"\n")[0]
     return first.startswith(b"{") and isinstance(_object(first), dict)
 
 
 def _is_json(content: bytes) -> bool:
-    """Whether all of it is one JSON list or object."""
+    """Tell whether the text is one JSON list or object."""
     if content.lstrip()[:1] not in (b"[", b"{"):
         return False
     try:
@@ -188,7 +188,8 @@ def _no_object(row: Any) -> RecordFault:
 
 
 def _rows_within(path: Path, raw: Any) -> list[Any]:
-    """The rows of a document that is no list: the one list in it, columns, or itself."""
+    """Return the rows of a document that is not a list: the one list in it, columns, or the
+    document itself as a row."""
     if not isinstance(raw, dict):
         raise DataError(f"{path} must hold a list of objects, not {type(raw).__name__}")
     if isinstance(raw.get("columns"), list) and isinstance(raw.get("data"), list):
@@ -209,8 +210,8 @@ def _is_list_of_objects(value: Any) -> bool:
 
 
 def _columns(raw: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Rows of {"text": {"0": ...}, "label": {"0": ...}}, as pandas writes by default, or of
-    {"text": [...], "label": [...]}."""
+    """Return the rows of {"text": {"0": ...}, "label": {"0": ...}}, pandas' default, or of {"text":
+    [...], "label": [...]}."""
     parts = list(raw.values())
     if all(isinstance(part, dict) for part in parts):
         keys = list(parts[0])
@@ -250,7 +251,8 @@ def _parquet_rows(path: Path, content: bytes) -> Records:
 
 
 def _classes(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
-    """Names of labels that are stored as numbers, which `datasets` notes beside the table."""
+    """Return the names of labels that are stored as numbers; `datasets` notes them beside the
+    table."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         labels = {n: f for n, f in features.items() if f.get("_type") == "ClassLabel"}
@@ -260,12 +262,12 @@ def _classes(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
 
 
 def label_name(names: tuple[str, ...], value: Any) -> str | None:
-    """The name of a label's number; None for no label, which is -1."""
+    """Return the name of a label's number; None for no label, which is -1."""
     return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
 
 
 def plain_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The same values as JSON holds them; dates, say, become texts."""
+    """Convert values to what JSON can hold; dates, for example, become texts."""
     plain: dict[str, Any] = json.loads(json.dumps(row, default=_as_text))
     return plain
 

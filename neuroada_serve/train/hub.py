@@ -1,4 +1,4 @@
-"""Rows of a data set on the Hugging Face hub, read by `datasets`, which runs no code of theirs."""
+"""Read a data set of the Hugging Face hub with `datasets`, which runs no code from the hub."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ _SOURCE = re.compile(r"(?P<name>[^:@]+)(:(?P<config>[^:@]+))?(@(?P<split>[^@]+))
 
 @dataclass(frozen=True, eq=False)
 class HubRows:
-    """The rows of one split. `datasets` keeps them in its cache, from where they are read.
+    """The rows of one split, read from the cache of `datasets`.
 
     name: the set as faults and model cards call it: OWNER/NAME:CONFIG@SPLIT, config where one was
         named.
@@ -32,13 +32,14 @@ class HubRows:
         return PREFIX + self.name
 
     def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number, row) from 1. Values are what JSON holds; dates, say, become texts."""
+        """Yield (number, row) from 1. Values are what JSON holds; dates, for example, become
+        texts."""
         for number, row in enumerate(self._rows, start=1):
             yield number, plain_row(self._clean(row))
 
 
 def open_hub_rows(source: str) -> HubRows:
-    """The rows of hub:OWNER/NAME, with :CONFIG and @SPLIT behind it as wanted.
+    """Open the rows of hub:OWNER/NAME, optionally with :CONFIG and @SPLIT behind it.
 
     Labels that are stored as numbers become their names, -1 (no label) None; images, sound and the
     like are left out.
@@ -49,7 +50,7 @@ def open_hub_rows(source: str) -> HubRows:
 
     Raises:
         DataError: no such set, config or split, or the hub cannot be reached.
-        UsageError: `source` is not written so, a local folder hides it, or `datasets` is missing.
+        UsageError: `source` is malformed, a local folder hides it, or `datasets` is missing.
     """
     found = _SOURCE.fullmatch(source.removeprefix(PREFIX))
     if found is None:
@@ -97,7 +98,7 @@ def _fix(error: Exception) -> str:
 
 
 def _named(kind: Any, value: Any) -> Any:
-    """A value with the names of its labels in place of their numbers, at any depth."""
+    """Replace numbers of labels in a value by their names, at any depth."""
     from datasets import ClassLabel
 
     if value is None:

@@ -5,7 +5,7 @@ so it is the plain dense forward, and what is trained is what a merge realises. 
 is special: it computes the gradient of the values and never that of the weight. Nothing of the
 weight's size is copied; the entries that were overwritten are kept and written back bit for bit.
 
-While layers are attached the model belongs to the training: nobody else may run it.
+While layers are attached the model belongs to the training run: nobody else may run it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,9 +24,10 @@ from neuroada_serve.train.quantize import dense_weight
 
 
 class InplaceLinear(nn.Module):
-    """y = W x + b with trainable values at `index` of W, which it holds written into W.
+    """A linear layer y = W x + b with trainable values at `index` of W, which it keeps written into
+    W.
 
-    Holds the very parameters of the layer it replaces, under the same names.
+    It holds the parameters of the layer that it replaces, under the same names.
 
     index: [d_out, k] int32.
     trained: [d_out, k] bool, entries whose values get a gradient; None for all.
@@ -68,7 +69,7 @@ class InplaceLinear(nn.Module):
     def write_values_(self, always: bool = False) -> None:
         """Write round(W0 + value) into the weight, if the values have changed since.
 
-        Changes through `value.data` go unnoticed: for these there is `always`.
+        Changes through `value.data` go unnoticed; pass `always` for these.
         """
         changed = self._written != self.value._version
         if not changed and not always:
@@ -91,7 +92,8 @@ class InplaceLinear(nn.Module):
 
 
 class FrozenLinear(nn.Module):
-    """y = W x + b with nothing to train: the output head, by the products of the other layers."""
+    """A linear layer y = W x + b with nothing to train: the output head, by the products of the
+    other layers."""
 
     bias: Tensor | None
 
@@ -104,7 +106,7 @@ class FrozenLinear(nn.Module):
 
 
 def _linear(x: Tensor, *others: Any) -> Tensor:
-    """`_InplaceLinear` in autocast's dtype, where that is on."""
+    """Apply `_InplaceLinear` in autocast's dtype, where that is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -185,7 +187,7 @@ def attach_inplace(
 def detach_inplace(
     model: nn.Module, modules: Mapping[str, Any], layers: Mapping[str, InplaceLinear]
 ) -> None:
-    """Undo `attach_inplace`: weights have their original bits again, names their old modules."""
+    """Undo `attach_inplace`: restore the weights' original bits and the old modules."""
     for name, layer in layers.items():
         layer.restore_()
         replace_module(model, name, modules[name])
@@ -198,10 +200,10 @@ def inplace_training(
     selections: Mapping[str, Selection],
     tune_bias: bool = False,
 ) -> Iterator[dict[str, InplaceLinear]]:
-    """`attach_inplace` for the length of a block, however it ends. Yields the layers.
+    """Apply `attach_inplace` inside a block, and undo it however the block ends. Yields the layers.
 
-    The model's modes (train or eval, and use_cache, which the Trainer switches off) come back too.
-    The model, or modules of it, may be compiled; it must then be called as a whole.
+    The model's modes (train or eval, and use_cache, which the Trainer switches off) are restored
+    too. The model, or modules of it, may be compiled; it must then be called as a whole.
     """
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
     layers = attach_inplace(model, modules, selections, tune_bias)
@@ -228,7 +230,7 @@ def inplace_training(
 
 
 def magnitude_selections(modules: Mapping[str, Any], k: int) -> dict[str, Selection]:
-    """The method's own selection for every module, quantized or not, see `magnitude_index`.
+    """Select by magnitude in every module, quantized or not, see `magnitude_index`.
 
     Raises:
         ShapeError: k is above a module's d_in.

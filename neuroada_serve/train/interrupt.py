@@ -1,4 +1,4 @@
-"""Ctrl-C while training: the step under way is finished, so that what it has learnt can be kept."""
+"""Handle Ctrl-C while training: the step under way is finished, so that its result can be kept."""
 
 import signal
 import threading
@@ -11,11 +11,11 @@ from neuroada_serve.train.loop import Notify
 
 @contextmanager
 def between_steps(notify: Notify) -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C only says so to whoever asks; the second is as ever.
+    """Let the first Ctrl-C inside a block only set a flag; the second acts as usual.
 
     Yields:
-        Whether Ctrl-C was pressed. Outside the main thread, and where the program has a handler of
-        its own, that stays as it is.
+        A function that tells whether Ctrl-C was pressed. Outside the main thread, and where the
+        program has a handler of its own, nothing changes.
     """
     asked = False
 

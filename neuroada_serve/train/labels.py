@@ -1,4 +1,4 @@
-"""Labels as names: one name for what was written in several ways, and the order of names."""
+"""Clean the names of labels, and sort them."""
 
 import math
 import re
@@ -11,8 +11,8 @@ _MOST_TOLD = 4
 
 
 def clean_labels(labels: Sequence[str], known: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """The same labels without spaces around them, and whole numbers without .0, and what is to be
-    said of that, and of labels that differ in case alone, as clauses.
+    """Return the labels without spaces around them and whole numbers without .0, and remarks on
+    that, and on labels that differ in case alone, as clauses.
 
     pandas writes .0 wherever one row of the column has no number.
 
@@ -35,7 +35,7 @@ def clean_labels(labels: Sequence[str], known: Collection[str] = ()) -> tuple[li
 
 
 def groups_by(key: Callable[[str], str], texts: Iterable[str]) -> list[list[str]]:
-    """Different texts of one key, where there are several."""
+    """Return groups of different texts that share one key."""
     groups: dict[str, list[str]] = {}
     for text in sorted(set(texts)):
         groups.setdefault(key(text), []).append(text)
@@ -43,7 +43,7 @@ def groups_by(key: Callable[[str], str], texts: Iterable[str]) -> list[list[str]
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
-    """Different labels in their order: by value if all are numbers, else as texts."""
+    """Return the distinct labels, sorted by value if all are numbers, else as texts."""
     distinct = sorted(set(labels))
     try:
         values = {label: float(label) for label in distinct}

@@ -1,4 +1,5 @@
-"""The optimizer's steps: transformers' Trainer over our batches, which can stop and go on anywhere.
+"""The optimizer's steps: transformers' Trainer over our batches, which can stop and resume
+anywhere.
 
 Every random draw comes from the seed or is part of a checkpoint, and batches come from one stream
 that does not know where a pass of the Trainer's ends; so a run that was interrupted takes the very
@@ -46,7 +47,8 @@ _CPU_RANDOM, _CUDA_RANDOM = "random.cpu", "random.cuda"
 
 
 def values_of(layers: Layers) -> dict[str, nn.Parameter]:
-    """What is trained of them: M.value for every layer M, and M.bias where that is trained too."""
+    """Return the trained parameters of layers: M.value for every layer M, and M.bias where that is
+    trained too."""
     values = {f"{name}.value": layer.value for name, layer in layers.items()}
     for name, layer in layers.items():
         if isinstance(layer.bias_value, nn.Parameter):
@@ -55,13 +57,13 @@ def values_of(layers: Layers) -> dict[str, nn.Parameter]:
 
 
 class LengthGroupedBatches(Sampler[list[int]]):
-    """Batches of row numbers: rows of like length together, yet in random order.
+    """Sampler of batches of row numbers: rows of similar length together, yet in random order.
 
     Rows are shuffled, sorted by length within windows of a few batches, cut into batches, and the
     batches are shuffled. Each pass over the rows draws anew; the same seed gives the same batches.
 
-    An iteration goes on where the last one ended, and is as long as `len` says: a pass, made a
-    multiple of `multiple`. Of several processes each gets every `size`th batch.
+    An iteration goes on where the last one ended, and is as long as `len` says: a pass, rounded up
+    to a multiple of `multiple`. With several processes each gets every `size`th batch.
     """
 
     # In batches. A wide window saves padding, but rows of one length are often of one kind, and
@@ -87,7 +89,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
 
     @property
     def per_pass(self) -> int:
-        """Batches in one pass over the rows."""
+        """Number of batches in one pass over the rows."""
         return math.ceil(len(self._lengths) / self._batch_size)
 
     def __len__(self) -> int:
@@ -100,7 +102,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
             yield dealt[self._processes.rank]
 
     def skip(self, batches: int) -> None:
-        """Go on `batches` further, those of all processes counted."""
+        """Skip `batches` batches, those of all processes counted."""
         for _ in range(batches):
             next(self._stream)
 
@@ -125,12 +127,12 @@ class Loop:
 
     Args:
         model: with `layers` attached.
-        layers: whose values are trained, from what they are.
+        layers: their values are trained, from their present state.
         examples: to train on.
         objective: what to learn from them.
         steps: optimizer steps of the whole run, at most.
         head: of the task, trained with the layers.
-        course: of the learning rate, see `train.ending`; by default that of so many steps.
+        course: of the learning rate, see `train.ending`; default: one for `steps` steps.
     """
 
     def __init__(
@@ -168,21 +170,21 @@ class Loop:
 
     @property
     def done(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return len(self.losses)
 
     def follow_course(self) -> None:
-        """Let the step to come have the rate of a course that has changed."""
+        """Give the next step the learning rate of a course that has changed."""
         share = self.course(self.done)
         for group, peak in zip(self._optimizer.param_groups, self._scheduler.base_lrs, strict=True):
             group["lr"] = peak * share
 
     def run(self, after_step: Callable[[], bool], notify: Notify, title: str = "training") -> None:
-        """Take the steps that are left.
+        """Take the remaining steps.
 
         Args:
-            after_step: called after each; True stops.
-            notify: told now and then where no progress bar can be shown.
+            after_step: called after each step; True stops.
+            notify: receives a sentence now and then where no progress bar can be shown.
 
         Raises:
             UsageError: the loss stops being a number.
@@ -236,7 +238,7 @@ class Loop:
             raise diverged(self.done + 1, config.peak_lr)
 
     def _begin(self) -> None:
-        """The Trainer has seeded everything; a resumed run goes on with its own states."""
+        """Restore the random states of a resumed run, after the Trainer has seeded everything."""
         if self._random is not None:
             torch.set_rng_state(self._random[_CPU_RANDOM])
             if _CUDA_RANDOM in self._random and torch.cuda.is_available():
@@ -245,7 +247,7 @@ class Loop:
     # --- where it stands -------------------------------------------------------------------------
 
     def checkpoint(self) -> Checkpoint:
-        """All that the steps to come depend on."""
+        """Return everything that the coming steps depend on."""
         tensors: dict[str, Tensor] = {_CPU_RANDOM: torch.get_rng_state()}
         if next(self._model.parameters()).is_cuda:
             tensors[_CUDA_RANDOM] = torch.cuda.get_rng_state()
@@ -269,7 +271,7 @@ class Loop:
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, before any step was taken."""
+        """Resume from a checkpoint, before any step was taken."""
         tensors, state = checkpoint.tensors, checkpoint.state
         for name, values in self._trained.items():
             values.copy_(tensors[name])
@@ -287,7 +289,7 @@ class Loop:
 
 
 def selections_of(checkpoint: Checkpoint, modules: Mapping[str, Any]) -> dict[str, Selection]:
-    """What a checkpoint's run had selected, on the device of the modules."""
+    """Return the selections of a checkpoint's run, on the device of the modules."""
     selections = {}
     for name, module in modules.items():
         device = module.weight.device
@@ -300,7 +302,8 @@ def selections_of(checkpoint: Checkpoint, modules: Mapping[str, Any]) -> dict[st
 
 
 def diverged(step: int, lr: float) -> UsageError:
-    """The loss that step `step`, from 1, starts from is not a number."""
+    """Return the error for a loss that is not a number at the start of step `step`, counted from
+    1."""
     if step == 1:  # nothing has been trained yet
         return UsageError("the base's own loss is not a number; try --dtype float32")
     return UsageError(
@@ -340,13 +343,15 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """A step's batches, and the answer tokens of all processes' batches of that step."""
+        """Return a step's batches, and the number of targets in all processes' batches of that
+        step."""
         batches, count = super().get_batch_samples(*args, **kwargs)
         self._processes.sum_([count])
         return batches, count
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Backward through a batch; after a step's last, gradients are those of all processes."""
+        """Run the backward of a batch; after a step's last batch, sum the gradients of all
+        processes."""
         loss: Tensor = super().training_step(*args, **kwargs)
         if self._batches_seen == 0:
             self._processes.sum_([v.grad for v in self._values if v.grad is not None])
@@ -359,7 +364,7 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        """The batch's share of the mean loss per answer token, or row, of the whole step."""
+        """Return the batch's share of the mean loss per target of the whole step."""
         found = predict(model, inputs)
         loss: Tensor = self._objective.loss(found) / num_items_in_batch
         value = loss.item()
@@ -376,7 +381,7 @@ class _ValueTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
 
 def _compile_blocks(model: Any) -> Callable[[], None]:
-    """Have every decoder layer compiled. Returns what undoes it."""
+    """Compile every decoder layer. Returns a function that undoes it."""
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     blocks = max(lists, key=len, default=[])
     for block in blocks:
@@ -390,7 +395,8 @@ def _compile_blocks(model: Any) -> Callable[[], None]:
 
 
 class _Callback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Tells of the beginning, and of every optimizer step; stops where that says so."""
+    """Reports the beginning and every optimizer step; stops the Trainer when `after_step` says
+    so."""
 
     def __init__(
         self, begin: Callable[[], None], show: Callable[[], None], after_step: Callable[[], bool]
@@ -407,7 +413,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]  # transformers is untyp
 
 
 class _Progress:
-    """Shows the steps: a bar on stderr where that is a terminal, else a sentence now and then."""
+    """Shows progress: a bar on stderr if that is a terminal, else a sentence now and then."""
 
     _SENTENCES = 10
 

@@ -1,4 +1,4 @@
-"""Which learning rate: a few are tried for some steps each, from the same start."""
+"""Find a learning rate: try a few for some steps each, from the same start."""
 
 import math
 from collections.abc import Sequence
@@ -23,8 +23,11 @@ _ROWS = 64  # scored after each
 
 @dataclass(frozen=True)
 class LearningRates:
-    """tried: in ascending order. losses: after `steps` steps with each, None where it diverged.
-    scored: "held-out" or "training" rows. best: the one with the lowest loss."""
+    """The result of a search.
+
+    tried: in ascending order. losses: after `steps` steps with each, None where it diverged.
+    scored: "held-out" or "training" rows. best: the rate with the lowest loss.
+    """
 
     tried: Sequence[float]
     losses: Sequence[float | None]
@@ -45,11 +48,11 @@ def find_learning_rate(
 
     A task's head learns at its own rate with each, and begins anew.
 
-    Each is a whole small run, with warm-up and decline, of the same batches; what counts is the
-    loss of held-out rows, or of training rows where none are held out.
+    Each trial is a small run with warm-up and decline, on the same batches, judged by the loss of
+    held-out rows, or of training rows where none are held out.
 
     Raises:
-        UsageError: with every one of them the loss stopped being a number.
+        UsageError: the loss stopped being a number with every rate.
     """
     rows: Sequence[Example] = data.heldout[:_ROWS] or data.train[:_ROWS]
     scored = "held-out" if data.heldout else "training"

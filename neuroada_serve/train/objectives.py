@@ -1,4 +1,4 @@
-"""How each task is learnt: what a row must hold, the loss, the scores, and what constants score.
+"""Objectives of training: for each task the contents of a row, the loss, the scores and a baseline.
 
 WriteText     the answer's tokens, the end token among them
 PickLabel     one of a few labels, by the text's last token
@@ -57,18 +57,18 @@ class Baseline:
 
 
 class Objective(Protocol):
-    """How adapters of one task are learnt from rows."""
+    """The training objective of a task."""
 
     @property
     def task(self) -> Task: ...
 
     @property
     def prompt_format(self) -> str:
-        """chat or plain, as rows are encoded."""
+        """The form in which rows are encoded: chat or plain."""
         ...
 
     figure_by: ClassVar[str | None]
-    """How the score is taken, where that needs to be said."""
+    """A remark on how the score is taken; None where it needs none."""
 
     def head(self, model: Any, seed: int) -> AbstractContextManager[TaskHead | None]:
         """Give a model the task's head inside a block; None where it keeps its own."""

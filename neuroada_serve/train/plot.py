@@ -1,4 +1,4 @@
-"""The pictures of a training run."""
+"""Plots of a training run."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ def loss_curve(
     title: str,
     task: Task = GENERATE,
 ) -> bytes:
-    """A PNG of the training loss per step, smoothed, and of the held-out loss.
+    """Draw a PNG of the training loss per step, smoothed, and of the held-out loss.
 
     Args:
         losses: of the training rows, one a step.
@@ -57,7 +57,7 @@ def loss_curve(
 
 
 def learning_rate_plot(searched: "LearningRates", task: Task = GENERATE) -> bytes:
-    """A PNG of the loss by learning rate."""
+    """Draw a PNG of the loss by learning rate."""
     figure, axes = new_figure()
     known = [
         (lr, loss)
@@ -83,7 +83,8 @@ def learning_rate_plot(searched: "LearningRates", task: Task = GENERATE) -> byte
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Mean over a window around each step, a twentieth of the run wide on either side."""
+    """Return the mean over a window around each step, a twentieth of the run wide on either
+    side."""
     reach = max(1, len(losses) // 20)
     windows = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
     return [sum(window) / len(window) for window in windows]

@@ -1,10 +1,10 @@
-"""Several processes that take the steps of one run together, each with a device of its own.
+"""Run one training run in several processes, each with a device of its own.
 
-`torchrun` or `accelerate launch` starts them and tells each its rank by the environment. Every one
-holds the whole base. A step's batches are dealt out among them and the gradients of the values,
-some megabytes, are summed before the optimizer moves, so all of them hold the same values at any
-time. What has to be decided once (a selection, a score) the first decides and the others hear of;
-it alone writes files and speaks.
+`torchrun` or `accelerate launch` starts them and gives each its rank in the environment. Each holds
+the whole base. A step's batches are dealt out among them, and the gradients of the values, some
+megabytes, are summed before the optimizer's step, so all processes always hold the same values. The
+first process makes every decision (a selection, a score) and shares it; it alone writes files and
+messages.
 """
 
 import os
@@ -23,7 +23,7 @@ _RANK, _SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run. rank: from 0. size: how many there are."""
+    """The place of this process among those of the run. rank: from 0. size: number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -33,19 +33,20 @@ class Processes:
         return self.rank == 0
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Make each tensor the sum of all processes'; they pass as many, of equal shapes."""
+        """Replace each tensor by its sum over all processes; all pass as many tensors, of equal
+        shapes."""
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
     def share_(self, tensors: Iterable[Tensor]) -> None:
-        """Make each tensor what the first process has there."""
+        """Replace each tensor by the first process's."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def of_first(self, numbers: Sequence[float], device: torch.device) -> list[float]:
-        """The first process's numbers; the others pass as many, of any value."""
+        """Return the first process's numbers; the others pass as many, of any value."""
         if self.size == 1:
             return list(numbers)
         shared = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -53,13 +54,13 @@ class Processes:
         return [float(number) for number in shared]
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have come here."""
         if self.size > 1:
             dist.barrier()
 
 
 def current() -> Processes:
-    """Those of torch's process group; this one alone without any."""
+    """Return the processes of torch's process group; this one alone without a group."""
     if not dist.is_available() or not dist.is_initialized():
         return Processes()
     return Processes(dist.get_rank(), dist.get_world_size())

@@ -25,7 +25,7 @@ class Publisher:
 
     Args:
         url: of the server, such as http://127.0.0.1:8000.
-        folder: what is written; its name is the adapter's.
+        folder: is written; its name is the adapter's.
 
     Raises:
         UsageError: the url is none, no server answers there, or it would not load from the folder.
@@ -50,7 +50,7 @@ class Publisher:
         self._check_permission()
 
     def _check_permission(self) -> None:
-        """Ask for a folder that is not there: only a server that would load from beside it says
+        """Ask for a folder that is not there: only a server that may load from beside it answers
         that it is missing."""
         missing = {"lora_name": self.name, "lora_path": str(self._folder / ".not-there")}
         try:
@@ -65,7 +65,7 @@ class Publisher:
         )
 
     def served_digest(self) -> str | None:
-        """Of the version that is served under the name now; None where none is."""
+        """Return the digest of the version that is served under the name; None if there is none."""
         try:
             return str(self._request(f"/v1/adapters/{quote(self.name)}")["digest"])
         except _Refused as refused:
@@ -74,7 +74,8 @@ class Publisher:
             raise
 
     def __call__(self, adapter: Adapter) -> None:
-        """
+        """Write an adapter and have the server load it.
+
         Raises:
             UsageError: the server refuses; says why. The adapter is in its folder all the same.
         """
@@ -89,7 +90,7 @@ class Publisher:
         )
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """What JSON the answer holds; {} where it is none."""
+        """Send a request and return the JSON object of the answer; {} if it is none."""
         data = None if body is None else json.dumps(body).encode()
         request = Request(self._url + path, data, {"Content-Type": "application/json"})
         try:
@@ -109,11 +110,11 @@ class Publisher:
 
 
 class Improvements:
-    """Publishes an adapter if it scores better than whatever is served under its name.
+    """Publishes an adapter if it scores better than the version served under its name.
 
     Args:
-        served_loss: of the version served now, on the held-out rows; None where none is.
-        notify: told of each, and of what could not be published: training goes on.
+        served_loss: of the version served now, on the held-out rows; None if there is none.
+        notify: told of every published adapter, and of failures, after which training goes on.
     """
 
     def __init__(
@@ -122,7 +123,8 @@ class Improvements:
         self._publisher, self._loss, self._notify = publisher, served_loss, notify
 
     def publish(self, adapter: Adapter, loss: float, step: int) -> bool:
-        """Whether the adapter is what is served now."""
+        """Publish an adapter unless it scores worse; return whether it is what the server serves
+        now."""
         if self._loss is not None and loss > self._loss:
             self._notify(
                 f"Not published: the held-out loss is {loss:.4f} after step {step}, and "
@@ -138,7 +140,7 @@ class Improvements:
 def publish_or_tell(
     publisher: Publisher, adapter: Adapter, step: int, notify: Callable[[str], None]
 ) -> bool:
-    """Publish an adapter; whether that succeeded. A server that refuses is told of."""
+    """Publish an adapter and return whether that succeeded; report a server that refuses."""
     try:
         publisher(adapter)
     except UsageError as error:
@@ -149,7 +151,8 @@ def publish_or_tell(
 
 
 class _Refused(UsageError):
-    """An answer of another status than 200. param: what it blames, in OpenAI's form."""
+    """The server answered with another status than 200. param: the field it blames, in OpenAI's
+    form."""
 
     def __init__(self, url: str, error: HTTPError) -> None:
         self.status, self.param = error.code, None

@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits while an adapter is trained beside it, by bitsandbytes.
+"""Quantize a base to 8 or 4 bits with bitsandbytes while an adapter is trained beside it.
 
 What is trained fits the quantized base; the adapter still names the base it was quantized from, and
 is served on that.
@@ -21,7 +21,7 @@ _BLOCK = 64  # weights that share a scale in nf4
 
 
 def quantize_(model: Any, modules: Mapping[str, nn.Module], how: Quantize) -> dict[str, nn.Module]:
-    """Replace linear layers of a model by quantized ones, in place; their weights are let go.
+    """Replace linear layers of a model by quantized ones, in place, and release their weights.
 
     Args:
         modules: name -> nn.Linear of the model.
@@ -76,7 +76,8 @@ def _quantized(module: nn.Linear, how: Quantize) -> nn.Module:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The weight [d_out, d_in] that a layer computes with, dequantized where it is quantized."""
+    """Return the weight [d_out, d_in] that a layer computes with, dequantized if it is
+    quantized."""
     weight: Any = module.weight
     if hasattr(weight, "quant_state"):
         from bitsandbytes import functional

@@ -1,4 +1,4 @@
-"""What the backward needs of the forward: kept, or computed again.
+"""Choose what the backward keeps of the forward, and what it computes again.
 
 Frozen weights need no input for their gradients, so most of what a decoder layer keeps is for
 norms, rotary embeddings and gates, which are cheap to compute again. Attention and the products are
@@ -34,11 +34,11 @@ def set_recompute(model: Any, what: Recompute, share: float = 1.0) -> Callable[[
     all: only the layers' inputs are kept; a second forward, the least memory.
 
     Args:
-        share: of the layers that do so, the first ones: what the last ones keep is given back
+        share: of the layers that compute again, the first ones: what the last ones keep is released
             before the others need room to compute again.
 
     Returns:
-        What undoes it.
+        A function that undoes the choice.
     """
     if what == "nothing":
         return lambda: None

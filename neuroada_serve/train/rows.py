@@ -1,6 +1,6 @@
-"""Rows as dictionaries, with the place of each, and the words for what is wrong with them.
+"""Rows as dictionaries, the place of each row in its data, and messages about faulty rows.
 
-`train/files.py` reads those of a file, `train/hub.py` those of the hub.
+`train/files.py` reads the rows of a file, `train/hub.py` those of the hub.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ _MOST_CHARS = 60  # of a name or a cell
 
 
 class RecordFault(Exception):
-    """What is wrong with one row."""
+    """A row cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """All rows of some data.
+    """The rows of a data set, as read.
 
-    rows: (number, row) of each, see `place`; in place of a row that cannot be read, its fault.
-    notes: what is to be said of how they were read, as clauses.
+    rows: (number, row) of each, see `place`; a row that cannot be read is its fault instead.
+    notes: remarks on how they were read, as clauses.
     doubled: names that the header has more than once; rows do not hold their cells.
-    classes: column -> the names of its labels in their order, where the data says that.
+    classes: column -> the names of its labels in order, where the data says that.
     """
 
     rows: Sequence[tuple[int, dict[str, Any] | RecordFault]]
@@ -40,7 +40,7 @@ class Records:
 
 
 class Faults:
-    """The faults of some rows: equal ones once, with the rows that have them."""
+    """Faults of rows, collected; equal faults are reported once, with all their rows."""
 
     def __init__(self, data: Data) -> None:
         self._data = data
@@ -62,12 +62,12 @@ class Faults:
 
 
 def place(data: Data, number: int) -> str:
-    """What a row's number counts: lines of a text file, else rows."""
+    """Name a row by its number: lines in text files, rows elsewhere."""
     return f"{_unit(data)} {number}"
 
 
 def places(data: Data, numbers: Sequence[int]) -> str:
-    """The same of several: lines 3, 7, 9 and 190 more."""
+    """Name several rows: lines 3, 7, 9 and 190 more."""
     if len(numbers) == 1:
         return place(data, numbers[0])
     shown = [str(number) for number in numbers]
@@ -82,31 +82,31 @@ def _unit(data: Data) -> str:
 
 
 def kind_of(path: Path) -> str:
-    """The ending of a file's name, without that of gzip: csv."""
+    """Return the ending of a file's name, .gz removed: csv."""
     names = path.name.lower().removesuffix(".gz").split(".")[1:]
     return names[-1] if names else ""
 
 
 def shown(text: str) -> str:
-    """A name or a cell as messages show it: short, and nothing but visible characters."""
+    """Shorten a name or a cell for a message, and keep only visible characters."""
     text = text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 3] + "..."
     return text if text.isprintable() else repr(text)[1:-1]
 
 
 def listed(names: Sequence[str]) -> str:
-    """a, b, c and 5 more."""
+    """Join names for a message: a, b, c and 5 more."""
     told = [shown(name) for name in names[:_MOST_NAMES]]
     more = len(names) - len(told)
     return ", ".join(told) + (f" and {more} more" if more else "")
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a cell has nothing in it: null, not a number (pandas' null), or only spaces."""
+    """Tell whether a cell is empty: null, not a number (pandas' null), or only spaces."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or value != value
 
 
 def counted(count: int, noun: str) -> str:
-    """1 row, 2 rows."""
+    """Return a count with its noun: 1 row, 2 rows."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,11 +1,10 @@
-"""What happens around a run's steps: scores, the best values so far, checkpoints, the adapter."""
+"""Score a run between its steps, keep the best values and checkpoints, and make the adapter."""
 
 import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from neuroada_serve.train.loop import Layers, Loop, Notify, diverged, values_of
 from neuroada_serve.train.lr_finder import LearningRates
 from neuroada_serve.train.processes import current
 from neuroada_serve.train.publish import Improvements
+from neuroada_serve.train.record import recipe_of, scores_of
 from neuroada_serve.train.samples import Sample, baseline_of, samples_of
 from neuroada_serve.train.score import Score, score
 
@@ -37,17 +37,18 @@ FILE_DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out rows' score after `step` steps, of the values as a file would hold them."""
+    """The score of the held-out rows after `step` steps, of the values as a file would hold
+    them."""
 
     step: int
     score: Score
 
 
 class Run:
-    """Scores, the best values, checkpoints and the adapter of a loop's steps.
+    """The scores, best values, checkpoints and adapter of a loop's steps.
 
     before: the base's score. evaluations: so far.
-    best_step: the step with the lowest held-out loss; without held-out rows the last.
+    best_step: the step with the lowest held-out loss; without held-out rows the last one.
     samples: answers to a few held-out rows, once the run is finished.
 
     Args:
@@ -98,10 +99,10 @@ class Run:
     # --- after every step ------------------------------------------------------------------------
 
     def after_step(self, interrupted: Callable[[], bool]) -> bool:
-        """Score, keep and save as the step asks for; whether to stop.
+        """Score, keep and save as the step asks for; return whether to stop.
 
         Raises:
-            KeyboardInterrupt: after the step is saved, where `interrupted` says so.
+            KeyboardInterrupt: after the step is saved, if `interrupted` says so.
         """
         done, config = self._loop.done, self._config
         if done == self._loop.course.end or done % self._plan.eval_steps == 0:
@@ -118,7 +119,7 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether all steps are taken, or patience is, with what an open plan does then."""
+        """All steps are taken, or patience is over and nothing follows that."""
         if self._loop.done >= self._loop.course.end:
             return True
         return not self._plan.is_open and self._patience_is_over
@@ -176,12 +177,13 @@ class Run:
 
     @property
     def after(self) -> Score | None:
-        """Of the values kept."""
+        """Score of the kept values."""
         return next((e.score for e in self.evaluations if e.step == self.best_step), None)
 
     @contextmanager
     def _rounded(self) -> Iterator[None]:
-        """The values as the file will hold them: what is scored is what will be served."""
+        """Round the values inside a block to what the file will hold: what is scored is what will
+        be served."""
         exact = {name: value.detach().clone() for name, value in self._values.items()}
         with torch.no_grad():
             for value in self._values.values():
@@ -195,7 +197,7 @@ class Run:
 
     @torch.no_grad()
     def _take_best(self) -> None:
-        """Make the values those kept as the best."""
+        """Set the values to the best ones so far."""
         for name, value in self._values.items():
             value.copy_(self._best[name])
         if self._head is not None:
@@ -208,7 +210,7 @@ class Run:
         return values
 
     def finish(self) -> Adapter:
-        """The adapter of the values kept, told of, and with a few answers of it."""
+        """Return the adapter of the kept values, after reporting them and answering a few rows."""
         if not self.evaluations:
             self.best_step, self._best = self._loop.done, self._file_values()
         scored = [(one.step, one.score.loss) for one in self.evaluations]
@@ -229,7 +231,7 @@ class Run:
         return self.adapter()
 
     def adapter(self) -> Adapter:
-        """Of the best values so far."""
+        """Make the adapter of the best values so far."""
         parts = {
             name: ModuleBypass(
                 layer.index.cpu(), self._best[f"{name}.value"], self._best.get(f"{name}.bias")
@@ -249,7 +251,7 @@ class Run:
         return make_adapter(config, parts, self._best.get(HEAD))
 
     def log(self) -> str:
-        """JSON lines: the loss of every step, and every score."""
+        """Return JSON lines: the loss of every step, and every score."""
         lines: list[dict[str, Any]] = [
             {"step": step, "loss": loss} for step, loss in enumerate(self._loop.losses, start=1)
         ]
@@ -262,76 +264,17 @@ class Run:
         return "".join(json.dumps(line) + "\n" for line in lines)
 
     def _metadata(self) -> dict[str, Any]:
-        metadata: dict[str, Any] = {"recipe": self._recipe(), "scores": self._scores()}
+        recipe = recipe_of(
+            self._base, self._data, self._config, self._plan, self._loop.done, self.best_step
+        )
+        recipe = {"data": self._data_name, **recipe}
+        if self._searched is not None:
+            recipe["lr_search"] = asdict(self._searched)
+        scores = scores_of(self._data, self.before, self.after, self.baseline)
+        metadata: dict[str, Any] = {"recipe": recipe, "scores": scores}
         if self.samples:
             metadata["samples"] = [asdict(sample) for sample in self.samples]
         return metadata
-
-    def _recipe(self) -> dict[str, Any]:
-        config, report = self._config, self._data.report
-        recipe = {
-            "data": self._data_name,
-            "rows": report.rows,
-            "train_rows": report.train_rows,
-            "too_long_rows": report.too_long,
-            "heldout": f"{config.eval_fraction:g} of the rows"
-            if config.eval_data is None
-            else config.eval_data.name,
-            "k": config.k_words if config.k_pattern else config.k,
-            "lr": config.peak_lr,
-            "warmup_ratio": config.warmup_ratio,
-            "schedule": config.schedule,
-            "steps": self._loop.done,
-            "kept_step": self.best_step,
-            "epochs": round(self._loop.done / self._plan.per_pass, 3),
-            "batch_size": config.batch_size,
-            "gradient_accumulation": config.gradient_accumulation,
-            "max_length": config.max_length,
-            "seed": config.seed,
-            "dtype": str(self._base.dtype).removeprefix("torch."),
-            "prompt_format": self._data.objective.prompt_format,
-            "versions": {n: version(n) for n in ("neuroada-serve", "torch", "transformers")},
-        }
-        if self._plan.is_open:
-            recipe["patience"] = self._plan.patience
-        plain = TrainConfig()
-        if self._processes.size > 1:
-            recipe["processes"] = self._processes.size
-        if config.selection == "gradient":
-            recipe["selection_rows"] = config.selection_rows
-        for name in (
-            "coverage",
-            "tune_bias",
-            "weight_decay",
-            "max_grad_norm",
-            "bf16",
-            "packing",
-            "bypass",
-            "quantize",
-        ):
-            if getattr(config, name) != getattr(plain, name):
-                recipe[name] = getattr(config, name)
-        if self._head is not None:
-            recipe["head_lr"] = config.head_lr
-        if self._searched is not None:
-            recipe["lr_search"] = asdict(self._searched)
-        return recipe
-
-    def _scores(self) -> dict[str, Any]:
-        scores: dict[str, Any] = {"heldout_rows": self._data.report.heldout_rows}
-        if self.before is not None and self.after is not None:
-            scores["before"] = asdict(self.before)
-            scores["after"] = asdict(self.after)
-            name, by = self._data.task.figure, self._data.objective.figure_by
-            for score in (scores["before"], scores["after"]):
-                score[name] = score.pop("figure")
-            if by is not None:
-                scores[f"{name}_by"] = by
-            if self.baseline is not None:
-                of_baseline = {"loss": self.baseline.loss, name: self.baseline.figure}
-                known = {key: value for key, value in of_baseline.items() if value is not None}
-                scores["baseline"] = {"answer": self.baseline.answer, **known}
-        return scores
 
 
 def score_heldout(
@@ -342,7 +285,7 @@ def score_heldout(
     what: str,
     next_step: int,
 ) -> Score | None:
-    """The score of the held-out rows by the values as they are; None without any.
+    """Score the held-out rows with the values as they are; None if there are none.
 
     Raises:
         UsageError: the loss is not a number.

@@ -12,7 +12,7 @@ _MOST_LETTERS = 300  # of a text that is kept
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out row, and what the adapter answers. Texts are cut to some length."""
+    """A held-out row and the adapter's answer. Texts are cut to some length."""
 
     question: str
     expected: str

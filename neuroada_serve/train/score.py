@@ -1,4 +1,4 @@
-"""Scores of a model on examples."""
+"""Score a model on examples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which inputs each neuron keeps, by the ways that the method's paper compares.
+"""Select which inputs each neuron keeps, by the methods that the method's paper compares.
 
     magnitude   the largest |W| of each row; the method's own, and the only one whose index all
                 adapters of a base share
@@ -46,7 +46,8 @@ _MATRIX_MOST = 4  # times k; bench/LOG.md has what it cuts off
 
 
 def k_of_modules(names: Collection[str], config: TrainConfig) -> dict[str, int]:
-    """k of each module that is trained, by `config.k_pattern`, else `config.k`; those of 0 are out.
+    """Return k of each module that is trained, by `config.k_pattern`, else `config.k`; modules with
+    0 are left out.
 
     A pattern matches a whole name or what follows a dot in it, as PEFT's rank_pattern does.
 
@@ -76,7 +77,7 @@ def select(
     config: TrainConfig,
     notify: Notify,
 ) -> dict[str, Selection]:
-    """A selection for every module trained, all of one width; see the module's docstring.
+    """Select entries of every trained module, all of one width; see the module's docstring.
 
     Args:
         model: the base, nothing attached; left as it is.
@@ -125,7 +126,7 @@ def select(
 
 
 def entries_by_row(weight: Tensor, k: int, most: int) -> Tensor:
-    """How many of the d_out * k largest |weight| of a matrix lie in each row, [d_out] int64.
+    """Count how many of the d_out * k largest |weight| of a matrix lie in each row, [d_out] int64.
 
     Rows take part with their `most` largest alone, k <= most <= d_in. Ties go to the lower row.
     """
@@ -145,7 +146,7 @@ def gradient_indices(
     batch_size: int,
     sum_bytes: int = _SUM_BYTES,
 ) -> dict[str, Tensor]:
-    """The k columns of largest |gradient| in each row: name -> [d_out, k] int32.
+    """Return the k columns of largest |gradient| in each row: name -> [d_out, k] int32.
 
     The gradient is that of the mean loss of each batch, summed over the batches, in float32. Only
     `sum_bytes` of sums are held: where the modules need more, the rows are passed once for every
@@ -182,7 +183,7 @@ def gradient_indices(
 
 
 def _groups(modules: Mapping[str, Any], sum_bytes: int) -> list[dict[str, Any]]:
-    """The modules in parts of at most so many bytes of float32, or of one module."""
+    """Split the modules into parts of at most so many bytes of float32, or of one module."""
     groups: list[dict[str, Any]] = []
     room = 0
     for name, module in modules.items():
@@ -223,7 +224,7 @@ def _from_file(path: Path, modules: Mapping[str, Any], k: int) -> dict[str, Tens
 
 
 def _covered(d_out: int, share: float, seed: int) -> Tensor:
-    """[d_out] bool: a share of the neurons, at least one of them."""
+    """Choose a share of the neurons, at least one: [d_out] bool."""
     order = torch.randperm(d_out, generator=torch.Generator().manual_seed(seed))
     covered = torch.zeros(d_out, dtype=torch.bool)
     covered[order[: max(1, round(share * d_out))]] = True
@@ -231,5 +232,5 @@ def _covered(d_out: int, share: float, seed: int) -> Tensor:
 
 
 def _seed(seed: int, name: str) -> int:
-    """One of its own for every module."""
+    """Return a seed of its own for every module."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7])

@@ -1,4 +1,4 @@
-"""The score of a served adapter on the held-out rows of the one that is to replace it."""
+"""Score a served adapter on the held-out rows of the one that is to replace it."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from neuroada_serve.train.score import Score, score
 
 
 def adapter_at(folder: Path, base: BaseModel, digest: str) -> Adapter | None:
-    """The adapter in a folder, if it is the version of this digest and fits the base."""
+    """Load the adapter in a folder; None if it is not the version of this digest, or does not fit
+    the base."""
     try:
         adapter = load_adapter(folder, base.spec)
     except (AdapterError, OSError):
@@ -29,7 +30,7 @@ def score_of_adapter(
 ) -> Score | None:
     """Score an adapter on the held-out rows; None where it is of another task.
 
-    The base's weights change meanwhile, and have their original bits afterwards.
+    The base's weights change meanwhile, and have their original bits again afterwards.
     """
     if adapter.config.task != data.task or not data.heldout:
         return None

@@ -1,4 +1,4 @@
-"""Records to rows: what a row of questions and answers may look like.
+"""Turn records into rows of a question and an answer.
 
 `train/files.py` reads the records. One has columns of one of these shapes:
     messages [{"role", "content"}, ...]      the last message is the assistant's answer
@@ -93,11 +93,11 @@ _MOST_GAPS = 0.5  # share of the rows: with more, the wrong column is read or an
 class Row:
     """One question and its answer.
 
-    number: its line or row in its data, see `train.rows.place`.
-    messages: the conversation before the answer, as sent to the chat template.
+    number: of its line or row in the data, see `train.rows.place`.
+    messages: the conversation before the answer, for the chat template.
     text: the same as a plain prompt.
-    answer: what the model should say.
-    raw: all of the row, by our names where the data's are like them.
+    answer: the text that the model should give.
+    raw: all cells of the row, by our names where the data's columns match them.
     """
 
     number: int
@@ -109,9 +109,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of some data.
+    """The rows of a data set.
 
-    notes: what is to be said of how they were read, as clauses.
+    notes: remarks on how they were read, as clauses.
     classes: the names of their labels in order, where the data says that.
     """
 
@@ -120,7 +120,7 @@ class Rows:
     classes: tuple[str, ...] = ()
 
     def tell(self, data: Data, notify: Callable[[str], None] | None) -> None:
-        """The notes as a sentence, if there are any."""
+        """Report the notes as a sentence, if there are any."""
         if self.notes and notify is not None:
             notify(f"{data.name}: {'; '.join(self.notes)}.")
 
@@ -132,15 +132,15 @@ def read_rows(
     labels: Collection[str] | None = None,
     also_used: Collection[str] = (),
 ) -> Rows:
-    """The rows of a file or of the hub, see `read_records`.
+    """Read the rows of a file or of the hub, see `read_records`.
 
     Rows in which a question or an answer is missing are left out and noted, unless they are most.
 
     Args:
         columns: our keys -> the data's, as {"prompt": "question", "completion": "reply"}.
-        labels: of a classifier, for which answers of every shape are labels; empty if the rows are
-            to say which there are. None: only those of rows with a label are.
-        also_used: columns that the caller reads, so that they are not noted as unused.
+        labels: with a collection, answers of every shape are labels; these are the known ones,
+            empty if the rows say which there are. None: only rows with a label have labels.
+        also_used: columns that the caller reads, which are then not noted as unused.
 
     Raises:
         DataError: no such file, no rows, or no columns of a known shape; or names the rows at
@@ -198,7 +198,7 @@ def _refuse_unknown_shape(
     names: Sequence[str],
     known: Mapping[str, str],
 ) -> None:
-    """Columns that make no row are refused once, and not for each row."""
+    """Refuse columns that make no row, once for all rows."""
     doubled = {known[name]: name for name in records.doubled if name in known}
     kinds = {frozenset(known[n] for n in record if n in known) for record in found}
     needed = {key for kind in kinds for keys in _shapes_of(kind.union(doubled)) for key in keys}
@@ -217,7 +217,8 @@ def _refuse_unknown_shape(
 
 
 def _classes(records: Records, known: Mapping[str, str], rows: Sequence[Row]) -> tuple[str, ...]:
-    """The names of the labels in the data's own order, if it says one and rows have no others."""
+    """Return the names of the labels in the data's own order, if it gives one and rows have no
+    others."""
     answers = {row.answer for row in rows}
     for column, names in records.classes.items():
         if known.get(column) in _ANSWERS and len(names) > 1 and answers <= set(names):
@@ -228,7 +229,8 @@ def _classes(records: Records, known: Mapping[str, str], rows: Sequence[Row]) ->
 def _not_meant(
     found: Sequence[tuple[int, Mapping[str, Any]]], known: Mapping[str, str]
 ) -> frozenset[str]:
-    """Columns that have the name of something else: a weight in kilograms, a clinical history."""
+    """Return columns whose name means something else here: a weight in kilograms, a clinical
+    history."""
     others = set()
     for theirs, ours in known.items():
         if ours in _MEANT:
@@ -242,7 +244,7 @@ def _not_meant(
 def _with_clean_answers(
     rows: list[Row], labelled: Collection[int], known: Collection[str]
 ) -> tuple[list[Row], list[str]]:
-    """The rows, labels as `clean_labels` has them, and what is to be said of their answers."""
+    """Clean labels as `clean_labels` does, and return the rows with remarks on their answers."""
     labels = [row.answer for row in rows if row.number in labelled]
     cleaned, notes = clean_labels(labels, known)
     named = iter(cleaned)
@@ -259,10 +261,10 @@ def _with_clean_answers(
 
 
 class _Reader:
-    """Rows of records, and what there is to say of all of them.
+    """Reads rows from records, and collects remarks on all of them.
 
     known: the data's columns -> ours. by_name: known by their own names, not by --columns.
-    not_meant: of ours, those to leave alone.
+    not_meant: our columns that are ignored.
     labelled: numbers of the rows whose answer is a label.
     """
 
@@ -275,7 +277,8 @@ class _Reader:
         self._unused_of_answers: set[str] = set()
 
     def row(self, number: int, record: Mapping[str, Any]) -> Row:
-        """
+        """Read one record.
+
         Raises:
             RecordFault: what is wrong with it.
             LeftOut: there is nothing to learn from it.
@@ -301,7 +304,7 @@ class _Reader:
         return replace(row, raw=raw if self._by_name else record)
 
     def notes(self, names: Sequence[str], also_used: Collection[str]) -> list[str]:
-        """What became of the columns, and of answers that are not the last."""
+        """Say which columns were used, and which answers were not learnt."""
         notes = []
         used = self._used | set(also_used)
         renamed = [n for n in names if self._by_name and self._known[n] in used - {n}]
@@ -359,7 +362,7 @@ class _Reader:
         return text_of(raw[key], name)
 
     def _turns(self, raw: Mapping[str, Any], key: str, role: str) -> list[Message]:
-        """A conversation, or a part of one that is a text."""
+        """Return a conversation, or a part of one that is a text."""
         value = raw[key]
         if is_blank(value) or value == []:
             raise LeftOut(f"an empty {self._theirs[key]}")
@@ -370,13 +373,13 @@ class _Reader:
 
 @cache
 def _shapes_of(names: frozenset[str]) -> list[tuple[str, ...]]:
-    """Those that a row of these columns has; none that is part of another."""
+    """Return the shapes that a row of these columns has, without those that are part of another."""
     found = [keys for keys in _KEYS if names >= set(keys)]
     return [keys for keys in found if not any(set(keys) < set(other) for other in found)]
 
 
 def _before(given: Mapping[str, Any]) -> list[Message]:
-    """The messages that columns of their own hold."""
+    """Return the messages that columns of their own hold."""
     messages = []
     if "system" in given:
         messages.append(_said("system", text_of(given["system"], "system")))

@@ -1,8 +1,7 @@
-"""Tables as text, as spreadsheets, pandas and R write them: a header, then a row each.
+"""Tables as text, as spreadsheets, pandas and R write them: a header, then one line per row.
 
-CSV cells may be quoted, with line breaks inside. Whether those of a tab-separated table are is told
-by the quotation marks: a writer that quotes, quotes every cell that has one; GLUE's files have them
-as text.
+CSV cells may be quoted, with line breaks inside. Quotation marks tell whether a tab-separated table
+is quoted: a writer that quotes, quotes every cell that contains one. In GLUE's files they are text.
 """
 
 import csv
@@ -26,7 +25,7 @@ _QUOTED = re.compile(r'(?<![^\t\r\n])"[^"]*(?:""[^"]*)*"(?=[\t\r\n]|\Z)')  # cel
 
 
 def read_table(name: str, text: str, separator: str | None) -> Records:
-    """The rows of a table; cells are strings.
+    """Read the rows of a table; cells are strings.
 
     Args:
         name: of the data, for messages.
@@ -91,7 +90,8 @@ def _uneven(cells: list[str], header: list[str], separator: str) -> RecordFault:
 def _rows(
     name: str, text: str, first: int, separator: str, quoted: bool, spaced: bool = False
 ) -> Iterator[Cells]:
-    """
+    """Split a table into rows.
+
     Raises:
         DataError: names the line on which the row at fault begins.
     """
@@ -137,7 +137,8 @@ def _parsed(
 
 
 def _separator(text: str) -> str:
-    """Of those in the header, outside quotes, the one that gives most rows as many cells."""
+    """Choose the separator: one in the header, outside quotes, that gives most rows as many
+    cells."""
     lines = io.StringIO(text, newline="")
     beginning = "".join(line for line, _ in zip(lines, range(_TRIED_LINES), strict=False))
     header = next(filter(str.strip, io.StringIO(beginning, newline="")), "")
@@ -159,7 +160,7 @@ def _separator(text: str) -> str:
 
 
 def _is_quoted(name: str, text: str, first: int) -> bool:
-    """Whether cells of a tab-separated table are quoted.
+    """Tell whether cells of a tab-separated table are quoted.
 
     Raises:
         DataError: it can be read either way, into other rows; names the line.
@@ -179,7 +180,7 @@ def _is_quoted(name: str, text: str, first: int) -> bool:
 
 
 def _is_spaced(text: str, separator: str) -> bool:
-    """Whether the header has a space after each separator: a, b, c."""
+    """Tell whether the header has a space after each separator: a, b, c."""
     header = next(filter(str.strip, io.StringIO(text, newline="")), "")
     rest = header.rstrip("\r\n").split(separator)[1:]
     return bool(rest) and all(re.match(" +[^ ]", cell) for cell in rest)

@@ -1,4 +1,4 @@
-"""One training run: rows in, an adapter folder out, the base untouched."""
+"""Train an adapter in one run: rows in, an adapter folder out, the base untouched."""
 
 import hashlib
 import json
@@ -62,14 +62,15 @@ _NOT_OF_THE_RUN = ("save_steps", "eval_data", "samples")
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a run made, and how it went.
+    """The adapter that a run made, and how the run went.
 
-    adapter: as written to `out`. steps: optimizer steps taken. seconds: of those of this process.
-    losses: mean over each step, nats per answer token.
+    adapter: as written to `out`. steps: optimizer steps taken. seconds: that this process took
+        for its steps.
+    losses: mean over each step, see `tasks.Task.loss`.
     before, after: the base's and the adapter's score on the held-out rows; None without any.
-    evaluations: in order, the one kept among them. best_step: whose values the adapter has.
+    evaluations: in order, including the one kept. best_step: the step of the adapter's values.
     baseline, samples: see `train.samples`; None and empty without held-out rows.
-    published: whether a server serves the adapter now; None where none was to.
+    published: whether a server serves the adapter now; None if none was asked to.
     """
 
     adapter: Adapter
@@ -104,8 +105,8 @@ def train_adapter(
 ) -> TrainReport:
     """Train an adapter of `base` on the rows in `data` and write it, with its curves, to `out`.
 
-    The base's weights change while it runs and have their original bits afterwards, however it
-    ends; only `quantize` replaces its layers for good. `out` is touched when everything has
+    The base's weights change meanwhile and have their original bits again afterwards, however the
+    run ends; only `quantize` replaces its layers for good. `out` is touched when everything has
     succeeded, or with `publish_improved` whenever an adapter is published. On one device with one
     thread count, the same base, data and config give the same adapter, byte for byte, also when
     the run was interrupted: its checkpoints lie in `NAME.training` beside `out`, and the same call
@@ -115,18 +116,18 @@ def train_adapter(
         base: as loaded; not in use by an engine.
         data: rows, see `train.data`.
         out: a new folder, an empty one, or that of an adapter, which is then replaced.
-        notify: told in a sentence what goes on. A progress bar shows on stderr where that is a
+        notify: receives sentences on the progress. A progress bar shows on stderr if that is a
             terminal.
         fresh: discard checkpoints instead of going on from them.
         publish: address of a server that loads the finished adapter, see `train.publish`.
-        publish_improved: have it load every adapter on the way as well that scores better than
-            what it serves; then the finished one, too, only if it does.
+        publish_improved: also have it load every adapter on the way that scores better than what it
+            serves; the finished one is then loaded only if it does.
 
     Raises:
         UsageError: before training, if `config`, `out` or this installation does not allow it, or
             checkpoints are of another run; while training, if the loss stops being a number or a
             file cannot be written.
-        DataError: rows at fault.
+        DataError: some rows are faulty.
     """
     # 1. Everything that can be refused is refused before anything is computed.
     processes = current()
@@ -273,7 +274,8 @@ def _improvements(
     config: TrainConfig,
     notify: Notify,
 ) -> Improvements | None:
-    """What publishes adapters that are better than the one served; None where that has no score."""
+    """Return a publisher of adapters that beat the one served; None if that one cannot be
+    scored."""
     digest = publisher.served_digest()
     if digest is None:
         return Improvements(publisher, None, notify)
@@ -292,7 +294,7 @@ def _improvements(
 
 
 def _identity(base: BaseModel, data: TrainingData, config: TrainConfig) -> dict[str, Any]:
-    """All that decides what a run does, as JSON holds it."""
+    """Return everything that decides what a run does, as JSON holds it."""
     rows = hashlib.sha256()
     for side in (data.train, data.heldout):
         rows.update(repr([(e.prompt_ids, e.answer_ids, e.target) for e in side]).encode())
@@ -320,7 +322,7 @@ def _check_extra() -> None:
 
 
 def check_place(out: Path) -> None:
-    """Refuse a folder that could not be written, before anything is loaded.
+    """Refuse a folder that cannot be written, before anything is loaded.
 
     Raises:
         UsageError
@@ -331,7 +333,7 @@ def check_place(out: Path) -> None:
 
 
 def _check_contents(out: Path, resumed: bool) -> None:
-    """Only what is an adapter of ours may be replaced, and what this run was killed at writing."""
+    """Refuse a folder that holds anything but an adapter of ours or the remains of this run."""
     if not out.is_dir() or _is_adapter_folder(out):
         return
     ours = (WEIGHTS_FILE, CONFIG_FILE, LOSS_FILE, LOG_FILE, LR_FILE)
@@ -345,7 +347,8 @@ def _check_contents(out: Path, resumed: bool) -> None:
 
 
 def _is_adapter_folder(folder: Path) -> bool:
-    """Whether the folder is ours to replace; another method's adapter has the same file names."""
+    """Tell whether the folder is ours to replace; another method's adapter has the same file
+    names."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Conversations within a row: OpenAI's messages, ShareGPT's turns, and what data sets make of them.
+"""Conversations within a row: OpenAI's messages, ShareGPT's turns, and variants of them.
 
 {"role": "user", "content": "Hi"}            content may be a list of text parts, or null
 {"from": "human", "value": "Hi"}             ShareGPT
@@ -28,7 +28,7 @@ _OF_AN_ANSWER = {"role", "content", "weight", "name"}  # of these, only content 
 
 
 class LeftOut(Exception):
-    """Why there is nothing to learn from a row, which is no fault.
+    """A row holds nothing to learn, which is not a fault; the message says why.
 
     is_gap: something is missing that other rows have; not if it was left out on purpose.
     """
@@ -42,7 +42,7 @@ class LeftOut(Exception):
 class Exchange:
     """A conversation and the answer to it.
 
-    unlearnt: answers before it. unused: keys of its message that are not learnt.
+    unlearnt: number of earlier answers. unused: keys of the answer's message that are not learnt.
     """
 
     messages: tuple[Message, ...]
@@ -52,7 +52,7 @@ class Exchange:
 
 
 def exchange(messages: Sequence[Message]) -> Exchange:
-    """A conversation's last answer that counts, and all before it.
+    """Split a conversation into its last answer that counts and all before it.
 
     Raises:
         RecordFault: it has none.
@@ -85,7 +85,7 @@ def exchange(messages: Sequence[Message]) -> Exchange:
 
 
 def messages_of(value: Any, path: str) -> list[Message]:
-    """The messages of a conversation in any of the forms, each with a role and a text.
+    """Return the messages of a conversation in any of the forms, each with a role and a text.
 
     Raises:
         RecordFault: names the message that is none.
@@ -103,7 +103,7 @@ def messages_of(value: Any, path: str) -> list[Message]:
 
 
 def from_json(value: Any) -> Any:
-    """A list that a cell of a CSV holds as text; anything else as it is."""
+    """Parse a list that a cell of a CSV holds as text; return anything else as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
@@ -113,7 +113,8 @@ def from_json(value: Any) -> Any:
 
 
 def text_of(value: Any, path: str) -> str:
-    """A text; numbers and booleans are written as Python does, whole numbers without .0.
+    """Convert a value to text; numbers and booleans as Python writes them, whole numbers without
+    .0.
 
     Raises:
         RecordFault: it is something else.
@@ -134,7 +135,7 @@ def text_of(value: Any, path: str) -> str:
 
 
 def weight_of(value: Any) -> bool:
-    """Whether a row or an answer of this weight is learnt.
+    """Tell whether a row or an answer of this weight is learnt.
 
     Raises:
         RecordFault: it is to be learnt in part.
@@ -173,8 +174,8 @@ def _message(raw: Any, path: str) -> Message:
 
 
 def _content(value: Any, path: str) -> str:
-    """The text of a message; of parts, one below the other; of null, which stands beside tool
-    calls, nothing."""
+    """Return the text of a message: parts one below the other; null, which stands beside tool
+    calls, as an empty text."""
     if value is None:
         return ""
     if not isinstance(value, list):
@@ -190,7 +191,7 @@ def _content(value: Any, path: str) -> str:
 
 
 def _tool_calls(text: str, path: str) -> list[Any]:
-    """ShareGPT's {"name": ..., "arguments": {...}} as OpenAI has it."""
+    """Convert ShareGPT's {"name": ..., "arguments": {...}} to OpenAI's form."""
     try:
         call = json.loads(text)
     except (ValueError, RecursionError):
