@@ -47,7 +47,7 @@ class BypassContext:
 
     @contextmanager
     def applying(self, plan: StepPlan, num_decodes: int = 0) -> Iterator[None]:
-        """Apply a plan in every layer until the block ends. Refuses nesting.
+        """Apply a plan in every layer until the block ends; refuse nesting.
 
         Args:
             num_decodes: of its tokens, which come first; the others are of prompts.
@@ -60,7 +60,7 @@ class BypassContext:
             self.plan = None
 
     def multiply(self, matrix: FrozenMatrix, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The product for x [tokens, d_in] of the running forward."""
+        """Return the product for x [tokens, d_in] of the running forward."""
         if not self.fixed_shapes:
             return matrix.multiply(x, bias)
         decodes, prompts = x[: self._num_decodes], x[self._num_decodes :]
@@ -107,7 +107,8 @@ class BypassSite:
         return {name: rows.stop - rows.start for name, rows in self.rows.items()}
 
     def output(self, name: str, x: Tensor) -> Tensor:
-        """One member's y [..., d_out] for x [..., d_in]; all are computed when the first asks."""
+        """Return one member's y [..., d_out] for x [..., d_in]; the first call computes all
+        members."""
         if x is not self._input or name not in self._unread:
             self._output = self._forward(x)
             self._input, self._unread = x, set(self.rows)
@@ -148,7 +149,7 @@ class BypassSite:
         return products[0] if len(products) == 1 else torch.cat(products)
 
     def _bias_with(self, adds: Sequence[tuple[BypassTable, int, int]]) -> Tensor | None:
-        """The bias with values added, summed in float32 and rounded once."""
+        """Return the bias with values added, summed in float32 and rounded once."""
         adds = [add for add in adds if add[0].index is None]
         if not adds or self.bias is None:
             return self.bias
@@ -185,7 +186,7 @@ class BypassSite:
 
 
 class BypassLinear(nn.Module):
-    """y = W x + b, and each token's bypass on top; its share of a BypassSite.
+    """A layer y = W x + b with each token's bypass on top; its share of a BypassSite.
 
     Its weight changes only by merging, see `model/merge.py`. Where the site's matrix is packed,
     `weight` is a copy made when asked for, and stands in `state_dict` like any other.
@@ -299,7 +300,8 @@ def attach_bypass(model: Any, fixed_shapes: bool = False) -> AttachedBypass:
 
 
 def plain_layers(model: nn.Module) -> dict[str, BypassLinear]:
-    """A BypassLinear on the parameters of every adaptable module; the model stays as it is."""
+    """Return a BypassLinear on the parameters of every adaptable module; the model stays as it
+    is."""
     context = BypassContext()
     return {
         name: BypassLinear(module, name, BypassSite({name: module}, context))
@@ -308,13 +310,14 @@ def plain_layers(model: nn.Module) -> dict[str, BypassLinear]:
 
 
 def _joined(tensors: Sequence[Any]) -> Tensor | None:
-    """Weights or biases one below the other; one alone is no copy, and None stands for none."""
+    """Put weights or biases one below the other; a single one is not copied; without any return
+    None."""
     parts = [t.detach() for t in tensors if isinstance(t, Tensor)]
     return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
 
 
 def _groups(modules: Mapping[str, nn.Module]) -> list[list[str]]:
-    """The names of all modules, those that can be multiplied as one matrix together."""
+    """Group the names of all modules by what can be multiplied as one matrix."""
     groups: dict[str, list[str]] = {}
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")

@@ -1,7 +1,7 @@
-"""Adapters of other formats become ours, and ours PEFT's SHiRA.
+"""Convert adapters of other formats to ours, and ours to PEFT's SHiRA.
 
-Whatever the origin, it comes down to single entries of the base's weights. They are written as rows
-of k: the largest |value| of a row where it has more, filled up with zeros where it has fewer.
+Every origin is reduced to single entries of the base's weights. They are written as rows of k: the
+largest |value| of a row that has more, filled up with zeros where a row has fewer.
 """
 
 import math
@@ -64,7 +64,7 @@ _RIGHT_BASE = 0.99  # of the entries among the largest weights; below it, a warn
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came of a conversion.
+    """The result of a conversion.
 
     adapter: as written.
     num_entries: values that the origin changes, none of them 0.
@@ -81,7 +81,7 @@ class Conversion:
 
     @property
     def filled(self) -> float:
-        """Share of the adapter's values that only fill rows up."""
+        """Return the share of the adapter's values that only fill rows up."""
         return _filled(self.adapter)
 
 
@@ -92,7 +92,7 @@ def _filled(adapter: Adapter) -> float:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What is to be converted.
+    """The changes that are to be converted.
 
     energy: by module, of all that the origin changes, where modules have only a part of it.
     biases: [d_out] float32 what is added to biases, by module, all of them among modules.
@@ -263,7 +263,7 @@ def convert_diff(
 
 
 def export_shira(source: ModelSource, adapter: Path, out: Path) -> int:
-    """Write an adapter as PEFT's SHiRA, see `write_shira`; its r.
+    """Write an adapter as PEFT's SHiRA, see `write_shira`, and return its r.
 
     Args:
         source: the adapter's base.
@@ -299,12 +299,13 @@ def _check_arguments(out: Path, k: int | None, dtype: str) -> None:
 
 
 def _loaded(source: ModelSource) -> BaseModel:
-    """In the dtype that is stored, on the host, where only weights that are read take memory."""
+    """Load a base in its stored dtype, on the host, where only weights that are read take
+    memory."""
     return load_base(source, "auto", "cpu")
 
 
 def _matrix(module: Any) -> Tensor:
-    """[d_out, d_in], a view."""
+    """Return a layer's weight as [d_out, d_in], a view."""
     weight: Tensor = module.weight.detach()
     return weight.t() if is_transposed(module) else weight
 
@@ -317,7 +318,7 @@ def _whole(
     selection: str,
     metadata: Mapping[str, Any],
 ) -> _Origin:
-    """An origin all of whose entries are at hand.
+    """Make an origin whose entries are all at hand.
 
     Raises:
         AdapterFormatError: the base has no such entries.
@@ -336,7 +337,7 @@ def _whole(
 
 
 def _official_biases(base: BaseModel, source: str, run: OfficialRun) -> dict[str, Tensor]:
-    """What a run has added to the base's biases.
+    """Return the changes that a run has made to the base's biases.
 
     Raises:
         AdapterFormatError: the base has no such biases.
@@ -383,8 +384,8 @@ def _check_places(base: BaseModel, source: str, modules: Mapping[str, Entries]) 
 
 
 def _share_of_largest(base: BaseModel, modules: Mapping[str, Entries]) -> float:
-    """Share of the entries whose weights are among the largest of their rows, as many as the row
-    has; compared in bfloat16, in which the official code selects as a rule."""
+    """Return the share of the entries whose weights are among the largest of their rows, as many as
+    the row has; compared in bfloat16, in which the official code usually selects."""
     adaptable = adaptable_modules(base.model)
     among = total = 0
     for name, entries in modules.items():
@@ -398,7 +399,7 @@ def _share_of_largest(base: BaseModel, modules: Mapping[str, Entries]) -> float:
 
 
 def _written(base: BaseModel, origin: _Origin, out: Path, k: int | None, dtype: str) -> Conversion:
-    """Write what the origin changes as an adapter of the base."""
+    """Write the origin's changes as an adapter of the base."""
     narrowest = min(origin.modules, key=lambda name: base.spec.shapes[name][1])
     d_in = base.spec.shapes[narrowest][1]
     fullest = max(origin.modules, key=lambda name: origin.modules[name].most_in_a_row())
@@ -464,13 +465,14 @@ def _written(base: BaseModel, origin: _Origin, out: Path, k: int | None, dtype: 
 
 
 def _enough_k(origin: _Origin, most: int) -> int:
-    """The smallest k that keeps nearly all energy."""
+    """Return the smallest k that keeps nearly all energy."""
     by_rank = torch.stack([e.energy_by_rank(most) for e in origin.modules.values()]).sum(0)
     return int((by_rank.cumsum(0) < _NEARLY_ALL * by_rank.sum()).sum()) + 1
 
 
 def _recorded(found: Mapping[str, Any], keys: Collection[str] | None = None) -> dict[str, Any]:
-    """What of a file's settings an adapter's metadata can hold: texts and finite numbers."""
+    """Keep those settings of a file that an adapter's metadata can hold: texts and finite
+    numbers."""
     recorded: dict[str, Any] = {}
     for key, value in found.items():
         if keys is None or key in keys:
@@ -482,7 +484,7 @@ def _recorded(found: Mapping[str, Any], keys: Collection[str] | None = None) -> 
 
 
 def _as_text(text: str) -> str:
-    """At most so many characters, and all of them Unicode."""
+    """Cut a text to a length, and replace what is not Unicode."""
     return text[:_LONGEST_TEXT].encode("utf-8", "replace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Where two checkpoints of one architecture differ."""
+"""Compare two checkpoints of one architecture."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ from neuroada_serve.model.loader import BaseModel, adaptable_modules, matrix_sha
 
 
 def check_same_architecture(base: BaseModel, model: Any, name: str) -> None:
-    """
+    """Refuse a model that is not of the base's architecture.
+
     Raises:
         ModelError: the model, of this name, is of another kind than the base, or has other layers.
     """
@@ -29,7 +30,7 @@ def check_same_architecture(base: BaseModel, model: Any, name: str) -> None:
 
 
 def bias_difference(ours: Any, theirs: Any) -> Tensor | None:
-    """[d_out] float32, where two layers' biases differ."""
+    """Return the difference of two layers' biases, [d_out] float32; None where they are equal."""
     if ours.bias is None or theirs.bias is None:
         return None
     difference: Tensor = theirs.bias.detach().float() - ours.bias.detach().float()
@@ -37,7 +38,7 @@ def bias_difference(ours: Any, theirs: Any) -> Tensor | None:
 
 
 def other_differences(base: Any, tuned: Any) -> list[str]:
-    """Names of parameters that differ and that an adapter cannot change."""
+    """Return the names of parameters that differ and that an adapter cannot change."""
     ours, theirs = dict(base.named_parameters()), dict(tuned.named_parameters())
     adapted = {f"{m}.{kind}" for m in adaptable_modules(base) for kind in ("weight", "bias")}
     return [

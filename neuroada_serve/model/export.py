@@ -26,7 +26,7 @@ RECORD_FILE = "neuroada_merge.json"
 def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "auto") -> None:
     """Merge the adapter into a copy of the base and save it, tokenizer and all, in `out`.
 
-    Any runtime can load the result; of a classifier it is transformers' own kind for sequences,
+    Any runtime can load the result; a classifier becomes transformers' own kind for sequences,
     which AutoModelForSequenceClassification loads. RECORD_FILE in it names base and adapter. `out`
     appears only once it is whole.
 
@@ -68,7 +68,7 @@ def export_merged(source: ModelSource, adapter: Path, out: Path, dtype: str = "a
 
 
 def _end_as_served(base: BaseModel) -> None:
-    """Have the checkpoint's answers end where ours do: generation configs often lack the token by
+    """Let the checkpoint's answers end where ours do: generation configs often lack the token by
     which the chat template, and so a trained answer, ends."""
     config = base.model.generation_config
     known = config.eos_token_id
@@ -78,7 +78,7 @@ def _end_as_served(base: BaseModel) -> None:
 
 
 def _with_head(base: BaseModel, adapter: Adapter) -> Any:
-    """transformers' own classifier with the base's weights and the adapter's head."""
+    """Return transformers' own classifier with the base's weights and the adapter's head."""
     config = copy.deepcopy(base.model.config)
     config.id2label = dict(enumerate(adapter.config.labels))
     config.label2id = {label: i for i, label in enumerate(adapter.config.labels)}

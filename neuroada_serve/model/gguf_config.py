@@ -1,4 +1,4 @@
-"""What a GGUF model's settings are in transformers' terms, architecture by architecture.
+"""Translate a GGUF model's settings to transformers' terms, architecture by architecture.
 
 The meaning of keys and tensors is llama.cpp's, of its converter and its graphs.
 """
@@ -18,15 +18,15 @@ _MLP_BIASES = frozenset({"ffn_gate", "ffn_up", "ffn_down"})
 
 @dataclass(frozen=True)
 class Architecture:
-    """A kind of model that is converted.
+    """An architecture that can be converted.
 
     model_type: transformers' name of it.
     biases: by config flag ("": no flag, transformers always has them), the tensors of a block whose
         biases a file may have or leave out.
     rope: tensors of rotary factors that it reads.
-    swaps_rotary_halves: whether llama.cpp keeps the rows of q and k in another order.
-    norms_add_one: whether a norm's weight is stored as 1 + what transformers stores.
-    transposes: whether transformers stores a block's matrices transposed (Conv1D).
+    swaps_rotary_halves: llama.cpp keeps the rows of q and k in another order.
+    norms_add_one: the file stores a norm's weight as 1 + transformers' weight.
+    transposes: transformers stores a block's matrices transposed (Conv1D).
     """
 
     model_type: str
@@ -74,7 +74,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 
 
 def architecture_of(file: GgufFile) -> tuple[str, Architecture]:
-    """The file's architecture, by llama.cpp's name.
+    """Return the file's architecture, found by llama.cpp's name.
 
     Raises:
         ModelError: one that is not converted, or no model at all.
@@ -91,7 +91,7 @@ def architecture_of(file: GgufFile) -> tuple[str, Architecture]:
 
 
 def config_of(file: GgufFile) -> dict[str, Any]:
-    """The arguments of transformers' config for this model.
+    """Return the arguments of transformers' config for this model.
 
     Raises:
         ModelError: a setting is missing, or is one that transformers' model cannot follow.
@@ -111,7 +111,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
 
 
 def bias_kinds(file: GgufFile) -> frozenset[str]:
-    """Tensors of a block that have biases in this file."""
+    """Return the tensors of a block that have biases in this file."""
     parts = [name.split(".") for name in file.tensors]
     return frozenset(p[2] for p in parts if len(p) == 4 and p[0] == "blk" and p[3] == "bias")
 
@@ -123,7 +123,7 @@ _OWN_KEYS = {
 
 
 def _decoder(file: GgufFile, keys: Keys, name: str, architecture: Architecture) -> dict[str, Any]:
-    """All but GPT-2, which are alike but for a few settings."""
+    """Return the config of every architecture but GPT-2; they differ in a few settings only."""
     hidden, heads = keys.count("embedding_length"), keys.count("attention.head_count")
     head_dim = keys.count("attention.key_length", hidden // heads if heads else 0)
     keys.refuse_unless("attention.value_length", (head_dim,))
@@ -189,7 +189,7 @@ def _gemma3(file: GgufFile, keys: Keys, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _layer_types(file: GgufFile, keys: Keys, config: Mapping[str, Any], usual: int) -> list[str]:
-    """Which layers look at a window alone: all but every n-th, or as listed."""
+    """Return the type of each layer: all but every n-th see a window alone, or those listed do."""
     layers = config["num_hidden_layers"]
     pattern = keys.value("attention.sliding_window_pattern", usual)
     if isinstance(pattern, int):
@@ -204,7 +204,8 @@ def _layer_types(file: GgufFile, keys: Keys, config: Mapping[str, Any], usual: i
 def _attention_scalar(
     file: GgufFile, keys: Keys, config: Mapping[str, Any], layers_of_27b: int
 ) -> int:
-    """What scores are divided by the root of. No key has it, and the 27B models have their own."""
+    """Return the number whose root divides attention scores. No key holds it, and 27B models have
+    one of their own."""
     scalar = int(config["head_dim"])
     if config["num_hidden_layers"] == layers_of_27b:
         scalar = int(config["hidden_size"]) // int(config["num_attention_heads"])
@@ -267,7 +268,7 @@ def _vocabulary(file: GgufFile, keys: Keys) -> dict[str, Any]:
 
 
 def special_ids(file: GgufFile) -> dict[str, int]:
-    """Tokens with a part to play, by transformers' names; eot and eom as llama.cpp's."""
+    """Return the ids of special tokens by transformers' names; eot and eom by llama.cpp's."""
     names = {
         "bos_token_id": "bos_token_id",
         "eos_token_id": "eos_token_id",

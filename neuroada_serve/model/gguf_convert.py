@@ -1,6 +1,8 @@
-"""GGUF to a Hugging Face folder: every tensor of the file in its place, every parameter filled.
+"""Convert GGUF to a Hugging Face folder: every tensor of the file in its place, every parameter
+filled.
 
-What cannot be converted exactly is refused by name: what is served is the model in the file.
+Tensors that cannot be converted exactly are refused by name, so the model that is served is the one
+in the file.
 """
 
 import json
@@ -67,7 +69,7 @@ def convert_gguf(
 
 @contextmanager
 def _refusing(file: GgufFile) -> Iterator[None]:
-    """transformers' errors inside become a ModelError."""
+    """Turn transformers' errors inside a block into a ModelError."""
     try:
         with quiet_transformers():
             yield
@@ -82,7 +84,7 @@ def _refusing(file: GgufFile) -> Iterator[None]:
 
 
 def _stored_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Parameters and buffers that a checkpoint of this model has; tied ones once."""
+    """Return the parameters and buffers that a checkpoint of this model has; tied ones once."""
     once = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     return {name: tuple(model.state_dict()[name].shape) for name in sorted(once.values())}
 
@@ -90,7 +92,8 @@ def _stored_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 def _sources(
     file: GgufFile, architecture: Architecture, config: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str | None]:
-    """Which tensor of the file fills which parameter; None: a bias that the file has nowhere.
+    """Map each parameter to the tensor of the file that fills it; None: a bias that the file lacks
+    everywhere.
 
     Raises:
         ModelError: a parameter without a tensor, a tensor without a place, or of another shape.
@@ -134,7 +137,7 @@ def _weights(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters as transformers stores them, one at a time."""
+    """Yield parameters as transformers stores them, one at a time."""
     for parameter, source in sources.items():
         if source is None:
             yield parameter, torch.zeros(shapes[parameter], dtype=dtype)
@@ -152,8 +155,8 @@ def _weights(
 
 
 def _halves_apart(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of q or k: llama.cpp keeps the two that rotate together side by side in each head,
-    transformers half a head apart."""
+    """Reorder rows of q or k: llama.cpp keeps the two that rotate together side by side in each
+    head, transformers half a head apart."""
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
@@ -169,7 +172,7 @@ def _write_weights(
     dtype: torch.dtype,
     folder: Path,
 ) -> None:
-    """Weight files as transformers names them, in shards where they are large."""
+    """Write weight files as transformers names them, in shards where they are large."""
     shards: list[list[str]] = [[]]
     size_bytes = 0
     for name, shape in shapes.items():
@@ -200,7 +203,8 @@ def _write_weights(
 
 
 def _generation_config(file: GgufFile) -> Any:
-    """Ids that begin, end and fill texts. An answer ends at the end of a text, turn or message."""
+    """Return the ids that begin, end and fill texts. An answer ends at the end of a text, turn or
+    message."""
     ids = special_ids(file)
     ends = [ids[name] for name in ("eos_token_id", "eot_token_id", "eom_token_id") if name in ids]
     ends = list(dict.fromkeys(ends))

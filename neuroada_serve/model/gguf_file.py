@@ -1,4 +1,4 @@
-"""A GGUF file, whole or split in parts, as metadata and tensors."""
+"""Read a GGUF file, whole or split in parts, as metadata and tensors."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ _MOST_NAMED = 5
 
 
 def gguf_stem(path: Path) -> str:
-    """The model's name: the file's, without its number where it is a part."""
+    """Return the model's name: the file's, without the number of a part."""
     part = _PART.fullmatch(path.name)
     return part["stem"] if part else path.stem
 
 
 def gguf_parts(path: Path) -> list[Path]:
-    """All files of the model that this one belongs to, in order.
+    """Return all files of the model that this one belongs to, in order.
 
     Raises:
         ModelError: this file or another part is not there; it names them.
@@ -47,14 +47,14 @@ def gguf_parts(path: Path) -> list[Path]:
 
 
 def named(names: Sequence[str]) -> str:
-    """The first few of these names, and how many more there are."""
+    """Join the first few of these names, and say how many more there are."""
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a GGUF model holds.
+    """The contents of a GGUF model.
 
     name: of the file, for messages.
     metadata: its keys and values, those of the first part where it is split.
@@ -69,11 +69,11 @@ class GgufFile:
         return ModelError(f"{self.name} cannot be read as a GGUF causal LM: {reason}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """In torch's order; GGUF lists dimensions the other way round."""
+        """Return a tensor's shape in torch's order; GGUF lists dimensions the other way round."""
         return tuple(reversed(self.tensors[name].shape.tolist()))
 
     def values(self, name: str) -> np.ndarray[Any, Any]:
-        """A tensor's numbers, float32.
+        """Return a tensor's numbers as float32.
 
         Raises:
             ModelError: stored in a way that the gguf package has no reader for.
@@ -88,13 +88,13 @@ class GgufFile:
 
     @property
     def is_float32(self) -> bool:
-        """Whether all matrices are stored in float32."""
+        """All matrices are stored in float32."""
         matrices = [t for t in self.tensors.values() if len(t.shape) > 1]
         return all(t.tensor_type == GGMLQuantizationType.F32 for t in matrices)
 
 
 def read_gguf(parts: Sequence[Path]) -> GgufFile:
-    """The model in these files, in order. Tensors are mapped, not read yet.
+    """Read the model in these files, in order. Tensors are mapped, not read yet.
 
     Raises:
         ModelError: no GGUF, cut short or damaged, or parts of different models.

@@ -1,4 +1,4 @@
-"""The settings of a GGUF model, each of which must be understood."""
+"""Read the settings of a GGUF model, each of which must be understood."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from neuroada_serve.model.gguf_file import GgufFile, named
 
 
 class Keys:
-    """A GGUF file's settings, `ARCHITECTURE.name`, by name.
+    """The settings of a GGUF file by name, `ARCHITECTURE.name`.
 
-    What is asked for is understood; `refuse_others` refuses what nobody has asked for: dropping it
-    could make this another model.
+    A setting that is read counts as understood; `refuse_others` refuses all that were never read:
+    dropping them could make this another model.
     """
 
     def __init__(self, file: GgufFile, architecture: str) -> None:
@@ -30,21 +30,22 @@ class Keys:
         return name in self._values
 
     def value(self, name: str, default: Any = None) -> Any:
-        """As stored. None as default: it must be there."""
+        """Return a setting as stored. None as default: it must be there."""
         self._asked.add(name)
         if (found := self._values.get(name, default)) is None:
             raise self._file.refusal(f"it lacks key {self._prefix}{name}")
         return found
 
     def number(self, name: str, default: float | None = None) -> float:
-        """The shortest decimal that is the file's float32: 1e-05, not 9.999999747378752e-06."""
+        """Return the shortest decimal that is the file's float32: 1e-05, not
+        9.999999747378752e-06."""
         value = self.value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._file.refusal(f"{self._prefix}{name} is {value!r}, not a number")
         return float(str(np.float32(value)))
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number; a list, one for each layer, whose entries are all the same is one too."""
+        """Return a whole number; a list of equal entries, one for each layer, counts as one."""
         value = self.value(name, default)
         if isinstance(value, list) and value and all(entry == value[0] for entry in value):
             value = value[0]
@@ -56,11 +57,11 @@ class Keys:
         return str(self.value(name, default))
 
     def accept(self, *names: str) -> None:
-        """These change nothing that is computed."""
+        """Accept settings that change nothing that is computed."""
         self._asked.update(names)
 
     def refuse_unless(self, name: str, harmless: Sequence[Any]) -> None:
-        """Refuse a setting that is there with any value but these."""
+        """Refuse a setting with any value but these."""
         self._asked.add(name)
         value = self._values.get(name)
         if value is not None and not any(_same(value, one) for one in harmless):
@@ -79,7 +80,7 @@ class Keys:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Equal, or in a file's float32 as good as equal."""
+    """Tell whether two values are equal, or differ by no more than a file's float32 does."""
     if isinstance(value, float) and isinstance(other, float):
         return math.isclose(value, other, rel_tol=1e-6)
     return bool(value == other)

@@ -1,4 +1,4 @@
-"""How a GGUF file scales rotary positions, as transformers' rope_parameters."""
+"""Translate a GGUF file's rotary scaling to transformers' rope_parameters."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ _ORIGINAL_LENGTHS = (8192, *(2**power for power in range(4, 21)))
 
 
 def rope_parameters(file: GgufFile, keys: Keys, dim: int, places: frozenset[str]) -> dict[str, Any]:
-    """The rotary positions of a model, all its layers alike.
+    """Return the rotary positions of a model whose layers are all alike.
 
     Args:
-        dim: how much of a head is rotated.
+        dim: number of a head's dimensions that are rotated.
         places: those of FREQS, LONG and SHORT that this architecture reads.
 
     Raises:
@@ -72,7 +72,7 @@ def rope_parameters(file: GgufFile, keys: Keys, dim: int, places: frozenset[str]
 
 
 def _yarn_settings(keys: Keys) -> dict[str, float]:
-    """Those that transformers' yarn takes; the others must be neutral."""
+    """Return the settings that transformers' yarn takes; the others must be neutral."""
     keys.refuse_unless("rope.scaling.yarn_ext_factor", (-1.0, 1.0))
     keys.refuse_unless("rope.scaling.yarn_log_multiplier", (0.0,))
     keys.refuse_unless("rope.scaling.alpha", (0.0,))
@@ -104,14 +104,14 @@ def _longrope(
 
 
 def _shortest(values: np.ndarray[Any, Any]) -> list[float]:
-    """Decimals that are these float32 values and no longer than needed."""
+    """Return the shortest decimals that are these float32 values."""
     return [float(str(value)) for value in values]
 
 
 def _llama3(
     factors: np.ndarray[Any, Any], theta: float, dim: int, original: int
 ) -> dict[str, Any] | None:
-    """Llama 3.1's settings if these are its factors to the last bits, else None.
+    """Return Llama 3.1's settings if these are its factors to the last bit, else None.
 
     A file has the factors alone. Other settings are served as longrope with one list of factors,
     which is the same rotation.
@@ -131,7 +131,7 @@ def _llama3(
 
 
 def _llama3_factors(factor: float, length: int, theta: float, dim: int) -> np.ndarray[Any, Any]:
-    """By how much Llama 3.1 divides each frequency."""
+    """Return the factors by which Llama 3.1 divides each frequency."""
     turns = length / (2 * math.pi * theta ** (np.arange(0, dim, 2) / dim))
     smooth = (turns - _LOW_FREQ_FACTOR) / (_HIGH_FREQ_FACTOR - _LOW_FREQ_FACTOR)
     smooth = np.clip(smooth, 0, 1)

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file, as transformers builds it, and checked against the file."""
+"""Build the tokenizer in a GGUF file with transformers, and check it against the file."""
 
 import json
 from collections.abc import Callable
@@ -31,11 +31,11 @@ _WITH_LONE_DIGITS = frozenset(
 def tokenizer_of(
     file: GgufFile, path: Path, notify: Callable[[str], None] = lambda message: None
 ) -> Any:
-    """The file's tokenizer, with its chat template and its special tokens.
+    """Return the file's tokenizer, with its chat template and its special tokens.
 
     Args:
         path: the file, or the first of its parts.
-        notify: told of a way to cut texts that is not known here.
+        notify: told if the file's way to cut texts is not known here.
 
     Raises:
         ModelError: the file lacks what its kind of tokenizer needs, a merge is none, or a special
@@ -64,7 +64,8 @@ def tokenizer_of(
 
 
 def _check_merges(file: GgufFile) -> None:
-    """
+    """Check the merges of a tokenizer.
+
     Raises:
         ModelError: a merge is not two tokens whose union is one.
     """
@@ -81,7 +82,7 @@ def _check_merges(file: GgufFile) -> None:
 
 
 def _set_cut(file: GgufFile, tokenizer: Any, notify: Callable[[str], None]) -> None:
-    """Cut texts before the merges as llama.cpp does, where that is known."""
+    """Cut texts before the merges as llama.cpp does, if that way is known."""
     backend = tokenizer.backend_tokenizer
     if not isinstance(backend.pre_tokenizer, ByteLevel):  # transformers knows how
         return
@@ -99,8 +100,8 @@ def _set_cut(file: GgufFile, tokenizer: Any, notify: Callable[[str], None]) -> N
 
 
 def _without_tokens_from(size: int, tokenizer: Any) -> Any:
-    """The same tokenizer less the tokens that transformers' classes add where a file has none of
-    these names, `<|endoftext|>` say. The model has no embeddings for them."""
+    """Remove the tokens that transformers' classes add where a file has none of these names, for
+    example `<|endoftext|>`. The model has no embeddings for them."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["added_tokens"] = [t for t in backend["added_tokens"] if t["id"] < size]
     known = {token["content"] for token in backend["added_tokens"]} | set(backend["model"]["vocab"])

@@ -1,4 +1,5 @@
-"""Base model in: weights, tokenizer, adaptable modules and fingerprint of a safetensors folder."""
+"""Load a base model from a safetensors folder: weights, tokenizer, adaptable modules,
+fingerprint."""
 
 import hashlib
 import json
@@ -37,13 +38,13 @@ class BaseModel:
 
     model: a transformers causal LM in eval mode, all parameters frozen.
     tokenizer: its tokenizer, with the chat template if it has one.
-    spec: what adapters are checked against.
+    spec: the properties that adapters are checked against.
     eos_token_ids: all tokens that end an answer: those of the model's and the tokenizer's configs,
         and the one that the chat template writes after an answer.
     max_model_len: most tokens of a sequence, by which its rotation was chosen.
     vocab_size: tokens that the model has an embedding and a score for; the tokenizer may know more.
-    turn_end: what the chat template writes after an answer, as far as that is known.
-    template_fault: why the chat template renders nothing, as a clause about the base.
+    turn_end: the text that the chat template writes after an answer, as far as that is known.
+    template_fault: the reason why the chat template renders nothing, as a clause about the base.
     """
 
     model: Any  # PreTrainedModel; its class differs per architecture and is untyped upstream
@@ -117,7 +118,8 @@ def load_base(
 
 
 def with_model_len(base: BaseModel, max_model_len: int) -> BaseModel:
-    """The same model for sequences of up to max_model_len tokens: what `load_base` would give.
+    """Return the same model for sequences of up to max_model_len tokens, as `load_base` would give
+    it.
 
     Raises:
         UsageError: the positions allow fewer.
@@ -136,7 +138,7 @@ def _model_len(config: Any, wanted: int | None) -> int:
 
 
 def load_checked(source: ModelSource) -> Any:
-    """The model alone, on the host, frozen, refused as `load_base` refuses it.
+    """Load the model alone, on the host, frozen, refused as `load_base` refuses it.
 
     Raises:
         ModelError
@@ -151,7 +153,7 @@ def load_checked(source: ModelSource) -> Any:
 
 @contextmanager
 def _refusing(source: ModelSource) -> Iterator[None]:
-    """transformers' errors inside become a ModelError."""
+    """Turn transformers' errors inside a block into a ModelError."""
     try:
         with quiet_transformers():
             yield
@@ -163,10 +165,11 @@ def _refusing(source: ModelSource) -> Iterator[None]:
 
 
 def load_model(path: Path) -> tuple[Any, Mapping[str, Any]]:
-    """The causal LM in a folder, on the host, and transformers' report on its tensors.
+    """Load the causal LM in a folder, on the host; return it with transformers' report on its
+    tensors.
 
-    In the config's dtype. Where the files have that too, as good as always, the parameters are the
-    mapped files: nothing is read before it is used or placed.
+    Parameters have the config's dtype. Where the files have it too, which is nearly always, the
+    parameters are the mapped files: nothing is read before it is used or placed.
     """
     model, report = AutoModelForCausalLM.from_pretrained(
         path,
@@ -197,7 +200,7 @@ def place_(model: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
 
 
 def _stored_dtypes(folder: Path) -> dict[str, str]:
-    """The tensors in the weight files, by name, with safetensors' word for their dtype.
+    """Return the tensors in the weight files, by name, with safetensors' name of their dtype.
 
     Raises:
         ModelError: files that the index names are not there, or it names none.
@@ -216,15 +219,15 @@ def _stored_dtypes(folder: Path) -> dict[str, str]:
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Join the first few names, and say how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def _faults(model: Any, report: Mapping[str, Any], stored: Mapping[str, str]) -> list[str]:
-    """Why the stored tensors are not this model's. transformers itself draws what is missing at
-    random, passes over what some classes list as often missing, drops what it has no place for, and
+    """Say why the stored tensors are not this model's. transformers itself draws missing tensors at
+    random, ignores those that some classes list as often missing, drops those without a place, and
     takes whole numbers for weights."""
     lacking = set(report["missing_keys"])
     tensors = model.state_dict()
@@ -273,19 +276,19 @@ def _spec(source: ModelSource, model: Any) -> BaseSpec:
 
 
 def _vocab_size(model: Any) -> int:
-    """Tokens with both an embedding and a score."""
+    """Return the number of tokens with both an embedding and a score."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(len(end.weight) for end in ends if end is not None)
 
 
 def _hidden_size(model: Any) -> int | None:
-    """What the output head takes."""
+    """Return the width of the output head's input."""
     size = getattr(model.get_output_embeddings(), "in_features", None)
     return None if size is None else int(size)
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, Any]:
-    """Every Linear (and GPT-2 Conv1D) inside the model's blocks, by name.
+    """Return every Linear (and GPT-2 Conv1D) inside the model's blocks, by name.
 
     For Llama and its kin: q, k, v, o, gate, up and down_proj of every layer. Embeddings, norms and
     the output head stay out.
@@ -298,24 +301,24 @@ def adaptable_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether weight is [d_in, d_out] (GPT-2's Conv1D), not [d_out, d_in]."""
+    """Tell whether a module's weight is [d_in, d_out] (GPT-2's Conv1D), not [d_out, d_in]."""
     return isinstance(module, Conv1D)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in place of the one of that name."""
+    """Put a module in place of the one with that name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def matrix_shape(module: Any) -> tuple[int, int]:
-    """(d_out, d_in)."""
+    """Return (d_out, d_in) of a module."""
     rows, columns = module.weight.shape
     return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
 def find_device(device: str) -> torch.device:
-    """The device of this name; auto takes CUDA where there is any.
+    """Return the device of this name; auto takes CUDA if there is any.
 
     Raises:
         ModelError: unknown, or not there.
@@ -343,7 +346,8 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def base_fingerprint(folder: Path, modules: list[str], prefix: str) -> str:
-    """sha256 over the weights of `modules` as stored in the folder: names, dtypes, shapes, bytes.
+    """Return the sha256 over the weights of `modules` as stored in the folder: names, dtypes,
+    shapes, bytes.
 
     Sharding, the dtype that is loaded and everything besides these weights do not change it. Kept
     in the folder with the sizes and times of the weight files, and computed again when they change.
@@ -407,7 +411,8 @@ def _hash_weights(files: list[Path], modules: list[str], prefix: str) -> str:
 
 
 def _variants(name: str, prefix: str) -> tuple[str, ...]:
-    """Checkpoints may leave out, or add, the prefix of the headless model."""
+    """Return a module's possible names: checkpoints may leave out, or add, the prefix of the
+    headless model."""
     return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
 
 

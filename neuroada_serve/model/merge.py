@@ -48,10 +48,11 @@ class WeightMerger:
         return self._merged is not None
 
     def originals(self, table: IndexTable) -> Tensor:
-        """[nnz] the base's weights at an index, and its biases, whatever is merged just now.
+        """Return the base's weights at an index, and its biases, [nnz], whatever is merged at
+        present.
 
         Raises:
-            DirtyWeightsError: the weights are not usable, or no longer so.
+            DirtyWeightsError: the weights are not usable any more.
         """
         self._refuse_if_dirty()
         merged = self._merged
@@ -70,10 +71,10 @@ class WeightMerger:
         return originals
 
     def merge(self, adapter: AdapterValues, originals: Tensor | None = None) -> None:
-        """Make the weights those of `adapter`; a merged one is swapped out. All or nothing.
+        """Make the weights those of `adapter`, swapping out a merged one. All or nothing.
 
         Args:
-            originals: what `originals` says of the adapter's table, where that is at hand.
+            originals: the result of `originals` for the adapter's table, if it is at hand.
 
         Raises:
             AdapterFormatError: a merged weight overflows the dtype; nothing has changed.
@@ -98,7 +99,7 @@ class WeightMerger:
             raise
 
     def unmerge(self) -> None:
-        """Give the base weights back, bit for bit; without a merged adapter, do nothing.
+        """Restore the base weights, bit for bit; without a merged adapter, do nothing.
 
         Raises:
             DirtyWeightsError: that failed; the weights are no longer usable.
@@ -142,7 +143,7 @@ class WeightMerger:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """sha256 over every parameter and buffer as it is now: name, dtype, shape, bytes."""
+    """Return the sha256 over every parameter and buffer as it is now: name, dtype, shape, bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

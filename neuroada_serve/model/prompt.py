@@ -1,4 +1,4 @@
-"""Text and conversations to token ids, the same way for serving, training and evaluation.
+"""Encode text and conversations as token ids, the same way for serving, training and evaluation.
 
 Text inside prompts and messages may name special tokens, such as <|im_end|>: they are read as the
 tokens, wherever the text comes from, as vLLM reads them.
@@ -18,7 +18,7 @@ _ROLES = {"developer": "system"}  # the newer name of one role
 
 
 def encode_text(base: BaseModel, text: str) -> list[int]:
-    """Token ids of a plain prompt, with the special tokens that the tokenizer adds in front.
+    """Encode a plain prompt, with the special tokens that the tokenizer adds in front.
 
     Raises:
         RequestError: the text is none, or has tokens that the base does not know.
@@ -28,7 +28,7 @@ def encode_text(base: BaseModel, text: str) -> list[int]:
 
 
 def encode_chat(base: BaseModel, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation, up to where the assistant's next answer begins.
+    """Encode a conversation, up to where the assistant's next answer begins.
 
     Args:
         messages: as OpenAI's clients write them, see `normalized`.
@@ -45,12 +45,12 @@ def encode_chat(base: BaseModel, messages: Sequence[Message]) -> list[int]:
 def encode_exchange(
     base: BaseModel, messages: Sequence[Message], answer: str
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, as `encode_chat` gives them, and of an answer to it.
+    """Encode a conversation, as `encode_chat` does, and an answer to it.
 
-    The answer is what the chat template makes of it, up to and with the token that ends it: both
-    together are the template's own text. Where the template writes something between the two that
-    its prompt for an answer lacks, as Qwen 3 an empty <think> block, the answer follows the prompt
-    at once, since that is where a served model begins.
+    The answer is rendered by the chat template, up to and with the token that ends it: prompt and
+    answer together are the template's own text. Where the template writes something between them
+    that its prompt for an answer lacks, such as Qwen 3's empty <think> block, the answer follows
+    the prompt at once, since a served model begins there.
 
     Raises:
         RequestError: see `encode_chat`.
@@ -76,7 +76,7 @@ def encode_exchange(
 
 
 def encode_continuation(base: BaseModel, text: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a plain prompt, as `encode_text` gives them, and of an answer with its end.
+    """Encode a plain prompt, as `encode_text` does, and an answer with its end.
 
     Raises:
         RequestError: see `encode_text`.
@@ -87,13 +87,13 @@ def encode_continuation(base: BaseModel, text: str, answer: str) -> tuple[list[i
 
 
 def renders_chats(base: BaseModel, prompt_format: str) -> bool:
-    """Whether prompts go through the chat template: if they are to, and the base has one.
+    """Tell whether prompts go through the chat template: they are meant to, and the base has one.
 
     Args:
         prompt_format: "chat" or "plain".
 
     Raises:
-        RequestError: they are to, and the base's template cannot render anything.
+        RequestError: they are meant to, and the base's template cannot render anything.
     """
     if prompt_format != "chat" or not base.has_chat_template:
         return False
@@ -102,7 +102,8 @@ def renders_chats(base: BaseModel, prompt_format: str) -> bool:
 
 
 def check_template(base: BaseModel) -> None:
-    """
+    """Check that the base can render conversations.
+
     Raises:
         RequestError: the base has no chat template that could render a conversation.
     """
@@ -116,7 +117,8 @@ def check_template(base: BaseModel) -> None:
 
 
 def end_token_id(base: BaseModel) -> int:
-    """The token that ends a plain answer: the tokenizer's own, else the first of the model's.
+    """Return the token that ends a plain answer: the tokenizer's own, else the first of the
+    model's.
 
     Raises:
         DataError: the base has none, so it could not learn where to stop.
@@ -132,8 +134,8 @@ def end_token_id(base: BaseModel) -> int:
 
 
 def _as_rendered(base: BaseModel, conversation: Sequence[Message], prompt: str, answer: str) -> str:
-    """The answer as the template writes it behind its prompt: trimmed, or after a space; as it is
-    where the template writes anything else."""
+    """Return the answer as the template writes it behind its prompt: trimmed, or after a space;
+    unchanged if the template writes anything else."""
     if base.turn_end is None:
         return answer
     turn = {"role": "assistant", "content": answer}
@@ -157,7 +159,7 @@ def _tokens(base: BaseModel, text: str, add_special_tokens: bool = False) -> lis
 
 
 def _known(base: BaseModel, ids: list[int], field: str) -> list[int]:
-    """The same ids.
+    """Return the ids, after checking them.
 
     Raises:
         RequestError: the model has no embedding for one of them.
@@ -178,9 +180,9 @@ def _known(base: BaseModel, ids: list[int], field: str) -> list[int]:
 
 
 def normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as templates know them: `developer` is `system`, content is one text, and the
-    arguments of tool calls are objects, which OpenAI has as JSON. Other keys stay as they are, and
-    go where they are null.
+    """Convert messages to the form that templates know: `developer` becomes `system`, content
+    becomes one text, and the arguments of tool calls become objects, which OpenAI has as JSON.
+    Other keys stay, unless they are null.
 
     Raises:
         RequestError: names the message that is none.
@@ -207,8 +209,8 @@ def normalized(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def message_text(content: Any, where: str = "content") -> str:
-    """The text of a message's content: a text; text parts, joined by line breaks; or null, which is
-    empty.
+    """Return the text of a message's content: a text; text parts, joined by line breaks; or null,
+    which is empty.
 
     Raises:
         RequestError: it is something else, or holds half of a surrogate pair.
@@ -240,7 +242,7 @@ def _with_arguments(call: Any) -> Any:
 
 
 def _valid(text: Any, where: str, field: str) -> str:
-    """The same text.
+    """Return the text, after checking it.
 
     Raises:
         RequestError: it is none, or holds half of a surrogate pair, which no tokenizer takes.

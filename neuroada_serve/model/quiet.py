@@ -1,4 +1,4 @@
-"""Other libraries without their own progress bars and warnings."""
+"""Silence progress bars and warnings of other libraries."""
 
 import logging
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _BITSANDBYTES_KERNELS = "bitsandbytes.backends.cpu.ops"
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the library while we say ourselves what goes on."""
+    """Silence the library while we report progress ourselves."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -29,7 +29,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def quiet_bitsandbytes() -> Iterator[None]:
-    """Silence what the library says of its CPU kernels while it is imported."""
+    """Silence the library's remarks on its CPU kernels while it is imported."""
     logger = logging.getLogger(_BITSANDBYTES_KERNELS)
     level = logger.level
     logger.setLevel(logging.ERROR)

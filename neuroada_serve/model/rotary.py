@@ -1,4 +1,4 @@
-"""How positions turn queries and keys, fixed when a model is loaded.
+"""Fix the rotation of queries and keys by position when a model is loaded.
 
 A transformers model whose rope_type is `longrope` or `dynamic` chooses its frequencies in every
 forward, by the largest position in it. Here a forward holds tokens of many requests, or a part of
@@ -30,7 +30,7 @@ _CHOSEN = {"longrope", "dynamic"}
 
 
 def fix_rotation(model: nn.Module, max_model_len: int) -> str | None:
-    """Have every forward of a model turn by the same frequencies, those for max_model_len tokens.
+    """Fix the rotary frequencies of every forward of a model to those for max_model_len tokens.
 
     May be called again with another length.
 
@@ -62,7 +62,7 @@ def fix_rotation(model: nn.Module, max_model_len: int) -> str | None:
 
 
 def longest_model_len(config: Any) -> int:
-    """Most tokens that a model of this config can be given room for.
+    """Return the most tokens that a model of this config can be given room for.
 
     Its max_position_embeddings, and `factor` times as many where a rotation is dynamic.
     """
@@ -77,7 +77,7 @@ def longest_model_len(config: Any) -> int:
 
 
 def _choose(module: Any, layer_type: str | None, kind: str, max_model_len: int) -> str:
-    """Set the frequencies of one kind of layer; what was chosen."""
+    """Set the frequencies of one kind of layer, and return a description of the choice."""
     config, parameters = module.config, module.config.rope_parameters
     if layer_type is not None:
         parameters = parameters[layer_type]

