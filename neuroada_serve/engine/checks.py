@@ -50,7 +50,7 @@ def check_task(params: SamplingParams, adapter: str | None, task: Task) -> None:
         return
     name = "the base" if adapter is None else f"adapter {adapter!r}"
     if not task.pools:
-        raise RequestError(f"{name} is no {noun_of(params.task)}; it answers in text", "model")
+        raise RequestError(f"{name} is not a {noun_of(params.task)}; it answers in text", "model")
     raise RequestError(
         f"{name} is a {task.noun}; ask it through {task.route}, or `{task.command}`", "model"
     )

@@ -94,7 +94,7 @@ class Checkpoints:
             try:
                 found = _read(path)
             except _Broken as broken:
-                notify(f"Passing over checkpoint {path.name}: {broken}.")
+                notify(f"Skipping checkpoint {path.name}: {broken}.")
                 continue
             self._check_same_run(found.state["run"])
             return found
@@ -113,8 +113,8 @@ class Checkpoints:
         ]
         if differing:
             raise UsageError(
-                f"{self.folder} has checkpoints of another run: {'; '.join(differing)}. Run that "
-                "one to its end, or discard them with --fresh"
+                f"{self.folder} has checkpoints of another run: {'; '.join(differing)}. Finish "
+                "that run, or discard them with --fresh"
             )
 
 

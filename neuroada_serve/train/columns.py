@@ -68,8 +68,7 @@ def _named(
 ) -> dict[str, str]:
     if unknown := sorted(set(columns) - set(ours)):
         raise DataError(
-            f"--columns names {listed(unknown)}, which no row needs; what rows have is "
-            f"{', '.join(ours)}"
+            f"--columns names {listed(unknown)}, which no row needs; rows have {', '.join(ours)}"
         )
     found, absent = {}, []
     for key, theirs in columns.items():
@@ -86,7 +85,7 @@ def _named(
             f"{listed(names)}"
         )
     if len(found) < len(columns):
-        raise DataError("--columns gives one column two names; each can be one thing only")
+        raise DataError("--columns gives one column two names; a column can have one only")
     return found
 
 

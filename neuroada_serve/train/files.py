@@ -77,7 +77,7 @@ def read_records(data: Data) -> Records:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{data} is no whole gzip file: {error}") from error
+            raise DataError(f"{data} is not a complete gzip file: {error}") from error
     content = _utf8(data, content)
     if not content.strip():
         raise DataError(f"{data} is empty")
@@ -101,7 +101,9 @@ def _utf8(path: Path, content: bytes) -> bytes:
             try:
                 return content.decode(encoding).encode()
             except UnicodeError as error:
-                raise DataError(f"{path} is no whole {encoding.upper()} text: {error}") from None
+                raise DataError(
+                    f"{path} is not complete {encoding.upper()} text: {error}"
+                ) from None
     return content.removeprefix(codecs.BOM_UTF8)
 
 
@@ -158,7 +160,7 @@ def _object(line: bytes) -> dict[str, Any] | RecordFault:
             f"not valid JSON ({error.msg}, column {error.colno}); each line must be one JSON object"
         )
     except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
-        return RecordFault("no JSON that can be read")
+        return RecordFault("not readable JSON")
     if not isinstance(raw, dict):
         return RecordFault(f"must be a JSON object, not {type(raw).__name__}")
     return raw
@@ -173,7 +175,7 @@ def _json_rows(path: Path, content: bytes) -> Records:
             return Records([(n, row) for n, (_, row) in enumerate(lines.rows, start=1)])
         raise DataError(f"{path} is not JSON: {error.msg}, line {error.lineno}") from None
     except (RecursionError, ValueError):
-        raise DataError(f"{path} is no JSON that can be read") from None
+        raise DataError(f"{path} is not readable JSON") from None
     rows = raw if isinstance(raw, list) else _rows_within(path, raw)
     return Records(
         [
@@ -242,7 +244,7 @@ def _parquet_rows(path: Path, content: bytes) -> Records:
         rows = table.drop_columns(doubled).to_pylist()
         classes = _classes(table.schema.metadata or {})
     except (ArrowException, OSError, ValueError, ArithmeticError, KeyError) as error:
-        raise DataError(f"{path} is no parquet file that can be read: {error}") from error
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error
     for column, labels in classes.items():
         for row in rows:
             row[column] = label_name(labels, row.get(column))

@@ -54,7 +54,7 @@ def open_hub_rows(source: str) -> HubRows:
     """
     found = _SOURCE.fullmatch(source.removeprefix(PREFIX))
     if found is None:
-        raise UsageError(f"{source!r} is not written {_FORM}")
+        raise UsageError(f"{source!r} must be written {_FORM}")
     try:
         import datasets
     except ImportError as error:

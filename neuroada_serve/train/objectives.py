@@ -250,7 +250,7 @@ class GiveNumber(_AnswerLast):
             number = math.nan
         if not math.isfinite(number):
             raise RequestError(
-                f"label {row.answer[:80]!r} is no number; a regression learns numbers"
+                f"label {row.answer[:80]!r} is not a number; a regression learns numbers"
             )
         return Example(_text_ids(base, row), (0,), number)
 

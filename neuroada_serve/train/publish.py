@@ -58,10 +58,10 @@ class Publisher:
         except _Refused as refused:
             if refused.param == "lora_path" and refused.status == 404:
                 return
-            raise UsageError(f"--publish cannot do its work: {refused}") from refused
+            raise UsageError(f"--publish cannot work: {refused}") from refused
         raise UsageError(
-            f"--publish: what answers at {self._url} loads folders that do not exist; is it a "
-            "server of ours?"
+            f"--publish: the server at {self._url} loads folders that do not exist; is it "
+            "`neuroada serve`?"
         )
 
     def served_digest(self) -> str | None:
@@ -100,8 +100,8 @@ class Publisher:
             raise _Refused(self._url, error) from error
         except (OSError, HTTPException) as error:
             raise UsageError(
-                f"no server of ours answers at {self._url}: {error}; start one with neuroada serve "
-                "BASE --adapter-dir FOLDER --allow-runtime-adapters"
+                f"no `neuroada serve` answers at {self._url}: {error}; start it with neuroada "
+                "serve BASE --adapter-dir FOLDER --allow-runtime-adapters"
             ) from error
         try:
             return json.loads(text)

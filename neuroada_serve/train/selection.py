@@ -202,7 +202,7 @@ def _from_file(path: Path, modules: Mapping[str, Any], k: int) -> dict[str, Tens
     except OSError as error:
         raise DataError(f"index file {path} cannot be read: {error.strerror}") from error
     except SafetensorError as error:
-        raise DataError(f"index file {path} is no safetensors file: {error}") from error
+        raise DataError(f"index file {path} is not a safetensors file: {error}") from error
     faults, found = [], {}
     for name, module in modules.items():
         index = tensors.get(f"{name}.index")

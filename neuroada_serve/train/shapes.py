@@ -318,7 +318,7 @@ class _Reader:
         if unused := [n for n in names if self._known.get(n) not in used and n not in also_used]:
             notes.append(f"columns not used: {listed(unused)}")
         if self._unused_of_answers:
-            notes.append(f"of answers not learnt: {listed(sorted(self._unused_of_answers))}")
+            notes.append(f"keys of answers not learnt: {listed(sorted(self._unused_of_answers))}")
         if self._unlearnt:
             what = counted(self._unlearnt, "earlier answer")
             notes.append(f"{what} of conversations read as context, not learnt")

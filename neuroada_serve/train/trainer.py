@@ -190,7 +190,7 @@ def train_adapter(
         if resumed is not None:
             if resumed.state["lr_search"] is not None:
                 searched = LearningRates(**resumed.state["lr_search"])
-            notify(f"Going on from step {resumed.step}, from {checkpoints.folder}.")
+            notify(f"Resuming from step {resumed.step}, from {checkpoints.folder}.")
         else:
             before = score_heldout(base, loaded, config, notify, "the base", 1)
             if config.lr == "auto":
@@ -213,7 +213,7 @@ def train_adapter(
         notify(f"Training {count:,} values, lr {config.peak_lr:.2g}, {plan.words()}.")
         if processes.size > 1:
             each = "a batch" if (n := config.gradient_accumulation) == 1 else f"{n} batches"
-            notify(f"{processes.size} processes take {each} a step each.")
+            notify(f"Each of {processes.size} processes takes {each} a step.")
         started = time.perf_counter()
         if not run.is_over:  # it may have been interrupted just before the adapter was written
             # Of several processes one could stop a step before the others: they stop at once.

@@ -155,7 +155,7 @@ def _message(raw: Any, path: str) -> Message:
     if not isinstance(said, str):
         raise RecordFault(f'{path} must be an object {{"role", "content"}}')
     if role == "from" and said not in _SHAREGPT_ROLES:
-        raise RecordFault(f"{path}.from is {said!r:.40}, which is none of human, gpt and system")
+        raise RecordFault(f"{path}.from is {said!r:.40}, which must be human, gpt or system")
     if content not in raw and _ROLES.get(said, said) != "assistant":  # who may call a tool instead
         raise LeftOut("a message without content")
     text = _content(raw.pop(content, None), f"{path}.{content}")

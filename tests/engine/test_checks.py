@@ -42,7 +42,7 @@ def test_each_task_is_asked_for_what_it_gives():
     check_task(SamplingParams(), None, GENERATE)
     check_task(CLASSIFY, "reviews", reviews)
     check_task(CLASSIFY, "stars", Regress(("stars",)))
-    with pytest.raises(RequestError, match="the base is no classifier; it answers in text"):
+    with pytest.raises(RequestError, match="the base is not a classifier; it answers in text"):
         check_task(CLASSIFY, None, GENERATE)
     with pytest.raises(RequestError, match="'reviews' is a classifier; ask it through /v1/class"):
         check_task(SamplingParams(), "reviews", reviews)

@@ -209,9 +209,9 @@ def test_the_wrong_task_is_refused(source):
     llm = LLM(str(source.path), {"mood": classifier(source, 1), "talk": random_adapter(source, 3)})
     with pytest.raises(RequestError, match="'mood' is a classifier; ask it through /v1/classify"):
         llm.generate("a", adapters="mood")
-    with pytest.raises(RequestError, match="'talk' is no classifier"):
+    with pytest.raises(RequestError, match="'talk' is not a classifier"):
         llm.classify("a", "talk")
-    with pytest.raises(RequestError, match="the base is no classifier"):
+    with pytest.raises(RequestError, match="the base is not a classifier"):
         llm.classify("a", None)
     with pytest.raises(AdapterError, match="'mood' is a classifier, which cannot be mixed"):
         llm.generate("a", adapters={"mood": 0.5, "talk": 0.5})
@@ -290,8 +290,8 @@ async def test_texts_come_as_text_or_tokens(client):
         ({"input": "a"}, 400, "model: Field required"),
         ({"model": "mood", "input": "a", "temperature": 1}, 400, "temperature is unknown"),
         ({"model": "nobody", "input": "a"}, 404, "does not exist"),
-        ({"model": "talk", "input": "a"}, 400, "'talk' is no classifier"),
-        ({"model": "tiny", "input": "a"}, 400, "the base is no classifier"),
+        ({"model": "talk", "input": "a"}, 400, "'talk' is not a classifier"),
+        ({"model": "tiny", "input": "a"}, 400, "the base is not a classifier"),
     ],
 )
 async def test_a_wrong_request_is_told(client, body, status, fault):

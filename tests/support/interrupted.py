@@ -24,5 +24,5 @@ def train_interrupted(base, data, out, config, monkeypatch):
             train_adapter(base, data, out, config)
     told = []
     train_adapter(base, data, out, config, told.append)
-    resumed = f"Going on from step {calls[_AT - 2]}"
+    resumed = f"Resuming from step {calls[_AT - 2]}"
     assert any(sentence.startswith(resumed) for sentence in told)

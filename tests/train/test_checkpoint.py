@@ -135,7 +135,7 @@ def test_a_torn_newest_costs_only_its_steps(base, rows, tmp_path, monkeypatch):
     newest.write_bytes(cut(newest.read_bytes()))
     told = []
     resumed = train_adapter(base, rows, out, CONFIG, told.append)
-    assert any("Going on from step 5" in message for message in told), told
+    assert any("Resuming from step 5" in message for message in told), told
     assert resumed.adapter.digest == whole.adapter.digest
     assert resumed.losses == whole.losses
     assert not (tmp_path / "out.training").exists()

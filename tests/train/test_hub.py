@@ -86,7 +86,7 @@ def test_a_folder_that_hides_a_set_is_refused(data_set, tmp_path, monkeypatch):
 
 
 def test_what_is_not_written_so_or_not_installed_is_told(monkeypatch):
-    with pytest.raises(UsageError, match="is not written hub:OWNER/NAME:CONFIG@SPLIT"):
+    with pytest.raises(UsageError, match="must be written hub:OWNER/NAME:CONFIG@SPLIT"):
         open_hub_rows("hub:")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"pip install \"neuroada-serve\[hub\]\""):

@@ -49,7 +49,7 @@ def test_the_step_under_way_is_kept_and_the_same_call_goes_on(base, rows, tmp_pa
     assert "Stopping after this step; Ctrl-C again stops at once." in told
     told.clear()
     report = train_adapter(base, rows, tmp_path / "out", QUICK, told.append)
-    assert any(sentence.startswith("Going on from step 2,") for sentence in told)
+    assert any(sentence.startswith("Resuming from step 2,") for sentence in told)
     assert report.adapter.digest == whole.adapter.digest
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -74,8 +74,8 @@ def test_a_row_becomes_what_the_task_learns(base):
     ("objective", "answer", "fault"),
     [
         (LABELS, "fair", "label 'fair' is none of bad, good"),
-        (NUMBER, "many", "label 'many' is no number"),
-        (NUMBER, "inf", "label 'inf' is no number"),
+        (NUMBER, "many", "label 'many' is not a number"),
+        (NUMBER, "inf", "label 'inf' is not a number"),
     ],
 )
 def test_a_row_without_what_the_task_learns_is_refused(base, objective, answer, fault):

@@ -123,7 +123,7 @@ def test_two_processes_train_what_one_does_also_when_interrupted(forks, tmp_path
     write_rows(tmp_path / "rows.jsonl", ROWS)
     train(forks, tmp_path, "one", 1, 4)
     said = train(forks, tmp_path, "two", 2, 2)
-    assert "2 processes take 2 batches a step each" in said
+    assert "Each of 2 processes takes 2 batches a step" in said
     one, two = (load_adapter(tmp_path / name, base.spec) for name in ("one", "two"))
     assert two.config.metadata["recipe"]["processes"] == 2
     for name, part in one.modules.items():
@@ -133,6 +133,6 @@ def test_two_processes_train_what_one_does_also_when_interrupted(forks, tmp_path
 
     codes, _ = launch(forks, tmp_path, "again", 2, 2, killed=True)
     assert codes == [9, -signal.SIGKILL]
-    assert "Going on from step 4" in train(forks, tmp_path, "again", 2, 2)
+    assert "Resuming from step 4" in train(forks, tmp_path, "again", 2, 2)
     weights = [tmp_path / name / "adapter_model.safetensors" for name in ("two", "again")]
     assert weights[0].read_bytes() == weights[1].read_bytes()

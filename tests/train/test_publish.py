@@ -138,7 +138,7 @@ def test_what_is_no_address_is_refused(url, tmp_path):
             "dir",
         ),
         ((404, "no such route"), "no such route"),
-        ((200, "{}"), "is it a server of ours"),
+        ((200, "{}"), "is it `neuroada serve`"),
     ],
 )
 def test_a_server_that_would_not_load_is_refused_before_training(server, tmp_path, answer, words):
@@ -255,4 +255,4 @@ def test_not_published_is_an_exit_code(server, base, rows, tmp_path):
     server.answer_of_missing = (403, "no")
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2, result.output
-    assert "--publish cannot do its work" in result.output
+    assert "--publish cannot work" in result.output

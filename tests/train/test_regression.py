@@ -121,7 +121,7 @@ def test_a_number_is_learnt_and_served_as_it_was_scored(base, data, tmp_path, ch
 def test_rows_without_numbers_are_refused(base, tmp_path):
     for label in ("good", "nan", "inf"):
         rows = write_rows(tmp_path / "rows.jsonl", [*ROWS[:3], {"text": "1", "label": label}])
-        with pytest.raises(DataError, match=r"line 4: label '.*' is no number"):
+        with pytest.raises(DataError, match=r"line 4: label '.*' is not a number"):
             load_data(base, rows, QUICK)
     numbers = write_rows(tmp_path / "numbers.jsonl", [{"text": "1", "label": "2.5"}])
     assert load_data(base, numbers, QUICK).train[0].target == 2.5

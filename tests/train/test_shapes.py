@@ -180,7 +180,7 @@ def test_rows_of_nothing_are_left_out_however_many(tmp_path):
     ("row", "fault"),
     [
         ("{", "not valid JSON (Expecting property name enclosed in double quotes, column 2)"),
-        ("[" * 100_000, "no JSON that can be read"),
+        ("[" * 100_000, "not readable JSON"),
         ("[1]", "must be a JSON object, not list"),
         ({"query": "a", "answer": "b"}, "has answer, query; rows need prompt and completion"),
         ({"prompt": {}, "completion": "b"}, "at least a question and an answer"),

@@ -44,7 +44,7 @@ def test_messages_become_those_of_templates(raw, message):
         ({"content": "a"}, r"\[1\] must be an object"),
         (said("user", {}), r"\[1\].content must be a text or a number, not dict"),
         (said("user", [{"type": "image_url"}]), r"content\[0\] is of type 'image_url'; only text"),
-        ({"from": "narrator", "value": "a"}, r"from is 'narrator', which is none of human, gpt"),
+        ({"from": "narrator", "value": "a"}, r"from is 'narrator', which must be human, gpt"),
         ({"from": "function_call", "value": "f(1)"}, "must be a call"),
         (said("user", "a", weight=1), "weight is for answers, not for role 'user'"),
         (said("assistant", "a", weight=0.5), r"weight must be 0 \(left out\) or 1, not 0.5"),
