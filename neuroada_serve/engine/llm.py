@@ -24,9 +24,9 @@ from neuroada_serve.engine.arguments import (
     prompt_list,
 )
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.engine.offline import request_output, run_batch
+from neuroada_serve.engine.offline import pooled_output, request_output, run_batch
 from neuroada_serve.engine.progress import UseTqdm
-from neuroada_serve.errors import EngineError, UsageError
+from neuroada_serve.errors import UsageError
 from neuroada_serve.model.loader import BaseModel, find_device, load_base
 from neuroada_serve.model.prompt import Message, encode_chat, encode_text
 from neuroada_serve.model.source import ModelSource, Notify, resolve_model
@@ -34,7 +34,6 @@ from neuroada_serve.ops import cpu_forward
 from neuroada_serve.request import (
     CLASSIFY,
     ClassifyOutput,
-    FinishReason,
     Output,
     RequestOutput,
     SamplingParams,
@@ -220,7 +219,7 @@ class LLM:
             use_tqdm: as for `generate`.
 
         Raises:
-            UsageError: a prompt is wrong, or an adapter no classifier.
+            UsageError: a prompt is wrong, or an adapter is not a classifier.
             EngineError: a classifier gave no numbers.
         """
         return [
@@ -235,22 +234,11 @@ class LLM:
         params: SamplingParams,
         use_tqdm: UseTqdm,
     ) -> list[tuple[tuple[int, ...], Output]]:
-        """Return each prompt's token ids with the one output that its adapter's task gives.
-
-        Raises:
-            UsageError, EngineError: as `classify`.
-        """
+        """Return each prompt's token ids with the one output of its adapter's task."""
         _, ids = self._encoded(prompts)
         names = adapter_list(adapters, len(ids))
-        pooled = []
-        for prompt, outputs in zip(
-            ids, self._collect(ids, [params] * len(ids), names, use_tqdm, None), strict=True
-        ):
-            last = outputs[-1]
-            if last.finish_reason is not FinishReason.STOP:
-                raise EngineError(last.error or "the request was ended")
-            pooled.append((tuple(prompt), last))
-        return pooled
+        collected = self._collect(ids, [params] * len(ids), names, use_tqdm, None)
+        return [(tuple(p), pooled_output(o)) for p, o in zip(ids, collected, strict=True)]
 
     def _encoded(self, prompts: Prompt | Seq[Prompt]) -> tuple[list[str | None], list[list[int]]]:
         """Return the texts, if given, and the token ids of prompts."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Seq
 
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.progress import Progress, UseTqdm
+from neuroada_serve.errors import EngineError
 from neuroada_serve.request import Completion, FinishReason, Output, RequestOutput, SamplingParams
 
 BatchRequest = tuple[str, Seq[int], SamplingParams, str | None]  # id, prompt, params, adapter
@@ -43,6 +44,18 @@ def run_batch(
     finally:
         progress.close()
     return list(collected.values())
+
+
+def pooled_output(outputs: Seq[Output]) -> Output:
+    """Return the one output of a request whose adapter's task pools.
+
+    Raises:
+        EngineError: the request failed.
+    """
+    output = outputs[-1]
+    if output.finish_reason is not FinishReason.STOP:
+        raise EngineError(output.error or "the request was ended")
+    return output
 
 
 def request_output(
