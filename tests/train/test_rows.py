@@ -111,7 +111,7 @@ def test_columns_of_other_names_are_named(tmp_path):
         ("a.json", "[1]", "row 1: must be a JSON object, not int"),
         ("a.json", "[" * 100_000, "not readable JSON"),
         ("a.jsonl.gz", b"no gzip", "is not a complete gzip file"),
-        ("a.parquet", b"PAR1 no", "is no parquet file"),
+        ("a.parquet", b"PAR1 no", "is not a readable parquet file"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_the_fix(name, content, fault, tmp_path):
