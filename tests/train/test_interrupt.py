@@ -106,7 +106,7 @@ def test_eval_says_that_nothing_was_written(base, rows, tmp_path, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neuroada_serve.evaluation.run.evaluate", interrupted)
+    monkeypatch.setattr("neuroada_serve.evaluation.tasks.evaluate", interrupted)
     result = run(app, ["eval", str(tmp_path / "tiny"), "--data", str(rows)])
     assert result.exit_code == 130
     assert "Interrupted; no scores were written." in result.stderr
