@@ -6,7 +6,8 @@ has one process that stays alive with its engine, and is stopped (SIGSTOP) while
 Then each round starts `neuroada generate` anew on both and takes the time to its first token.
 
 A ratio is after / before within a round. A figure is worse if the median ratio passes --limit to
-the wrong side. Prints a table; writes versus.json.
+the wrong side. Beside rates, each case has the processor time of its process, which other work on
+the machine disturbs less.
 
     python -m bench.versus --before DIR --after DIR [--model demo] [--rounds 7] [--threads 2]
 """
@@ -31,6 +32,7 @@ from neuroada_serve.benchmark.peers import PeerProcess
 WORKER = Path(__file__).with_name("versus_worker.py")
 SIDES = ("before", "after")
 START = "start to first token, s"
+PROCESSOR = "processor_s"  # as the worker names it
 LOAD = {
     "concurrency": [16],
     "popularity": ["distinct", "merged"],
@@ -163,8 +165,13 @@ def compared(name: str, samples: Mapping[str, Sequence[float]], limit: float) ->
         "after": {**spread(after), "rounds": list(after)},
         "ratio": median,
         "ratios": [a / b for a, b in zip(after, before, strict=True)],
-        "worse": median > 1 + limit if name == START else median < 1 - limit,
+        "worse": median > 1 + limit if is_time(name) else median < 1 - limit,
     }
+
+
+def is_time(name: str) -> bool:
+    """True for figures of which less is better; the others are rates."""
+    return name == START or name.endswith(PROCESSOR)
 
 
 def show(figures: Mapping[str, Mapping[str, Any]], console: Console) -> None:

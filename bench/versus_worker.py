@@ -11,6 +11,7 @@ per line each way:
 
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,15 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         case = cases[asked["case"]]
+        works = workload.works(case, asked["round"])
+        started = time.process_time()
         try:
-            calls = [engine.run(work) for work in workload.works(case, asked["round"])]
+            calls = [engine.run(work) for work in works]
         except Exception:
             say({"error": traceback.format_exc()})
             continue
-        say({name: figure(calls) for name, figure in FIGURES[case.phase].items()})
+        figures = {name: figure(calls) for name, figure in FIGURES[case.phase].items()}
+        say({**figures, "processor_s": time.process_time() - started})
 
 
 def say(document: dict[str, Any]) -> None:

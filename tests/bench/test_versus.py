@@ -39,6 +39,7 @@ def test_two_checkouts_are_measured_in_turn(model, tmp_path, capsys, monkeypatch
     cases = ["base", "distinct, k=1", "distinct, k=8", "merged, k=1", "merged, k=8"]
     figures = [f"decode, {case}: tokens_per_s" for case in cases]
     figures += ["prefill, identical, k=8: prefill_tokens_per_s", versus.START]
+    figures += ["decode, base: processor_s"]
     for name in figures:
         figure = result["figures"][name]
         assert len(figure["ratios"]) == len(figure["before"]["rounds"]) == 2, name
@@ -79,6 +80,8 @@ def test_checkout_that_is_not_the_one_imported_ends_the_run(model, tmp_path):
         ("decode, base: tokens_per_s", [97.0, 194.0], True),
         ("decode, base: tokens_per_s", [99.0, 198.0], False),
         ("decode, base: tokens_per_s", [120.0, 240.0], False),
+        ("decode, base: processor_s", [103.0, 206.0], True),
+        ("decode, base: processor_s", [80.0, 160.0], False),
         (versus.START, [103.0, 206.0], True),
         (versus.START, [80.0, 160.0], False),
     ],
