@@ -1,9 +1,11 @@
 """Measure two checkouts of this repository against each other in one run.
 
-Each round runs every case of `neuroada bench throughput` (16 requests on the base, with distinct
-adapters of k=1 and k=8, with one merged, and a long prompt) on both checkouts, in turn. A checkout
-has one process that stays alive with its engine, and is stopped (SIGSTOP) while the other works.
-Then each round starts `neuroada generate` anew on both and takes the time to its first token.
+Each round starts a process with an engine for both checkouts and runs every case of `neuroada bench
+throughput` in them (16 requests on the base, with distinct adapters of k=1 and k=8, with one merged,
+and a long prompt), each case --repeats times in turn. One process is stopped (SIGSTOP) while the
+other works. They are new in every round because a process keeps its luck: where its memory lies
+makes equal code several percent faster or slower for as long as it lives. Then each round starts
+`neuroada generate` anew on both and takes the time to its first token.
 
 A ratio is after / before within a round. A figure is worse if the median ratio passes --limit to
 the wrong side. Beside rates, each case has the processor time of its process, which other work on
@@ -14,6 +16,7 @@ the machine disturbs less.
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for side in SIDES:
         parser.add_argument(f"--{side}", type=Path, required=True, help="checkout")
     parser.add_argument("--model", default="demo", help="base model")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of a case in one round")
     parser.add_argument("--limit", type=float, default=0.02, help="most that may get worse")
     parser.add_argument("--threads", type=int, help="CPU threads; default: what torch takes")
     parser.add_argument("--output-len", type=int, default=64, help="new tokens of every request")
@@ -64,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {
         "model": args.model,
         "rounds": args.rounds,
+        "repeats": args.repeats,
         "seed": args.seed,
         "limit": args.limit,
         **load_of(args),
@@ -93,32 +98,39 @@ def throughput(
     args: argparse.Namespace, checkouts: Mapping[str, Path], console: Console
 ) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
     """(facts of each checkout, figure -> side -> one sample per round)."""
-    with ExitStack() as stack:
-        workers = {}
-        for side, checkout in checkouts.items():
-            setup = {"root": str(checkout), "model": args.model, "config": load_of(args)}
-            with console.status(f"loading the model in {checkout}"):
-                worker = PeerProcess([sys.executable, str(WORKER)], setup, environment_of(checkout))
-            stack.callback(worker.close)
-            workers[side] = worker
-        facts = {side: worker.ready for side, worker in workers.items()}
-        cases = facts["before"]["cases"]
-        assert facts["after"]["cases"] == cases, "the checkouts have different cases"
-
-        def run(side: str, case: int, number: int) -> dict[str, float]:
-            figures: dict[str, float] = workers[side].ask({"case": case, "round": number})
-            return figures
-
-        ways = {
-            (case, side): partial(run, side, case) for case in range(len(cases)) for side in SIDES
-        }
-        found = interleaved(ways, args.rounds, console)
+    facts: dict[str, Any] = {}
     samples: dict[str, dict[str, list[float]]] = {}
-    for (case, side), rounds in found.items():
-        for figure in rounds[0]:
-            by_side = samples.setdefault(f"{cases[case]}: {figure}", {})
-            by_side[side] = [one[figure] for one in rounds]
+    for number in range(args.rounds):
+        with ExitStack() as stack:
+            workers = {}
+            for side in SIDES if number % 2 == 0 else reversed(SIDES):
+                setup = {"root": str(checkouts[side]), "model": args.model, "config": load_of(args)}
+                environ = environment_of(checkouts[side])
+                with console.status(f"round {number + 1}: loading the model in {checkouts[side]}"):
+                    worker = PeerProcess([sys.executable, str(WORKER)], setup, environ)
+                stack.callback(worker.close)
+                workers[side] = worker
+            facts = {side: workers[side].ready for side in SIDES}
+            cases = facts["before"]["cases"]
+            assert facts["after"]["cases"] == cases, "the checkouts have different cases"
+            ways = {
+                (case, side): partial(run_case, workers[side], case, number * args.repeats)
+                for case in range(len(cases))
+                for side in SIDES
+            }
+            found = interleaved(ways, args.repeats, console, f"round {number + 1}")
+        for (case, side), repeats in found.items():
+            for figure in repeats[0]:
+                by_side = samples.setdefault(f"{cases[case]}: {figure}", {})
+                median = statistics.median(one[figure] for one in repeats)
+                by_side.setdefault(side, []).append(median)
     return facts, samples
+
+
+def run_case(worker: PeerProcess, case: int, first: int, number: int) -> dict[str, float]:
+    """Figures of one run of a case, with the prompts of round `first + number`."""
+    figures: dict[str, float] = worker.ask({"case": case, "round": first + number})
+    return figures
 
 
 # --- start -----------------------------------------------------------------------------------
