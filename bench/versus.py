@@ -1,11 +1,11 @@
 """Measure two checkouts of this repository against each other in one run.
 
 Each round starts a process with an engine for both checkouts and runs every case of `neuroada bench
-throughput` in them (16 requests on the base, with distinct adapters of k=1 and k=8, with one merged,
-and a long prompt), each case --repeats times in turn. One process is stopped (SIGSTOP) while the
-other works. They are new in every round because a process keeps its luck: where its memory lies
-makes equal code several percent faster or slower for as long as it lives. Then each round starts
-`neuroada generate` anew on both and takes the time to its first token.
+throughput` in them (16 requests on the base, with distinct adapters of k=1 and k=8, with one
+merged, and a long prompt), each case --repeats times in turn. One process is stopped (SIGSTOP)
+while the other works. They are new in every round because a process keeps its luck: where its
+memory lies makes equal code several percent faster or slower for as long as it lives. Then each
+round starts `neuroada generate` anew on both and takes the time to its first token.
 
 A ratio is after / before within a round. A figure is worse if the median ratio passes --limit to
 the wrong side. Beside rates, each case has the processor time of its process, which other work on
