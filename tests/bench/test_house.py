@@ -14,6 +14,12 @@ def test_package_files_stay_within_500_lines():
     assert house.long_files(house.ROOT) == {}
 
 
+def test_every_limit_of_the_table_holds():
+    counts = house.counts(house.ROOT)
+    over = [str(c) for c in counts if c.limit is not None and c.now > c.limit]
+    assert over == []
+
+
 def test_bench_scripts_stay_within_300_lines():
     found = house.long_files(house.ROOT, "bench", house.MAX_SCRIPT_LINES)
     assert found == {}
