@@ -1,118 +1,21 @@
 """The scheduler on fake sequences, adapters and KV cache: slots, budget, shares and turns."""
 
-import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neuroada_serve.adapters.readiness import Readiness
-from neuroada_serve.engine.adapter_turns import MOST_PARKED, TURN_STEPS
+from neuroada_serve.engine.adapter_turns import TURN_STEPS
 from neuroada_serve.engine.fairness import AFFINITY, OUTPUT_COST, PROMPT_COST, FairQueue
 from neuroada_serve.engine.scheduler import (
     _MOST_OVERTAKEN,
-    Chunk,
-    Schedule,
     Scheduler,
 )
 from neuroada_serve.engine.sequence import LEAST_PROGRESS, Sequence
-from neuroada_serve.request import SamplingParams
-
-
-@dataclass(eq=False)
-class Version:
-    """size: what it takes of the device's room. num_faults: loads of it that will fail."""
-
-    name: str
-    size: int = 1
-    is_pinned: bool = False
-    num_faults: int = 0
-
-
-class FakeAdapters:
-    """A device with so much room. As on a real one, whoever looks for room has the idle adapters
-    leave, one by one, the longest idle first, whether it gets enough or not.
-
-    Args:
-        load_steps: how long an adapter is on its way.
-        fresh_steps: how long one that has come is not made to leave.
-    """
-
-    def __init__(self, room: int, load_steps: int = 2, fresh_steps: int = 0) -> None:
-        self.room, self.load_steps, self.fresh_steps = room, load_steps, fresh_steps
-        self.coming: dict[Version, int] = {}  # -> steps to come
-        self.idle: dict[Version, None] = {}  # on the device and not held
-        self.holders: Counter[Version] = Counter()
-        self.failed: dict[Version, int] = {}  # -> steps until it is tried again
-        self.num_loads = 0
-        self._fresh: dict[Version, int] = {}
-
-    def step(self) -> None:
-        """Time passes."""
-        self._fresh = {v: left - 1 for v, left in self._fresh.items() if left > 1}
-        self.failed = {v: left - 1 for v, left in self.failed.items() if left > 1}
-        for version in list(self.coming):
-            self.coming[version] -= 1
-            if self.coming[version] <= 0:
-                self._arrive(version)
-
-    def is_ready(self, version: Version) -> bool:
-        return version in self.idle or version in self.holders
-
-    def request(self, version: Version) -> Readiness:
-        if not self.is_ready(version) and version not in self.coming | self.failed:
-            while self.room - self.used < version.size:
-                if not self._make_room():
-                    return Readiness.NO_ROOM
-            self.coming[version] = self.load_steps
-            self.num_loads += 1
-            if not self.load_steps:
-                self._arrive(version)
-        if version in self.failed:
-            return Readiness.FAILED
-        return Readiness.COMING if version in self.coming else Readiness.READY
-
-    def can_leave(self, version: Version) -> bool:
-        return not version.is_pinned
-
-    def hold(self, version: Version) -> bool:
-        if not self.is_ready(version):
-            return False
-        self.idle.pop(version, None)
-        self._fresh.pop(version, None)
-        self.holders[version] += 1
-        return True
-
-    def release(self, version: Version) -> None:
-        self.holders[version] -= 1
-        assert self.holders[version] >= 0
-        if not self.holders[version]:
-            del self.holders[version]
-            self.idle[version] = None
-
-    @property
-    def used(self) -> int:
-        return sum(version.size for version in {*self.idle, *self.holders, *self.coming})
-
-    def _arrive(self, version: Version) -> None:
-        del self.coming[version]
-        if version.num_faults:
-            version.num_faults -= 1
-            self.failed[version] = 3
-        else:
-            self.idle[version] = None
-            self._fresh[version] = self.fresh_steps
-
-    def _make_room(self) -> bool:
-        for version in self.idle:
-            if not version.is_pinned and not self._fresh.get(version):
-                del self.idle[version]
-                return True
-        return False
+from tests.support.scheduling import Clients, FakeAdapters, FakeEngine, Version, new_sequence
 
 
 class AdaptersSaid:
@@ -134,210 +37,7 @@ class AdaptersSaid:
         assert self.is_ready(version)
 
 
-def new_sequence(
-    request_id: str,
-    num_prompt: int = 3,
-    max_tokens: int = 4,
-    version: Version | None = None,
-    tenant: str = "",
-    index: int = 0,
-    client: str = "",
-) -> Sequence:
-    return Sequence(
-        request_id=request_id,
-        index=index,
-        prompt_token_ids=list(range(num_prompt)),
-        params=SamplingParams(),
-        max_tokens=max_tokens,
-        end_token_ids=frozenset(),
-        lease=None if version is None else SimpleNamespace(version=version),
-        detokenizer=None,
-        tenant=tenant,
-        client=client,
-    )
-
-
-class FakeEngine:
-    """Runs schedules on a cache that only remembers what was written: (sequence, position). Checks
-    in every step what must always hold.
-
-    Args:
-        reuse: of every prompt, so many tokens are in the prefix cache.
-    """
-
-    def __init__(
-        self,
-        max_num_seqs: int,
-        budget: int = 16,
-        adapters: FakeAdapters | None = None,
-        queue: FairQueue[Sequence] | None = None,
-        reuse: int = 0,
-    ) -> None:
-        self.adapters = FakeAdapters(room=100, load_steps=0) if adapters is None else adapters
-        self.scheduler = Scheduler(
-            max_num_seqs, budget, queue, self.adapters, self.adapters.can_leave, self._reuse
-        )
-        self.cache: dict[tuple[int, int], tuple[Sequence, int]] = {}
-        self.steps = 0
-        self.finished: list[Sequence] = []
-        self.failed: list[Sequence] = []
-        self.added: dict[Sequence, int] = {}  # -> step
-        self.first_token: dict[Sequence, int] = {}  # -> step
-        self.served: Counter[str | None] = Counter()  # tokens, by adapter
-        self._num_reused = reuse
-        self._reused: set[Sequence] = set()
-        self._before: dict[Sequence, tuple[int | None, int, bool]] = {}
-        self._turns: dict[Version, int] = {}  # version in use -> step in which it began to be
-
-    def add(self, *sequences: Sequence) -> None:
-        for sequence in sequences:
-            self.added[sequence] = self.steps
-            self.scheduler.add(sequence)
-
-    def run(self, num_steps: int) -> list[Schedule]:
-        return [self.step() for _ in range(num_steps)]
-
-    def run_until(self, holds: Callable[[], bool]) -> None:
-        start = self.steps
-        while not holds():
-            assert self.steps < start + 3000
-            self.step()
-
-    def drain(self) -> None:
-        """Until all have ended; nothing may be left of them."""
-        self.run_until(lambda: not self.scheduler.has_unfinished)
-        assert not self.adapters.holders
-        assert not self.scheduler._turns._begun
-        assert not self.scheduler.waiting._accounts.root.num_present
-        assert sorted(self.scheduler._free_slots) == list(range(self.scheduler.max_num_seqs))
-
-    def step(self) -> Schedule:
-        self.adapters.step()
-        schedule = self.scheduler.schedule()
-        self.steps += 1
-        self.check(schedule)
-        for sequence in schedule.failed:
-            self.scheduler.remove(sequence)
-            self.failed.append(sequence)
-        work = [*(Chunk(s, 1) for s in schedule.decodes), *schedule.prefills]
-        for chunk in work:
-            self.compute(chunk)
-        for chunk in work:
-            if chunk.sequence.is_decoding:
-                self.answer(chunk.sequence)
-        self.check_slots()
-        self._before = {
-            s: (s.slot, s.num_computed, s.has_adapter) for s in self.scheduler.running.values()
-        }
-        return schedule
-
-    def compute(self, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        for position in range(sequence.num_computed):
-            assert self.cache[sequence.slot, position] == (sequence, position)
-        for position in range(sequence.num_computed, sequence.num_computed + chunk.num_tokens):
-            self.cache[sequence.slot, position] = (sequence, position)
-        assert len(sequence.next_tokens(chunk.num_tokens)) == chunk.num_tokens
-        sequence.num_computed += chunk.num_tokens
-        self.served[sequence.adapter] += chunk.num_tokens
-
-    def answer(self, sequence: Sequence) -> None:
-        sequence.output_token_ids.append(7)
-        self.scheduler.waiting.charge(sequence, OUTPUT_COST)
-        self.first_token.setdefault(sequence, self.steps)
-        if len(sequence.output_token_ids) == sequence.max_tokens:
-            self.finished.append(sequence)
-            self.scheduler.remove(sequence)
-
-    def waits(self) -> list[int]:
-        """Steps to the first token, of all that were added; those that have none wait still."""
-        return [self.first_token.get(s, self.steps) - step for s, step in self.added.items()]
-
-    def check(self, schedule: Schedule) -> None:
-        self.check_slots()
-        self.check_work(schedule)
-        self.check_turns()
-        running = list(self.scheduler.running.values())
-        assert schedule.running == tuple(running)
-        assert all(s.version in self.adapters.failed for s in schedule.failed)
-        assert all(s.slot is not None and not s.has_adapter for s in schedule.starved)
-        for sequence, (slot, num_computed, _) in self._before.items():
-            if sequence.slot is not None:
-                assert (sequence.slot, sequence.num_computed) == (slot, num_computed)
-        if len(running) < self.scheduler.max_num_seqs:
-            assert all(s.version is not None for s in self.scheduler.waiting)
-
-    def check_slots(self) -> None:
-        running = self.scheduler.running
-        assert all(sequence.slot == slot for slot, sequence in running.items())
-        assert all(0 <= slot < self.scheduler.max_num_seqs for slot in running)
-        assert all(s.slot is None and not s.has_adapter for s in self.scheduler.waiting)
-        holders = Counter(s.version for s in running.values() if s.has_adapter and s.lease)
-        assert holders == self.adapters.holders
-
-    def check_work(self, schedule: Schedule) -> None:
-        """All decodes, and as much prefill as the budget has, of those whose adapter is held."""
-        active = [s for s in self.scheduler.running.values() if s.has_adapter]
-        assert all(s.version is None or self.adapters.holders[s.version] for s in active)
-        slots = [s.slot for s in schedule.decodes]
-        assert slots == sorted(s.slot for s in active if s.is_decoding)
-        left = {s: s.num_prefill - s.num_computed for s in active if not s.is_decoding}
-        chunks = {chunk.sequence: chunk.num_tokens for chunk in schedule.prefills}
-        assert len(chunks) == len(schedule.prefills)
-        assert all(0 < num_tokens <= left[s] for s, num_tokens in chunks.items())
-        budget = self.scheduler.max_num_batched_tokens - len(slots)
-        assert sum(chunks.values()) == min(budget, sum(left.values()))
-        assert schedule.is_empty == (not active)
-
-    def check_turns(self) -> None:
-        """Whatever had to leave for another was there for its turn, and may leave."""
-        for sequence, (_, _, had_adapter) in self._before.items():
-            if had_adapter and sequence.slot is not None and not sequence.has_adapter:
-                assert self.steps - self._turns[sequence.version] >= TURN_STEPS
-                assert not sequence.version.is_pinned
-        self._turns = {v: self._turns.get(v, self.steps) for v in self.adapters.holders}
-
-    def _reuse(self, sequence: Sequence) -> int:
-        assert sequence.slot is not None
-        assert (sequence in self._reused) == (sequence.num_preempted > 0)
-        self._reused.add(sequence)
-        num_tokens = min(self._num_reused, len(sequence.prompt_token_ids) - 1)
-        for position in range(num_tokens):
-            self.cache[sequence.slot, position] = (sequence, position)
-        return num_tokens
-
-
-class Clients:
-    """So many for every adapter, each of whom asks again as soon as it is answered."""
-
-    def __init__(
-        self,
-        engine: FakeEngine,
-        versions: list[Version | None],
-        num_each: int = 2,
-        seed: int = 0,
-        most_prompt: int = 12,
-        most_output: int = 10,
-    ) -> None:
-        self.engine = engine
-        self._random = random.Random(seed)
-        self._most = most_prompt, most_output
-        for version in versions * num_each:
-            self._ask(version)
-
-    def run(self, num_steps: int) -> None:
-        for _ in range(num_steps):
-            num_finished = len(self.engine.finished)
-            self.engine.step()
-            for sequence in self.engine.finished[num_finished:]:
-                self._ask(sequence.version)
-
-    def _ask(self, version: Version | None) -> None:
-        lengths = [self._random.randint(1, most) for most in self._most]
-        self.engine.add(new_sequence(f"r{len(self.engine.added)}", *lengths, version))
-
-
-# --- any traffic -----------------------------------------------------------------------------
+# --- any traffic ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -391,7 +91,7 @@ def draw_request(data, request_id: str, versions: list[Version | None]) -> Itera
         yield new_sequence(request_id, *lengths, version, tenant, index)
 
 
-# --- the base alone: slots and budget --------------------------------------------------------
+# --- the base alone: slots and budget -------------------------------------------------------------
 
 
 def test_sequences_start_in_the_order_they_came():
@@ -492,7 +192,7 @@ def test_sequence_gives_its_next_tokens():
         sequence.next_tokens(2)
 
 
-# --- shares ----------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 def test_flood_of_one_tenant_does_not_delay_another():
@@ -521,7 +221,7 @@ def test_answered_tokens_count_against_a_claim():
     assert [s.request_id for s in engine.finished] == ["a0", "b", "a1"]
 
 
-# --- adapters on their way -------------------------------------------------------------------
+# --- adapters on their way ------------------------------------------------------------------------
 
 
 def test_adapter_on_its_way_holds_up_only_its_own_requests():
@@ -589,7 +289,7 @@ def test_adapter_that_is_evicted_before_it_is_held_is_asked_for_again():
     assert scheduler.schedule().scheduled == (sequence,)
 
 
-# --- affinity --------------------------------------------------------------------------------
+# --- affinity -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -615,209 +315,7 @@ def test_affinity_does_not_reach_across_tenants():
     assert [s.request_id for s in scheduler.schedule().running] == ["there"]
 
 
-# --- turns -----------------------------------------------------------------------------------
-
-
-def test_adapter_keeps_its_place_for_its_turn_and_goes_on_later():
-    a, b = Version("a"), Version("b")
-    engine = FakeEngine(2, adapters=FakeAdapters(room=1, load_steps=1))
-    one, two = new_sequence("a", 2, 40, a), new_sequence("b", 2, 40, b)
-    engine.add(one)
-    engine.run(2)  # on its way, then there
-    engine.add(two)
-    assert computed(engine.run(TURN_STEPS - 1)) == ["a"] * (TURN_STEPS - 1)
-    place = one.slot, one.num_computed
-    assert computed(engine.run(TURN_STEPS + 1)) == [""] + ["b"] * TURN_STEPS
-    assert (one.slot, one.num_computed) == place
-    engine.drain()
-    assert engine.finished == [one, two]
-
-
-def computed(schedules: list[Schedule]) -> list[str]:
-    """Names of those that each step computes."""
-    return [
-        " ".join(s.request_id for s in (*x.decodes, *(chunk.sequence for chunk in x.prefills)))
-        for x in schedules
-    ]
-
-
-def test_sequence_parked_within_its_prompt_goes_on_within_it():
-    engine = FakeEngine(2, budget=2, adapters=FakeAdapters(room=1))
-    one, two = [new_sequence(name, 40, 1, Version(name)) for name in "ab"]
-    engine.add(one, two)
-    engine.scheduler.waiting.charge(one, 1)
-    engine.run_until(lambda: engine.scheduler.num_parked > 0)
-    assert one.num_computed == 2 * TURN_STEPS
-    engine.drain()  # checks that nothing is computed twice
-    assert engine.finished == [two, one]
-
-
-def test_nobody_leaves_for_a_later_claim():
-    a, b = Version("a"), Version("b")
-    engine = FakeEngine(2, adapters=FakeAdapters(room=1, load_steps=0))
-    one, two = new_sequence("a", 2, 40, a), new_sequence("b", 2, 40, b)
-    engine.add(one)
-    engine.run(2)
-    engine.add(two)
-    engine.run_until(lambda: bool(two.output_token_ids))
-    rank = engine.scheduler.waiting.rank
-    lead = OUTPUT_COST * (TURN_STEPS + 1)
-    engine.scheduler.waiting.charge(one, rank(two)[1] - rank(one)[1] + lead)
-    engine.run(TURN_STEPS)
-    assert two.has_adapter
-    engine.run_until(lambda: not two.has_adapter)
-    assert 0 < rank(two)[1] - rank(one)[1] <= OUTPUT_COST
-
-
-def test_who_has_no_token_yet_goes_before_those_who_have_had_less():
-    a, b = Version("a"), Version("b")
-    engine = FakeEngine(2, adapters=FakeAdapters(room=1, load_steps=0))
-    one, two = new_sequence("a", 2, 90, a), new_sequence("b", 16, 90, b)
-    engine.add(one)
-    engine.run(TURN_STEPS)
-    engine.add(two)
-    engine.scheduler.waiting.charge(two, 1000)
-    engine.run(2)
-    assert two.output_token_ids
-    engine.run_until(lambda: one.has_adapter)
-    assert len(two.output_token_ids) == TURN_STEPS
-    engine.run(5 * TURN_STEPS)
-    assert len(two.output_token_ids) <= 3 * TURN_STEPS  # its share, once it has a token
-
-
-def test_nobody_is_parked_for_long_by_those_who_keep_coming():
-    """A long answer among endless requests of one token each, of twelve other adapters: one of them
-    always has no token yet."""
-    engine = FakeEngine(16, adapters=FakeAdapters(room=2, load_steps=1))
-    long = new_sequence("long", 2, 200, Version("long"))
-    engine.add(long)
-    clients = Clients(engine, [Version(f"a{i}") for i in range(12)], num_each=1, most_output=1)
-    gap = longest = 0
-    while long.slot is not None or not long.output_token_ids:
-        before = len(long.output_token_ids)
-        clients.run(1)
-        gap = 0 if len(long.output_token_ids) > before else gap + 1
-        longest = max(longest, gap)
-        assert engine.steps < 3000
-    assert longest <= MOST_PARKED + 2 * TURN_STEPS
-
-
-@pytest.mark.parametrize("prompt", [4, 100])
-@pytest.mark.parametrize("seed", range(3))
-def test_first_tokens_seldom_wait_for_turns(prompt, seed):
-    """Six adapters at random times, with room for three."""
-    draw = random.Random(seed)
-    versions = [Version(f"a{i}") for i in range(6)]
-    engine = FakeEngine(64, budget=512, adapters=FakeAdapters(3, load_steps=1))
-    for i in range(600):
-        engine.add(new_sequence(f"r{i}", prompt, 32, draw.choice(versions)))
-        engine.run(round(draw.expovariate(1 / 7)))
-    engine.drain()
-    waits = sorted(engine.waits())
-    assert engine.scheduler.num_parked > 300
-    assert waits[int(0.99 * len(waits))] <= TURN_STEPS + 2
-
-
-def test_adapter_with_most_leaves_first():
-    most, less, new = Version("most"), Version("less"), Version("new")
-    engine = FakeEngine(4, adapters=FakeAdapters(room=2, load_steps=0))
-    engine.add(*(new_sequence(f"m{i}", 2, 90, most) for i in range(2)))
-    engine.add(new_sequence("l", 2, 90, less))
-    engine.run(TURN_STEPS)
-    engine.add(new_sequence("n", 2, 90, new))
-    engine.run(2)
-    assert engine.adapters.holders.keys() == {less, new}
-    assert all(not s.has_adapter for s in engine.scheduler.find("m0") + engine.scheduler.find("m1"))
-
-
-def test_of_those_without_room_the_first_claim_comes_in():
-    engine = FakeEngine(3, adapters=FakeAdapters(room=1, load_steps=0))
-    a, b, c = [new_sequence(name, 2, 90, Version(name)) for name in "abc"]
-    engine.add(a)
-    engine.step()
-    engine.add(b, c)
-    engine.step()
-    engine.scheduler.waiting.charge(b, 5)
-    engine.run(TURN_STEPS)
-    assert engine.adapters.holders.keys() == {c.version}
-
-
-def test_pinned_adapters_never_leave():
-    pinned, other = Version("pinned", is_pinned=True), [Version(name) for name in "abc"]
-    engine = FakeEngine(4, adapters=FakeAdapters(room=2, load_steps=2))
-    clients = Clients(engine, [pinned, *other], num_each=1, most_output=30)
-    clients.run(300)
-    assert all(engine.served[version.name] > 60 for version in [pinned, *other])
-    assert engine.scheduler.num_parked > 5  # checked in every step: none of them was pinned
-
-
-def test_what_never_has_room_is_told_of():
-    """It waits in a slot; that it is hopeless is for the engine to find."""
-    adapters = FakeAdapters(room=1)
-    pinned, other = Version("pinned", is_pinned=True), Version("other")
-    adapters.idle[pinned] = None
-    engine = FakeEngine(2, adapters=adapters)
-    one = new_sequence("a", version=other)
-    engine.add(one)
-    assert all(schedule.starved == (one,) for schedule in engine.run(5))
-
-
-@pytest.mark.parametrize("fresh_steps", [0, 3])
-@pytest.mark.parametrize("load_steps", [0, 1, 3, 10])
-@pytest.mark.parametrize("seed", range(3))
-def test_six_adapters_with_room_for_three_all_get_on(load_steps, fresh_steps, seed):
-    """Endless traffic of two clients each. A first token comes within twelve turns with their
-    loads: every second is the adapter's own, and one request of another client is before it."""
-    engine = FakeEngine(8, adapters=FakeAdapters(3, load_steps, fresh_steps))
-    Clients(engine, [Version(f"a{i}") for i in range(6)], 2, seed).run(1000)
-    assert max(engine.waits()) <= 12 * (TURN_STEPS + load_steps)
-    assert len(engine.served) == 6
-    assert max(engine.served.values()) <= 1.2 * min(engine.served.values())
-    assert engine.scheduler.num_parked > 20
-
-
-@pytest.mark.parametrize("max_num_seqs", [1, 2, 3])
-def test_no_adapter_starves_where_slots_are_few(max_num_seqs):
-    """Before a client's request go at most: one of each other client; what the adapters that are
-    there may have ahead; and those that overtake while its own is on its way."""
-    engine = FakeEngine(max_num_seqs, adapters=FakeAdapters(room=3, load_steps=3))
-    Clients(engine, [Version(f"a{i}") for i in range(6)], most_prompt=4, most_output=6).run(2000)
-    most_steps = 1 + 3 + 6  # of one request
-    ahead = 5 * AFFINITY / OUTPUT_COST
-    assert max(engine.waits()) <= (12 + _MOST_OVERTAKEN) * most_steps + ahead
-    assert max(engine.served.values()) <= 1.2 * min(engine.served.values())
-
-
-@pytest.mark.parametrize("fresh_steps", [0, 3])
-@pytest.mark.parametrize(("room", "num_small", "large"), [(4, 5, 4), (4, 5, 3), (8, 12, 8)])
-def test_large_adapter_gets_its_turns_among_small_ones(room, num_small, large, fresh_steps):
-    """For it to come in, many others must have left at once."""
-    versions = [Version("large", large), *(Version(f"a{i}") for i in range(num_small))]
-    engine = FakeEngine(12, adapters=FakeAdapters(room, 3, fresh_steps))
-    Clients(engine, versions, most_output=30).run(1500)
-    assert min(engine.served.values()) >= 0.8 * max(engine.served.values())
-    assert max(engine.waits()) <= 400
-
-
-def test_large_adapter_comes_in_among_many_short_requests():
-    """Small ones that are on their way would be in its way for ever, one after the other."""
-    versions = [Version("large", 4), *(Version(f"a{i}") for i in range(3))]
-    engine = FakeEngine(12, adapters=FakeAdapters(4, load_steps=9, fresh_steps=1))
-    Clients(engine, versions, most_output=1).run(1000)
-    assert max(engine.waits()) <= 100
-
-
-def test_adapter_that_never_fits_does_not_stop_the_others():
-    pinned, huge = Version("pinned", 2, is_pinned=True), Version("huge", 3)
-    small = [Version(f"a{i}") for i in range(4)]
-    adapters = FakeAdapters(room=4, load_steps=3)
-    adapters.idle[pinned] = None
-    engine = FakeEngine(8, adapters=adapters)
-    Clients(engine, [None, pinned, huge, *small], num_each=1).run(1000)
-    assert all(engine.served[version.name] > 200 for version in small)
-
-
-# --- failures --------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
 def test_failed_adapter_fails_only_its_own_sequences():
@@ -867,9 +365,6 @@ def test_abort_of_a_parked_sequence_leaves_nothing_held():
     assert engine.run(1)[0].is_empty
 
 
-# --- slots taken back ------------------------------------------------------------------------
-
-
 def fill(
     engine: FakeEngine,
     num: int,
@@ -884,6 +379,9 @@ def fill(
         max_tokens = one.get("max_tokens", 1500)
         engine.add(new_sequence(name, 3, max_tokens, version, tenant, i, client))
     engine.run(LEAST_PROGRESS + 2)
+
+
+# --- slots taken back -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

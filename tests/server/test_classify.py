@@ -2,12 +2,9 @@
 
 import json
 import math
-from contextlib import AsyncExitStack
 
-import httpx
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -22,18 +19,14 @@ from neuroada_serve.adapters.format import (
     save_adapter,
 )
 from neuroada_serve.adapters.reader import load_adapter
-from neuroada_serve.config import ServerConfig
 from neuroada_serve.errors import AdapterError, AdapterFormatError, RequestError
-from neuroada_serve.evaluation.matthews import matthews
 from neuroada_serve.model.convert import export_shira
 from neuroada_serve.model.export import export_merged
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.request import CLASSIFY
-from neuroada_serve.server.app import create_app
-from neuroada_serve.server.worker import Worker
 from tests.support.classifiers import LABELS, TEXTS, classifier
 from tests.support.command import run
-from tests.support.tiny import plain_merged, random_adapter, save_tiny_model, tiny_tokenizer
+from tests.support.tiny import plain_merged, random_adapter, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +34,7 @@ def source(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("classify") / "tiny")
 
 
-# --- files -----------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_file_comes_back_as_it_was(source, tmp_path):
@@ -110,9 +103,6 @@ def test_a_head_belongs_to_a_classifier(source, tmp_path):
         make_adapter(plain.config, plain.modules, torch.zeros(2, 32))
 
 
-# --- the engine ------------------------------------------------------------------------------
-
-
 def reference(source, adapter: Adapter, text_ids: list[int]) -> torch.Tensor:
     """Probabilities by transformers' own classifier, the adapter in its weights."""
     merged = plain_merged(source, adapter)
@@ -125,6 +115,9 @@ def reference(source, adapter: Adapter, text_ids: list[int]) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         return model(torch.tensor([text_ids])).logits[0].softmax(0)
+
+
+# --- the engine -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -227,88 +220,7 @@ def test_a_head_that_overflows_fails_its_request_alone(source):
     assert len(llm.classify(TEXTS, "mood")) == 3
 
 
-# --- HTTP ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def client(source):
-    llm = LLM(str(source.path), {"mood": classifier(source, 1), "talk": random_adapter(source, 3)})
-    async with AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(Worker(llm.engine))
-        app = httpx.ASGITransport(create_app(worker, ServerConfig()))
-        client = httpx.AsyncClient(transport=app, base_url="http://127.0.0.1")
-        yield await stack.enter_async_context(client)
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("path", ["/v1/classify", "/classify"])
-async def test_a_reply_has_vllms_shape(client, source, path):
-    reply = await client.post(path, json={"model": "mood", "input": TEXTS})
-    assert reply.status_code == 200, reply.text
-    body = reply.json()
-    expected = LLM(str(source.path), {"mood": classifier(source, 1)}).classify(TEXTS, "mood")
-    assert body["id"].startswith("classify-")
-    assert (body["object"], body["model"]) == ("list", "mood")
-    assert body["labels"] == list(LABELS)
-    assert body["system_fingerprint"] == classifier(source, 1).digest
-    num_tokens = sum(len(output.prompt_token_ids) for output in expected)
-    assert body["usage"] == {
-        "prompt_tokens": num_tokens,
-        "completion_tokens": 0,
-        "total_tokens": num_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    }
-    for index, (found, wanted) in enumerate(zip(body["data"], expected, strict=True)):
-        assert found.keys() == {"index", "label", "probs", "num_classes"}
-        assert (found["index"], found["label"], found["num_classes"]) == (index, wanted.label, 3)
-        assert found["probs"] == pytest.approx(wanted.probs, abs=1e-5)
-        assert sum(found["probs"]) == pytest.approx(1)
-
-
-@pytest.mark.anyio
-async def test_texts_come_as_text_or_tokens(client):
-    bodies = []
-    ids = tiny_tokenizer()("no").input_ids
-    for given in ("no", ["no"], ids, [ids]):
-        reply = await client.post("/v1/classify", json={"model": "mood", "input": given})
-        assert reply.status_code == 200, reply.text
-        bodies.append(reply.json()["data"])
-    for other in bodies[1:]:
-        assert other[0]["probs"] == pytest.approx(bodies[0][0]["probs"], abs=1e-5)
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("body", "status", "fault"),
-    [
-        ({"model": "mood", "input": ""}, 400, "input must not be empty"),
-        ({"model": "mood", "input": ["a", ""]}, 400, "input must not be empty"),
-        ({"model": "mood", "input": ["a"] * 257}, 400, "257 inputs, at most 256"),
-        ({"model": "mood", "input": "a" * 300}, 400, "maximum context length is 256"),
-        ({"model": "mood", "input": [9999]}, 400, "prompt token ids"),
-        ({"model": "mood"}, 400, "input: Field required"),
-        ({"input": "a"}, 400, "model: Field required"),
-        ({"model": "mood", "input": "a", "temperature": 1}, 400, "temperature is unknown"),
-        ({"model": "nobody", "input": "a"}, 404, "does not exist"),
-        ({"model": "talk", "input": "a"}, 400, "'talk' is not a classifier"),
-        ({"model": "tiny", "input": "a"}, 400, "the base is not a classifier"),
-    ],
-)
-async def test_a_wrong_request_is_told(client, body, status, fault):
-    reply = await client.post("/v1/classify", json=body)
-    assert reply.status_code == status, reply.text
-    assert fault in reply.json()["error"]["message"]
-
-
-@pytest.mark.anyio
-async def test_chat_with_a_classifier_is_told(client):
-    reply = await client.post("/v1/completions", json={"model": "mood", "prompt": "a"})
-    assert reply.status_code == 400
-    assert reply.json()["error"]["message"].endswith("through /v1/classify, or `neuroada classify`")
-    assert reply.json()["error"]["param"] == "model"
-
-
-# --- out of the house ------------------------------------------------------------------------
+# --- out of the house -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -354,29 +266,7 @@ def test_the_commands_that_show_and_ask(source, tmp_path):
     assert "/v1/classify" in card
 
 
-# --- scores ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("right", "chosen"),
-    [
-        ([0, 1, 1, 0, 1], [0, 1, 0, 0, 1]),
-        ([0, 1, 2, 2, 1, 0], [2, 1, 2, 0, 1, 0]),
-        ([0, 1, 1, 0], [1, 0, 0, 1]),
-        ([0, 1, 1], [1, 1, 1]),
-    ],
-)
-def test_matthews_is_the_correlation(right, chosen):
-    labels = 1 + max(right)
-    counts = [[0] * (labels + 1) for _ in range(labels)]
-    for row, column in zip(right, chosen, strict=True):
-        counts[row][column] += 1
-    # the covariance of one-hot rows, as Gorodkin defines it
-    x, y = (F.one_hot(torch.tensor(v), labels).double() for v in (right, chosen))
-    x, y = x - x.mean(0), y - y.mean(0)
-    spread = ((x * x).sum() * (y * y).sum()).sqrt()
-    expected = ((x * y).sum() / spread).nan_to_num().item()
-    assert matthews(counts) == pytest.approx(expected)
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def test_eval_gives_glues_figures(source, tmp_path):

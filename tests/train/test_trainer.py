@@ -18,9 +18,7 @@ from neuroada_serve.train.batches import collate, predict
 from neuroada_serve.train.data import load_data
 from neuroada_serve.train.examples import Example
 from neuroada_serve.train.inplace import inplace_training, magnitude_selections
-from neuroada_serve.train.loop import LengthGroupedBatches
 from neuroada_serve.train.objectives import WriteText
-from neuroada_serve.train.plot import smoothed
 from neuroada_serve.train.score import score
 from neuroada_serve.train.trainer import LOSS_FILE, train_adapter
 from tests.support.training import QUICK, ROWS, _model, make_base, write_rows
@@ -52,14 +50,14 @@ def _training(model, modules, k):
     return inplace_training(model, modules, magnitude_selections(modules, k))
 
 
-# --- inside the weights ------------------------------------------------------------------------
-
-
 def _randomise(layers, scale=0.1):
     torch.manual_seed(1)
     with torch.no_grad():
         for layer in layers.values():
             layer.value.copy_(torch.randn_like(layer.value) * scale)
+
+
+# --- inside the weights ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -182,27 +180,10 @@ def test_entries_that_are_not_selected_keep_value_0():
             assert layer.value.grad[trained[name]].ne(0).any()
 
 
-# --- batches and scores ------------------------------------------------------------------------
-
-
-def test_every_row_is_in_one_batch_of_each_pass():
-    lengths = [(i * 37) % 90 + 1 for i in range(203)]
-    batches = LengthGroupedBatches(lengths, batch_size=8, seed=0)
-    first, second = list(batches), list(batches)
-    assert len(first) == len(batches) == 26
-    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(203))
-    assert first != second
-    assert first == list(LengthGroupedBatches(lengths, batch_size=8, seed=0))
-
-
-def test_batches_hold_rows_of_like_length():
-    lengths = [(i * 37) % 90 + 1 for i in range(256)]
-    batches = LengthGroupedBatches(lengths, batch_size=8, seed=0)
-    widest = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
-    assert widest < 1.3 * sum(lengths)
-
-
 EXAMPLES = [Example((5, 6, 7), (8, 1)), Example((9,), (4, 5, 6, 7, 1)), Example((3, 2), (1,))]
+
+
+# --- batches and scores ---------------------------------------------------------------------------
 
 
 def test_only_answer_tokens_count():
@@ -241,7 +222,7 @@ def test_exact_match_wants_every_token_of_the_answer():
     assert score(model, examples, 2, WriteText()).figure == pytest.approx(2 / 3)
 
 
-# --- a whole run -------------------------------------------------------------------------------
+# --- a whole run ----------------------------------------------------------------------------------
 
 
 @both_kinds
@@ -358,15 +339,15 @@ def test_a_last_step_that_diverges_is_not_saved(base, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- what is refused beforehand ----------------------------------------------------------------
-
-
 @pytest.fixture
 def no_training(monkeypatch):
     def run_steps(*args):
         raise AssertionError("it trained")
 
     monkeypatch.setattr(trainer, "Loop", run_steps)
+
+
+# --- what is refused beforehand -------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("no_training")
@@ -420,8 +401,3 @@ def test_a_missing_extra_is_named_with_its_install(base, data, tmp_path, monkeyp
         UsageError, match=r'needs accelerate: .*pip install "neuroada-serve\[train\]"'
     ):
         train_adapter(base, data, tmp_path / "out", QUICK)
-
-
-def test_smoothing_keeps_length_and_mean_of_a_flat_curve():
-    assert smoothed([2.0] * 50) == [2.0] * 50
-    assert smoothed([1.0, 3.0]) == [2.0, 2.0]
