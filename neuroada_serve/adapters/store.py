@@ -306,7 +306,7 @@ class AdapterStore:
                 version.state = VersionState.READY
                 version.is_pinned = old is not None and old.is_pinned
                 self._versions[name] = version
-                gone = [] if old is None else self._retire(old)
+                gone = [] if old is None else self._drain(old)
         self._tell_gone(gone)
         self._on_change()
         return version
@@ -346,7 +346,7 @@ class AdapterStore:
                     raise AdapterInUseError(name, num_leases)
             with self._changed:
                 del self._versions[name]
-                gone = self._retire(version)
+                gone = self._drain(version)
         self._tell_gone(gone)
         return version
 
@@ -405,8 +405,8 @@ class AdapterStore:
             gone += self._mixes.remove_unused(self._versions)
         self._tell_gone(gone)
 
-    def _retire(self, version: AdapterVersion) -> list[AdapterVersion]:
-        """A version has lost its name; those that have gone by it."""
+    def _drain(self, version: AdapterVersion) -> list[AdapterVersion]:
+        """Let a version that has lost its name go with its last lease; return the versions now gone."""
         version.state = VersionState.DRAINING if version.num_leases else VersionState.GONE
         gone = [] if version.num_leases else [version]
         return gone + self._mixes.remove_unused(self._versions)

@@ -130,7 +130,7 @@ class FairQueue(Generic[R]):
             party.num_waiting -= 1
             party.num_slots += 1
 
-    def put_back(self, request: R) -> None:
+    def requeue(self, request: R) -> None:
         """Queue a request that had a slot again, before all later ones of its client."""
         line = self._lines[request]
         self._queues.setdefault(line[-1], deque()).appendleft(request)

@@ -79,8 +79,8 @@ class PrefixCache:
         self._touch(keys)
         return new
 
-    def forget(self, numbers: Collection[int]) -> None:
-        """Blocks that `keep` gave could not be filled."""
+    def discard(self, numbers: Collection[int]) -> None:
+        """Remove blocks that `keep` returned and that could not be filled."""
         for key in [key for key, block in self._blocks.items() if block.number in numbers]:
             self._free.append(self._blocks.pop(key).number)
 

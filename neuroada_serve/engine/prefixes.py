@@ -91,7 +91,7 @@ class Prefixes:
         try:
             self._blocks.keep(sequence.slot, new)
         except Exception as error:
-            self.cache.forget({number for _, number in new})
+            self.cache.discard({number for _, number in new})
             if not is_out_of_memory(error):
                 raise
 

@@ -53,8 +53,8 @@ class Draws:
             uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
         return uniform
 
-    def give_back(self, uniform: float) -> None:
-        """The last number has chosen nothing; it comes again."""
+    def rewind(self, uniform: float) -> None:
+        """Make the last number the next one again: it has chosen nothing."""
         self._returned = uniform
 
 
@@ -96,7 +96,7 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
         return _sample(logits, sequences, uniforms)
     except BaseException:
         for row, uniform in uniforms.items():
-            sequences[row].random.give_back(uniform)
+            sequences[row].random.rewind(uniform)
         raise
 
 

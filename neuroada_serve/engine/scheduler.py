@@ -246,7 +246,7 @@ class Scheduler:
         self._turns.release(sequence)
         heapq.heappush(self._free_slots, sequence.slot)
         sequence.preempt()
-        self.waiting.put_back(sequence)
+        self.waiting.requeue(sequence)
 
     def _next(self, states: dict[Sequence, Readiness]) -> Sequence | None:
         """Return the first in the queue that can use a slot, its adapter held; or one that takes

@@ -472,7 +472,7 @@ def test_client_with_no_slot_displaces_one_of_many_that_have_one_each():
         queue.charge(request, 5)
     (late,) = add(queue, ("", "a"), client="late")
     assert all(queue.may_displace(late, request) for request in many)
-    queue.put_back(many[2])
+    queue.requeue(many[2])
     queue.take(late)
     (more,) = add(queue, ("", "a"), client="late")
     assert not any(queue.may_displace(more, request) for request in many)
@@ -482,7 +482,7 @@ def test_request_that_is_put_back_is_first_again():
     queue = FairQueue[Request]()
     one, two = add(queue, ("", "a"), ("", "a"))
     queue.take(one)
-    queue.put_back(one)
+    queue.requeue(one)
     assert queue.heads() == [one]
     assert set(queue) == {one, two}
     assert len(queue) == 2
