@@ -1,4 +1,4 @@
-"""The device side of the adapters: one memory for all of them, each distinct index in it once.
+"""The device tier of adapters: one memory for all of them, with each distinct index in it once.
 
 The linear layers that read the same input (q, k and v, say) are one site: their rows are numbered
 through, and the op runs once for all of them. Adapters of one index and one k form a plane: they
@@ -114,11 +114,11 @@ class AdapterBank:
         return False
 
     def plane(self, table: IndexTable) -> Plane | None:
-        """The plane of adapters on this table, if there is one."""
+        """Return the plane of adapters on this table, if there is one."""
         return self._planes.get(table)
 
     def add_plane(self, table: IndexTable) -> Plane | None:
-        """A plane for adapters on this table; None where there is no room for its index."""
+        """Make a plane for adapters on this table; None if there is no room for its index."""
         num_entries = table.layout.num_entries
         index = self.memory.take(self.memory.columns_bytes(num_entries))
         if index is None:
@@ -158,7 +158,7 @@ class AdapterBank:
         self.values(resident).copy_(realise(originals, own))
 
     def values(self, resident: ResidentAdapter) -> Tensor:
-        """[nnz] what an adapter changes, a view."""
+        """Return [nnz] what an adapter changes, a view."""
         return self.memory.values(resident.extent, resident.plane.nnz)
 
     def release(self, resident: ResidentAdapter) -> None:
@@ -170,7 +170,8 @@ class AdapterBank:
         self.memory.release(resident.extent)
 
     def tables(self, plane: Plane) -> tuple[Tables, Tables]:
-        """A plane's tables and those of its biases, one per stretch of adjacent rows of a site."""
+        """Return a plane's tables and those of its biases, one per stretch of adjacent rows of a
+        site."""
         memory = self.memory
         if plane.tables_version != memory.version:
             layout = plane.table.layout

@@ -46,7 +46,8 @@ class HostValues:
         self._read_ahead: WeakKeyDictionary[AdapterVersion, AdapterValues] = WeakKeyDictionary()
 
     def __contains__(self, version: AdapterVersion) -> bool:
-        """Look whether values can be had without reading a file; an adapter in memory has none."""
+        """Return whether values can be had without reading a file; an adapter in memory has
+        none."""
         return version in self._cache or isinstance(version.source, Adapter)
 
     def __len__(self) -> int:

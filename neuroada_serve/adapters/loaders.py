@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 
 class Loaders:
-    """Reads and writes versions; whoever moves one to READING hands it over with `read`.
+    """Read and write versions in threads; whoever moves one to READING hands it over with
+    `read`.
 
     Args:
         pool: the threads.

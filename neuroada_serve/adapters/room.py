@@ -36,11 +36,11 @@ class Room:
     # --- who stays ---------------------------------------------------------------------------
 
     def want(self, version: AdapterVersion) -> None:
-        """A request waits for a version that is not resident."""
+        """Note that a request waits for a version that is not resident."""
         self._wanted.add(version)
 
     def add(self, version: AdapterVersion) -> None:
-        """Count a version in that has become resident."""
+        """Note that a version has become resident."""
         self._idle[version] = None
         if version in self._wanted:
             self._stays_until[version] = math.inf  # until the engine has had a look, and then some
@@ -67,7 +67,7 @@ class Room:
             self._idle[version] = None
 
     def discard(self, version: AdapterVersion) -> None:
-        """Forget a version that has gone and left the device."""
+        """Discard what is known of a version that has gone and left the device."""
         assert version not in self._num_holders, "a version that is held has a lease"
         self._wanted.discard(version)
         self._idle.pop(version, None)
@@ -77,11 +77,11 @@ class Room:
 
     @property
     def is_lacking(self) -> bool:
-        """Requests have just found no room, and wait for what becomes free."""
+        """True if requests have just found no room, and wait for what becomes free."""
         return time.monotonic() - self._lacking_at < FRESH_S
 
     def report_lack(self) -> None:
-        """A request has found no room."""
+        """Note that a request has found no room."""
         self._lacking_at = time.monotonic()
 
     def reserve(self, nnz: int, with_index: bool) -> Reading | None:
@@ -134,7 +134,7 @@ class Room:
         return True
 
     def could_fit(self, version: AdapterVersion, beside: AdapterVersion | None) -> bool:
-        """Look whether a version would have room if all left but the pinned ones and `beside`."""
+        """Return whether a version would have room if all left but the pinned ones and `beside`."""
         kept = [v for v in self._residency if v.is_pinned or v is beside]
         residents = [r for v in kept if (r := self._residency.resident(v)) is not None]
         planes = {r.plane.number: r.plane.nnz for r in residents}

@@ -1,4 +1,4 @@
-"""The adapters that exist: a name points to an immutable version, and versions outlive their name.
+"""The store of adapters: a name points to an immutable version, and versions outlive their name.
 
 A request holds a lease on the version it was admitted with. Replacing or removing a name leaves
 leased versions alone; a version goes when it has lost its name and its last lease.
@@ -54,7 +54,7 @@ class Mix:
 
 
 class AdapterVersion:
-    """One adapter under one name; what it is never changes.
+    """One version of an adapter: its content, which never changes, under one name.
 
     digest: of its weights file; of a mix, over those of its parts and their weights.
     source: where its values come from: files, memory, or other versions.
@@ -96,7 +96,7 @@ class Lease:
         self.version = version
 
     def share(self) -> "Lease":
-        """One more lease on the same version, whatever its name points to by now."""
+        """Take one more lease on the same version, whatever its name points to now."""
         assert self._store is not None, "the lease has been released"
         with self._store._changed:
             return self._store._lease_locked(self.version)
@@ -202,7 +202,7 @@ class AdapterStore:
 
     @property
     def versions(self) -> tuple[AdapterVersion, ...]:
-        """All versions with a name: those in use, and those that are loading."""
+        """Return all versions with a name: those in use, and those that are loading."""
         with self._changed:
             return (*self._versions.values(), *self._loading.values())
 
@@ -211,7 +211,7 @@ class AdapterStore:
             return self._find(name) is not None
 
     def get(self, name: str) -> AdapterVersion:
-        """The version that the name points to now.
+        """Return the version that the name points to now.
 
         Raises:
             AdapterNotFoundError
@@ -220,7 +220,7 @@ class AdapterStore:
             return self._get(name)
 
     def acquire(self, name: str) -> Lease:
-        """A lease on the version that a name points to now, or on a mix such as
+        """Take a lease on the version that a name points to now, or on a mix such as
         "sql:0.7+json:0.3".
 
         Raises:
@@ -231,19 +231,19 @@ class AdapterStore:
             return self._lease_locked(self._get_or_mix(name))
 
     def find(self, name: str) -> AdapterVersion | None:
-        """The version that the name points to now, if any."""
+        """Return the version that the name points to now, if any."""
         with self._changed:
             return self._find(name)
 
     def lease_of(self, version: AdapterVersion) -> Lease | None:
-        """A lease on this very version; None where it may no longer be used."""
+        """Take a lease on this very version; None if it may no longer be used."""
         with self._changed:
             return self._lease_locked(version) if version.state is VersionState.READY else None
 
     # --- change ------------------------------------------------------------------------------
 
     def reserve(self, names: Sequence[str]) -> None:
-        """Keep names for the base, beside its own.
+        """Reserve names for the base, beside its own.
 
         Raises:
             AdapterConflictError: an adapter has one of them.
@@ -351,7 +351,7 @@ class AdapterStore:
         return version
 
     def pin(self, name: str, pinned: bool = True) -> AdapterVersion:
-        """Keep the adapter of this name, and what replaces it, on the device; or no longer.
+        """Set whether the adapter of this name, and what replaces it, stays on the device.
 
         Raises:
             AdapterNotFoundError
@@ -406,7 +406,7 @@ class AdapterStore:
         self._tell_gone(gone)
 
     def _drain(self, version: AdapterVersion) -> list[AdapterVersion]:
-        """Let a version that has lost its name go with its last lease; return the versions now gone."""
+        """Let a version without a name go with its last lease; return those that are gone."""
         version.state = VersionState.DRAINING if version.num_leases else VersionState.GONE
         gone = [] if version.num_leases else [version]
         return gone + self._mixes.remove_unused(self._versions)
@@ -421,7 +421,8 @@ class AdapterStore:
 
 
 def parse_mix(name: str) -> Mapping[str, float] | None:
-    """The weights of "sql:0.7+json:0.3", by adapter; 1 where none is given. None: a plain name.
+    """Return the weights of "sql:0.7+json:0.3", by adapter; 1 if none is given. None: a plain
+    name.
 
     Raises:
         AdapterError: it is neither a name nor a mix.
@@ -449,12 +450,12 @@ def parse_mix(name: str) -> Mapping[str, float] | None:
 
 
 def mix_name(weights: Mapping[str, float]) -> str:
-    """Write a mix of adapters as requests name it: `parse_mix` backwards."""
+    """Return the name of a mix as requests write it; the inverse of `parse_mix`."""
     return "+".join(f"{name}:{weight:g}" for name, weight in weights.items())
 
 
 def _with_parts(version: AdapterVersion) -> Iterator[AdapterVersion]:
-    """A version, and those that it is mixed from: a lease is on all of them."""
+    """Return a version and those that it is mixed from: a lease counts on all of them."""
     parts = version.source.parts if isinstance(version.source, Mix) else ()
     return itertools.chain((version,), (part for part, _ in parts))
 

@@ -84,14 +84,15 @@ class AdapterTiers:
     # --- any thread --------------------------------------------------------------------------
 
     def tier_of(self, version: AdapterVersion) -> str:
-        """Name the highest tier with a version's values: device, host or disk. An adapter in memory
-        that has no file is on the host."""
+        """Return the highest tier with a version's values: device, host or disk. An adapter in
+        memory that has no file is on the host."""
         if self.is_ready(version):
             return "device"
         return "host" if version in self.host else "disk"
 
     def check_size(self, nnz: int, name: str) -> None:
-        """
+        """Refuse an adapter of so many values that it never fits the device memory set aside.
+
         Raises:
             AdapterError: an adapter of so many values never fits the device memory set aside.
         """
@@ -122,13 +123,13 @@ class AdapterTiers:
         self._wakeup.notify()
 
     def close(self) -> None:
-        """Let the loader threads finish what they are at, and end."""
+        """Let the loader threads finish their work, and end."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     # --- the engine's thread, between two steps ----------------------------------------------
 
     def poll(self) -> None:
-        """Bring the indexes that versions wait for, and close holes where nothing fits for them."""
+        """Bring the indexes that versions wait for, and close holes if nothing fits for them."""
         with self._lock:
             self._room.compact()
             self._room.start_stays()
@@ -192,11 +193,11 @@ class AdapterTiers:
         return readiness
 
     def is_ready(self, version: AdapterVersion) -> bool:
-        """Look whether a version is on the device."""
+        """Return whether a version is on the device."""
         return isinstance(self.residency[version], Resident)
 
     def could_fit(self, version: AdapterVersion, beside: AdapterVersion | None) -> bool:
-        """Look whether a version would have room if all left but the pinned ones and `beside`."""
+        """Return whether a version would have room if all left but the pinned ones and `beside`."""
         with self._lock:
             return self._room.could_fit(version, beside)
 
@@ -220,7 +221,7 @@ class AdapterTiers:
             self._room.release(version)
 
     def resident(self, version: AdapterVersion) -> ResidentAdapter:
-        """Find a version that is held."""
+        """Return the place of a version that is held."""
         resident = self.residency.resident(version)
         assert resident is not None
         return resident
@@ -242,7 +243,7 @@ class AdapterTiers:
     def _bring_index(
         self, table: IndexTable, versions: Sequence[AdapterVersion]
     ) -> list[tuple[AdapterVersion, Writing, Tensor, AdapterValues]]:
-        """Have an index on the device and the base's weights there at hand.
+        """Bring an index, and the base's weights at it, to the device.
 
         Returns:
             The versions that can be written now, with all that takes; none where there is no room

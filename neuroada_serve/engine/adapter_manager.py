@@ -1,4 +1,5 @@
-"""The engine's adapters: names, tiers and the weights, and what may be done to them while it runs.
+"""The manager of an engine's adapters: names, tiers and weights, and what may be done to them
+while it runs.
 
 Loading, replacing and unloading belong to whatever thread asks; they touch neither the weights nor
 a running step. The engine's thread brings the device and the merged weights in line between steps.
@@ -64,7 +65,7 @@ class AdapterInfo:
 
 
 class AdapterManager:
-    """Puts together the adapters of one engine, and does what takes more than one of its rooms.
+    """Put together the adapters of one engine, and do what takes more than one of its parts.
 
     Args:
         wakeup: notified, in any thread, when the engine's thread has something to do.
@@ -121,12 +122,12 @@ class AdapterManager:
     # --- any thread: what there is -----------------------------------------------------------
 
     def describe(self) -> list[AdapterInfo]:
-        """All adapters, in the order of their names."""
+        """Describe all adapters, in the order of their names."""
         infos = [_info(v, self.tiers, self.bank, self.merging) for v in self.store.versions]
         return sorted(infos, key=lambda info: info.name)
 
     def describe_one(self, name: str) -> AdapterInfo:
-        """An adapter, or a mix that requests could name.
+        """Describe an adapter, or a mix that requests could name.
 
         Raises:
             AdapterNotFoundError
@@ -137,8 +138,8 @@ class AdapterManager:
         return _info(lease.version, self.tiers, self.bank, self.merging)
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
-        """Bytes in use and set aside, on the device and on the host, and how many adapters are
-        there."""
+        """Return bytes in use and set aside, on the device and on the host, and the number of
+        adapters there."""
         device, host = self.bank.memory, self.tiers.host
         return {
             "device": {
@@ -218,7 +219,7 @@ class AdapterManager:
         self._wakeup.notify()
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Keep an adapter on the device, or let it go like others again.
+        """Keep an adapter on the device, or stop keeping it there.
 
         Raises:
             AdapterNotFoundError
@@ -255,7 +256,7 @@ class AdapterManager:
         return self._directory.rescan(on_progress)
 
     def rescan(self) -> Rescan:
-        """Look at the adapter directory again; see `AdapterDirectory.rescan`.
+        """Scan the adapter directory again; see `AdapterDirectory.rescan`.
 
         Raises:
             UsageError: there is no adapter directory.
@@ -283,7 +284,7 @@ class AdapterManager:
         return to_abort
 
     def bring_in(self, name: str) -> None:
-        """Bring an adapter to the device now, where there is room, and into the weights if it is to
+        """Bring an adapter to the device now if there is room, and into the weights if it is to
         be kept there.
 
         Raises:
@@ -294,12 +295,12 @@ class AdapterManager:
         self.merging.bring_in_line(lambda: ())
 
     def add_resident(self, name: str, adapter: Adapter, replace: bool = False) -> None:
-        """`add` and `bring_in`."""
+        """Add an adapter and bring it in: `add`, then `bring_in`."""
         self.add(name, adapter, replace)
         self.bring_in(name)
 
     def remove(self, name: str) -> None:
-        """Take a name away at once; requests that run with it finish.
+        """Remove a name at once; requests that run with it finish.
 
         Raises:
             AdapterNotFoundError
@@ -333,7 +334,8 @@ def _info(
 def _check_pin(
     own: AdapterVersion, versions: tuple[AdapterVersion, ...], memory: SlotMemory
 ) -> None:
-    """
+    """Refuse a pin that leaves too little room.
+
     Raises:
         AdapterError: with `own`, the pinned versions would leave no room for the largest one.
     """

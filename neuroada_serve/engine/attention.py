@@ -105,7 +105,7 @@ def attend(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """One layer's attention: store the new keys and values, then attend per sequence.
+    """Compute one layer's attention: store the new keys and values, then attend per sequence.
 
     Args:
         query: [1, heads, T, head_dim]; key, value: [1, kv_heads, T, head_dim].
@@ -183,7 +183,7 @@ def _attention(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """[n, heads, q, dim] attention; with a soft cap on the scores (Gemma 2) written out."""
+    """Compute attention [n, heads, q, dim]; with a soft cap on the scores (Gemma 2) written out."""
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

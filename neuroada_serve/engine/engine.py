@@ -109,7 +109,8 @@ class Engine:
         return self.adapters.merging.merged
 
     def base_digest(self) -> str:
-        """sha256 of all weights as they are now; the base's own while nothing is merged."""
+        """Return the sha256 of all weights as they are now: the base's own while nothing is
+        merged."""
         return weights_digest(self.base.model)
 
     # --- requests ----------------------------------------------------------------------------
@@ -278,7 +279,7 @@ class Engine:
         self._prefixes.keep(sequence)  # it is wanted again
 
     def _loads(self) -> Iterable[Load]:
-        """Tokens that are still to come, at most."""
+        """Return the tokens that are still to come, at most."""
         for sequence in self._scheduler.running.values():
             left = sequence.max_tokens - len(sequence.output_token_ids)
             yield Load(sequence.version, left, is_running=sequence.has_adapter)

@@ -13,7 +13,7 @@ from neuroada_serve.tasks import GENERATE
 
 
 class InputProcessor:
-    """Makes the sequences of one engine.
+    """Make the sequences of one engine.
 
     Args:
         max_model_len: most tokens of a sequence, its prompt included.

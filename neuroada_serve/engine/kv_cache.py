@@ -1,4 +1,4 @@
-"""Keys and values of the running sequences, by slot."""
+"""The KV cache: keys and values of the running sequences, by slot."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -13,11 +13,12 @@ _COARSE_SLOTS, _COARSE_TOKENS = 16, 1024
 
 
 class CacheMemoryError(MemoryError):
-    """There is no memory for a larger KV cache; it is as it was before."""
+    """Raised when there is no memory for a larger KV cache; the cache is as it was before."""
 
 
 class KVCache:
-    """Per layer K and V [slots, kv_heads, tokens, head_dim]; slots and tokens grow by need.
+    """Keys and values per layer, [slots, kv_heads, tokens, head_dim]; slots and tokens grow by
+    need.
 
     All slots share one length, so that neighbouring slots are one strided view. Entries never
     written are zero: masked attention multiplies them by zero, and 0 * NaN would be NaN. Sizes are
@@ -44,7 +45,7 @@ class KVCache:
         return self._max_slots
 
     def holds(self, slot: int, num_tokens: int) -> bool:
-        """Tell if a sequence of num_tokens in this slot has room as it is."""
+        """Return whether a sequence of num_tokens in this slot has room as it is."""
         return slot < self._slots and num_tokens <= self._tokens
 
     def reserve(self, num_slots: int, num_tokens: int) -> None:
@@ -86,7 +87,8 @@ class KVCache:
             self._clear()
 
     def add_layer(self, layer: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Let a layer's memory, on the CPU, come with the next `reserve`, not with its `write`."""
+        """Give a layer its memory, on the CPU, at the next `reserve` instead of its first
+        `write`."""
         self._known[layer] = torch.empty(0, kv_heads, head_dim, dtype=dtype)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
@@ -106,16 +108,16 @@ class KVCache:
         values[slots, :, positions] = v
 
     def view(self, layer: int, first: int, stop: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """K and V of slots first..stop-1, their first num_tokens tokens; no copy."""
+        """Return K and V of slots first..stop-1, their first num_tokens tokens; no copy."""
         keys, values = self._layers[layer]
         return keys[first:stop, :, :num_tokens], values[first:stop, :, :num_tokens]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V of all slots, as they lie in memory."""
+        """Return K and V of all slots, as they lie in memory."""
         return self._layers[layer]
 
     def layers(self) -> Iterable[tuple[int, tuple[Tensor, Tensor]]]:
-        """Number, K and V of every layer, as they lie in memory."""
+        """Return number, K and V of every layer, as they lie in memory."""
         return self._layers.items()
 
     @property
@@ -124,7 +126,8 @@ class KVCache:
         return _bytes_per_token(pair[0] for pair in self._layers.values())
 
     def taint(self) -> None:
-        """Have it scrubbed before the next step: masking does not stop non-finite entries."""
+        """Have the cache scrubbed before the next step: masking does not stop non-finite
+        entries."""
         self.is_tainted = True
 
     @torch.inference_mode()

@@ -103,16 +103,17 @@ class MergeControl:
         self._wakeup.notify()
 
     def can_leave(self, version: AdapterVersion) -> bool:
-        """Look whether a version may leave the device once no sequence holds it."""
+        """Return whether a version may leave the device once no sequence holds it."""
         return not version.is_pinned and version is not self.version
 
     def could_fit(self, version: AdapterVersion) -> bool:
-        """Look whether a version would have room if all left that may."""
+        """Return whether a version would have room if all left that may."""
         # The version that auto has merged may: see `make_way`.
         return self._tiers.could_fit(version, None if self.is_auto else self.version)
 
     def make_way(self) -> None:
-        """Take the version that auto has merged out: nothing can run for want of room."""
+        """Take the version that auto has merged out of the weights, because nothing can run for
+        lack of room."""
         if self.is_auto and self.version is not None:
             self.restore()
 
@@ -204,8 +205,9 @@ class MergeControl:
         self._metrics.num_unmerges += 1
 
     def _swap_in(self, lease: Lease, values: AdapterValues) -> None:
-        """Swap an adapter in. Its lease is ours from here on, and so is the hold on it: a version
-        whose room a loader took while it was written would be in the weights unknown to us."""
+        """Swap an adapter in. From here on merging has its lease and its hold: otherwise a
+        loader could take the room of a version while it is written, and it would be in the
+        weights unknown to us."""
         if lease.version is self.version:
             self._release(lease)
             return

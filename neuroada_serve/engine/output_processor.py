@@ -20,8 +20,8 @@ from neuroada_serve.request import FinishReason, Output, TokenLogprob
 
 
 class OutputProcessor:
-    """Hands out what sequences get, each exactly one final output, with which it gives back all
-    that it holds."""
+    """Hand out the outputs of sequences: each gets exactly one final output, with which all that
+    it holds is released."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class OutputProcessor:
         return output
 
     def end_with_error(self, sequence: Sequence, error: str, may_retry: bool = False) -> Output:
-        """End a sequence that nothing more can be had of."""
+        """End a sequence that can give nothing more."""
         output = self.end(sequence, FinishReason.ERROR)
         return replace(output, error=error, may_retry=may_retry)
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Prefixes:
-    """Finds, restores and keeps the prefixes of sequences in blocks beside the KV cache.
+    """Find, restore and keep the prefixes of sequences in blocks beside the KV cache.
 
     Args:
         fingerprint: of the base.

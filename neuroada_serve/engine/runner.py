@@ -1,4 +1,5 @@
-"""One forward: a schedule in, the logits of every sequence that gets a token out."""
+"""The model runner: one forward over a schedule, giving the logits of every sequence that gets a
+token."""
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
@@ -52,7 +53,7 @@ class StepLogits:
 
 
 class ModelRunner:
-    """Runs schedules on one model; owns its KV cache.
+    """Run schedules on one model; own its KV cache.
 
     Args:
         resident_of: where the bank has a version that is on the device.
@@ -234,7 +235,7 @@ class ModelRunner:
         return StepLogits(list(decodes), logits, None, [])
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor, plan: StepPlan) -> Tensor:
-        """Logits [n, vocab] of n decodes, from tensors alone: what a graph records."""
+        """Compute logits [n, vocab] of n decodes from tensors alone: what a graph records."""
         step = PackedStep(
             cache=self.cache,
             slots=slots,
@@ -262,7 +263,7 @@ class ModelRunner:
 
 
 def _adds_biases(residents: Seq[ResidentAdapter | None], merged: ResidentAdapter | None) -> bool:
-    """Tell if any token of a step has another bias than the one in the weights."""
+    """Return whether any token of a step has another bias than the one in the weights."""
     return any(
         one is not merged and any(r is not None and r.plane.has_biases for r in (one, merged))
         for one in set(residents)

@@ -1,4 +1,4 @@
-"""One choice of one request inside the engine. Pure Python, no torch."""
+"""A sequence: one choice of one request inside the engine. Pure Python, no torch."""
 
 from array import array
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ class TokenCounts:
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens so far, how many of them are in the KV cache, and where.
+    """The tokens of one choice so far, how many of them are in the KV cache, and where.
 
     tenant, client: whose share of the engine it counts against; empty where these are not told
         apart.
@@ -84,25 +84,25 @@ class Sequence:
 
     @property
     def token_ids(self) -> list[int]:
-        """All so far."""
+        """All tokens so far, prompt and answer."""
         return self.prompt_token_ids + self.output_token_ids
 
     @property
     def is_decoding(self) -> bool:
-        """The prompt is computed; one new token a step."""
+        """True once the prompt is computed; from then on, one new token a step."""
         return self.num_computed >= self.num_prefill
 
     @property
     def may_be_preempted(self) -> bool:
-        """It has come on since it got its slot: further each time, so that what has to be
-        computed again stays a small part; and is not about to end."""
+        """True if it has progressed enough since it got its slot, further each time, so that
+        recomputing stays a small part; and is not about to end."""
         num_new = self.num_tokens - self.num_prefill
         num_left = self.max_tokens - len(self.output_token_ids)
         return num_new >= LEAST_PROGRESS << self.num_preempted and num_left > LEAST_PROGRESS
 
     def preempt(self) -> None:
-        """Lose the slot and what is computed in it. What was answered is kept, and computed again
-        like a prompt; draws, counts, text and lease go on as if nothing had been."""
+        """Give up the slot and what is computed in it. Answered tokens are kept, and computed
+        again like a prompt; draws, counts, text and lease continue as if nothing had been."""
         self.slot = None
         self.num_computed = 0
         self.num_prefill = self.num_tokens
@@ -117,7 +117,7 @@ class Sequence:
         return None if self.lease is None else self.lease.version
 
     def count_tokens(self) -> TokenCounts:
-        """Counts of all tokens so far. Kept: a call adds the tokens that are new since the last."""
+        """Count all tokens so far. The counts are kept: a call adds the tokens since the last."""
         if self._counts is None:
             self._counts = TokenCounts(self.prompt_token_ids)
         self._counts.add(self.output_token_ids[self._num_counted :])
@@ -125,7 +125,7 @@ class Sequence:
         return self._counts
 
     def next_tokens(self, num: int) -> list[int]:
-        """The next `num` tokens to compute."""
+        """Return the next `num` tokens to compute."""
         assert num == 1 or self.num_computed + num <= self.num_prefill
         start, length = self.num_computed, len(self.prompt_token_ids)
         answered = self.output_token_ids[max(0, start - length) : max(0, start + num - length)]
