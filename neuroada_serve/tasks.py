@@ -9,7 +9,8 @@ token of a prompt.
 
 A new task needs a class here; an objective in `train/objectives.py`, which says how it is learnt; a
 scorer in `evaluation/tasks.py`; a route of its own in `server/routes/`, listed in `server/app.py`;
-and a method of `LLM` in `engine/llm.py`. Nothing else tells tasks apart.
+and a method of `LLM` in `engine/llm.py`. No other module names a task's class. The class is entered
+in `TASKS`, `task_of` and, with a way of asking of its own, in `AskedAs`.
 """
 
 import math
@@ -206,8 +207,8 @@ class _Labelled:
         if not 1 <= len(labels) <= MAX_LABELS:
             return [f"there are {len(labels)} labels, {SEQ_CLS} takes 1 to {MAX_LABELS}"]
         if not all(isinstance(label, str) and label.strip() for label in labels):
-            return ["labels must be texts, none empty"]
-        return ["labels names one twice"] if len(set(labels)) < len(labels) else []
+            return ["labels must be non-empty strings"]
+        return ["labels lists one twice"] if len(set(labels)) < len(labels) else []
 
     def reply(self, values: Sequence[float]) -> dict[str, Any]:
         label = self.labels[values.index(max(values))]

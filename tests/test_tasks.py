@@ -40,9 +40,9 @@ def test_every_task_is_listed_and_found_by_its_type():
         ("CAUSAL_LM", ["a"], "labels are for task_type SEQ_CLS"),
         ("SEQ_CLS", [], "there are 0 labels, SEQ_CLS takes 1 to 1000"),
         ("SEQ_CLS", ["a"] * 1001, "there are 1001 labels"),
-        ("SEQ_CLS", [" "], "labels must be texts, none empty"),
-        ("SEQ_CLS", ["a", 1], "labels must be texts, none empty"),
-        ("SEQ_CLS", ["a", "b", "a"], "labels names one twice"),
+        ("SEQ_CLS", [" "], "labels must be non-empty strings"),
+        ("SEQ_CLS", ["a", 1], "labels must be non-empty strings"),
+        ("SEQ_CLS", ["a", "b", "a"], "labels lists one twice"),
     ],
 )
 def test_a_config_with_a_wrong_task_is_told(task_type, labels, fault):

@@ -128,20 +128,20 @@ def add_adapters(engine: Engine, ks: Sequence[int], count: int) -> None:
 
 def add_on_device(engine: Engine, k: int, numbers: Sequence[int]) -> None:
     """Serve adapters k{k}-{number} like k{k}-0, with values drawn on the device."""
-    plane, bank = engine.adapters, engine.adapters.bank
-    first = plane.store.get(f"k{k}-0")
+    adapters, bank = engine.adapters, engine.adapters.bank
+    first = adapters.store.get(f"k{k}-0")
     for number in numbers:
         name = f"k{k}-{number}"
         version = AdapterVersion(name, f"random-{name}", first.nnz, first.source)
         extent = bank.memory.take(bank.memory.values_bytes(first.nnz))
         if extent is None:
             raise MemoryError(f"no room for {name} in {bank.memory.size_bytes} bytes")
-        resident = bank.settle(extent, plane.tiers.resident(first).plane)
+        resident = bank.settle(extent, adapters.tiers.resident(first).plane)
         bank.values(resident).normal_(0, 0.01)
-        plane.store.add(version)
+        adapters.store.add(version)
         for state in (Reading(extent, None), Writing(resident), Resident(resident)):
-            plane.tiers.residency.move(version, state)
-        plane.tiers._room.add(version)
+            adapters.tiers.residency.move(version, state)
+        adapters.tiers._room.add(version)
 
 
 @contextmanager

@@ -12,7 +12,7 @@
     NEEDS_INDEX  they are read; the engine's thread is to bring their index to the device
     WRITING      a loader writes them into their room
     RESIDENT     they are there; steps may read them
-    FAILED       they could not be had
+    FAILED       reading or writing them failed
 
 A version that is unloaded is ABSENT at once, but for one that is being written: it is evicted as
 soon as it is RESIDENT.
@@ -33,14 +33,14 @@ RETRY_S = 1.0  # an adapter that could not be loaded is tried again after so lon
 
 @dataclass(frozen=True)
 class Absent:
-    """lacks_index: there was no room for its index the last time."""
+    """lacks_index: the last attempt failed for lack of room for its index."""
 
     lacks_index: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """room: reserved for its values. index_room: for its index, where that had none before."""
+    """room: reserved for its values. index_room: for its index, after such a failure."""
 
     room: Extent
     index_room: Extent | None
@@ -48,7 +48,7 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class NeedsIndex:
-    """values: to be written, once their index is there. Rooms as of `Reading`."""
+    """values: to be written, once their index is there. room, index_room: as in `Reading`."""
 
     values: AdapterValues
     room: Extent
@@ -139,7 +139,7 @@ class Residency:
         return writing
 
     def nnz(self, version: AdapterVersion) -> int:
-        """Count a version's values; those of a mix that is not resident, at most."""
+        """Return the number of a version's values; an upper bound for a mix not on the device."""
         resident = self.resident(version)
         return version.nnz if resident is None else resident.plane.nnz
 

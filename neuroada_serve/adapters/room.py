@@ -46,6 +46,11 @@ class Room:
             self._stays_until[version] = math.inf  # until the engine has had a look, and then some
             self._fresh.append(version)
 
+    @property
+    def versions(self) -> set[AdapterVersion]:
+        """All versions of which anything is known."""
+        return {*self._wanted, *self._stays_until, *self._num_holders, *self._idle, *self._fresh}
+
     def start_stays(self) -> None:
         """Count from now how long those stay that the engine now finds there."""
         for version in self._fresh:
@@ -72,6 +77,7 @@ class Room:
         self._wanted.discard(version)
         self._idle.pop(version, None)
         self._stays_until.pop(version, None)
+        self._fresh = [fresh for fresh in self._fresh if fresh is not version]
 
     # --- room --------------------------------------------------------------------------------
 

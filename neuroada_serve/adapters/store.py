@@ -11,7 +11,6 @@ finding and leasing a version waits for nobody.
 """
 
 import hashlib
-import itertools
 import math
 import threading
 import time
@@ -83,6 +82,16 @@ class AdapterVersion:
     @property
     def is_mix(self) -> bool:
         return isinstance(self.source, Mix)
+
+    @property
+    def parts(self) -> tuple["AdapterVersion", ...]:
+        """The versions that a mix is made of; of another version, none."""
+        return tuple(p for p, _ in self.source.parts) if isinstance(self.source, Mix) else ()
+
+    @property
+    def is_current(self) -> bool:
+        """True while requests can ask for it: it, and all its parts, are READY."""
+        return all(v.state is VersionState.READY for v in (self, *self.parts))
 
     def __repr__(self) -> str:
         return f"AdapterVersion({self.name!r}, {self.digest[:12]}, {self.state.value})"
@@ -321,7 +330,7 @@ class AdapterStore:
         """Take a name away. New requests no longer get it; running ones finish with it.
 
         Args:
-            timeout_s: how long to wait for running requests, after which the name is given back.
+            timeout_s: how long to wait for running requests, after which the name stays.
             abort: called when they have not finished in time, to end them, which takes a step.
             wait: False leaves the version to its last request, at once.
 
@@ -384,7 +393,7 @@ class AdapterStore:
         return self._mixes.version(name, mix)
 
     def _lease_locked(self, version: AdapterVersion) -> Lease:
-        for part in _with_parts(version):
+        for part in (version, *version.parts):  # a lease is on all of them
             assert part.state is not VersionState.GONE
             part.num_leases += 1
         return Lease(self, version)
@@ -392,7 +401,7 @@ class AdapterStore:
     def _release(self, version: AdapterVersion) -> None:
         with self._changed:
             gone = []
-            for part in _with_parts(version):
+            for part in (version, *version.parts):
                 assert part.num_leases > 0
                 part.num_leases -= 1
                 if part.num_leases:
@@ -452,12 +461,6 @@ def parse_mix(name: str) -> Mapping[str, float] | None:
 def mix_name(weights: Mapping[str, float]) -> str:
     """Return the name of a mix as requests write it; the inverse of `parse_mix`."""
     return "+".join(f"{name}:{weight:g}" for name, weight in weights.items())
-
-
-def _with_parts(version: AdapterVersion) -> Iterator[AdapterVersion]:
-    """Return a version and those that it is mixed from: a lease counts on all of them."""
-    parts = version.source.parts if isinstance(version.source, Mix) else ()
-    return itertools.chain((version,), (part for part, _ in parts))
 
 
 def _listed(names: list[str]) -> str:

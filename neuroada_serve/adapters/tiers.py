@@ -1,7 +1,7 @@
 """Tiers: the values of adapters on disk, in host memory, on the device.
 
-Host copies are the files' own values, checked; the device has what they change. Both are caches of
-bytes: the least recently used go first, those that are pinned or in use stay.
+Host copies are the files' own values, checked; the device has what they change. Both
+evict the least recently used first; on the device, pinned adapters and those in use stay.
 
     request: room -> loader: values -> [engine's thread: index] -> loader: write
 """
@@ -153,6 +153,8 @@ class AdapterTiers:
         with self._lock:
             if self.is_ready(version):
                 return Readiness.READY
+            if version.state is VersionState.GONE:  # nobody would discard it again
+                return Readiness.NO_ROOM
             self._room.want(version)
             reading = self._begin(version)
             state = self.residency[version]

@@ -210,8 +210,9 @@ class AdapterManager:
             AdapterNotFoundError
             AdapterInUseError: they had not finished; the adapter is served as before.
         """
-        if self.merging.merged == name:  # the engine, too, must release it: between two steps
-            timeout_s = max(timeout_s, _UNMERGE_TIMEOUT_S)
+        merged = self.merging.version
+        if merged is not None and any(v.name == name for v in (merged, *merged.parts)):
+            timeout_s = max(timeout_s, _UNMERGE_TIMEOUT_S)  # released between two steps
         self.store.remove(name, timeout_s, self._abort if abort else None)
 
     def _abort(self, version: AdapterVersion) -> None:

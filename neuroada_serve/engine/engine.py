@@ -127,11 +127,14 @@ class Engine:
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
 
-    def may_queue(
+    def make_place(
         self, tenant: str, adapter: str | None, max_waiting: int, client: str = ""
     ) -> bool:
-        """Decide whether one more request may wait where `max_waiting` are enough, by shares. Where
-        even twice as many wait, the last of whoever has most may end for it."""
+        """Make a place in the queue for one more request; False: there is none.
+
+        A full queue (`max_waiting`) still takes requests of those who have less than their share of
+        it. At twice that size, the newest request of whoever has most is ended for it.
+        """
         queue = self._scheduler.waiting
         limit = max_waiting + self.config.max_num_seqs - self.num_running
         if queue.admits(tenant, adapter, limit, client):
@@ -255,7 +258,7 @@ class Engine:
         return output
 
     def _fail_hopeless(self, schedule: Schedule) -> list[Output]:
-        """End the sequences whose adapter cannot be had, or has no room whatever leaves."""
+        """End sequences whose adapter failed to load, or could not fit even if all others left."""
         outputs = []
         for sequence in schedule.failed:
             assert sequence.version is not None
@@ -279,7 +282,7 @@ class Engine:
         self._prefixes.keep(sequence)  # it is wanted again
 
     def _loads(self) -> Iterable[Load]:
-        """Return the tokens that are still to come, at most."""
+        """Yield the most tokens that each request may still get, for the merge policy."""
         for sequence in self._scheduler.running.values():
             left = sequence.max_tokens - len(sequence.output_token_ids)
             yield Load(sequence.version, left, is_running=sequence.has_adapter)

@@ -44,12 +44,12 @@ class InputProcessor:
         for prompt in prompts:
             check_prompt(prompt, self._max_model_len, self._vocab_size)
         lease = None if adapter is None else self._store.acquire(adapter)
+        sequences: list[Sequence] = []
         try:
             task = GENERATE if lease is None else lease.version.task
             check_task(params, adapter, task)
             eos = frozenset() if params.ignore_eos else self._base.eos_token_ids
             end_token_ids = eos.union(params.stop_token_ids)
-            sequences = []
             for request_id, prompt in zip(request_ids, prompts, strict=True):
                 token_ids = list(prompt)  # one for all choices
                 room = self._max_model_len - len(token_ids)
@@ -74,6 +74,11 @@ class InputProcessor:
                         )
                     )
             return sequences
+        except BaseException:
+            for sequence in sequences:
+                if sequence.lease is not None:
+                    sequence.lease.release()
+            raise
         finally:
             if lease is not None:
                 lease.release()

@@ -8,6 +8,7 @@ has looked at the difference and entered the new digest. Known are releases 5.17
 import ast
 import hashlib
 import inspect
+import logging
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from functools import cache
 from typing import Any
 
 from transformers.activations import ACT2FN
+
+logger = logging.getLogger(__name__)
 
 # weight * round(x / sqrt(mean(x * x) + eps))
 RMS_NORM = "9635bcd843f309a0"
@@ -70,24 +73,48 @@ FAMILIES = {
 
 
 def family_of(model: Any) -> Family | None:
-    """The family of a model; None where any of its code is not known."""
-    family = FAMILIES.get(type(model).__name__)
+    """Return the family of a model; None if any of its code is not known, which is logged."""
+    name = type(model).__name__
+    family = FAMILIES.get(name)
     if family is None or not type(model).__module__.startswith("transformers.models."):
         return None
-    inner = model.model
-    known = [has_code(model, *_HEADS), has_code(inner, family.model)]
-    norms = [inner.norm]
-    for layer in inner.layers:
+    part = _unknown_part(model, family)
+    if part is not None:
+        logger.warning(
+            "%s runs as modules, which is slower: this release of transformers has another %s than "
+            "the kernel was written for",
+            *(name, part),
+        )
+        return None
+    return family
+
+
+def _unknown_part(model: Any, family: Family) -> str | None:
+    """Name the first part of a model whose code is not known, from the outside to the inside: what
+    a part has inside is looked at only once its own code is known."""
+    if not has_code(model, *_HEADS):
+        return "head"
+    if not has_code(model.model, family.model):
+        return "model"
+    norms = [model.model.norm]
+    for layer in model.model.layers:
+        if not has_code(layer, _LAYER):
+            return "layer"
         attention, mlp = layer.self_attn, layer.mlp
+        if not has_code(attention, family.attention):
+            return "attention"
+        functions = inspect.unwrap(type(attention).forward).__globals__
+        for name, code in family.rotary.items():
+            if source_digest(functions.get(name)) != code:
+                return name
+        if not has_code(mlp, GATED_MLP):
+            return "MLP"
+        if type(mlp.act_fn) is not type(ACT2FN[family.activation]):
+            return "activation"
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
         if family.head_norms:
             norms += [attention.q_norm, attention.k_norm]
-        known += [has_code(layer, _LAYER), has_code(attention, family.attention)]
-        known += [has_code(mlp, GATED_MLP), type(mlp.act_fn) is type(ACT2FN[family.activation])]
-        functions = type(attention).forward.__globals__
-        known += [source_digest(functions[name]) == code for name, code in family.rotary.items()]
-    known += [has_code(norm, family.norm) for norm in norms]
-    return family if all(known) else None
+    return None if all(has_code(norm, family.norm) for norm in norms) else "norm"
 
 
 def has_code(module: Any, *digests: str) -> bool:
@@ -96,9 +123,11 @@ def has_code(module: Any, *digests: str) -> bool:
 
 
 @cache
-def source_digest(function: Callable[..., Any]) -> str | None:
-    """Digest of a function's source without comments, docstrings and annotations; None where there
-    is no source."""
+def source_digest(function: Callable[..., Any] | None) -> str | None:
+    """Return a digest of a function's source without comments, docstrings and annotations; None if
+    there is no source."""
+    if function is None:
+        return None
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):

@@ -40,7 +40,7 @@ from neuroada_serve.request import (
 )
 
 OnProgress = Callable[[str, int, int], None]
-_MOST_NAMED = 5  # folders that are told of
+_MOST_NAMED = 5  # folders that messages name
 
 
 class LLM:

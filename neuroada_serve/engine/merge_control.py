@@ -10,7 +10,7 @@ import torch
 
 from neuroada_serve.adapters.bank import AdapterBank
 from neuroada_serve.adapters.readiness import Readiness
-from neuroada_serve.adapters.store import AdapterStore, AdapterVersion, Lease, VersionState
+from neuroada_serve.adapters.store import AdapterStore, AdapterVersion, Lease
 from neuroada_serve.adapters.tiers import AdapterTiers
 from neuroada_serve.adapters.values import AdapterValues
 from neuroada_serve.engine.merge_policy import Load, MergePolicy
@@ -127,8 +127,8 @@ class MergeControl:
             DirtyWeightsError: the weights could not be restored after an error.
         """
         merged = self.version
-        if merged is not None and merged.state is not VersionState.READY:
-            self.restore()  # it is being unloaded, or is replaced
+        if merged is not None and not merged.is_current:
+            self.restore()  # it, or a part of a mix, is being unloaded or is replaced
             merged = None
         policy, name = self._mode.policy, self._mode.name
         wanted: AdapterVersion | None = None

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-# ns per entry. Those of the CPU are what bench/merge.py measured with AVX-512; with AVX2 alone,
-# lanes and corrections cost more (merge.json, bench/LOG.md). Those of CUDA are reckoned from bytes
-# moved, not measured.
+# ns per entry. Those of the CPU are what bench/merge/costs.py measured with AVX-512; with AVX2
+# alone, lanes and corrections cost more (merge.json, bench/LOG.md). Those of CUDA are reckoned from
+# bytes moved, not measured.
 LANE_NS = {"cpu": 0.11, "cuda": 0.001}
 WRITE_NS = {"cpu": 2.0, "cuda": 0.02}
 # What taking an entry of the merged adapter out costs, as a share of adding one: on the base,

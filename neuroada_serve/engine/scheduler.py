@@ -83,7 +83,7 @@ class Scheduler:
         can_leave: whether a version may leave the device once no sequence holds it.
         reuse: called when a sequence gets a slot: how many of its first tokens need no computing,
             fewer than it has to compute.
-        on_preempt: told of a sequence that is about to lose its slot.
+        on_preempt: called with a sequence that is about to lose its slot.
         deterministic: prompts are cut at multiples of PROMPT_BLOCK, and nobody loses a slot: what
             was answered would be computed anew as a prompt, in other shapes.
     """

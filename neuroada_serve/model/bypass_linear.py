@@ -169,8 +169,8 @@ class BypassSite:
                     undo.append(self._add(table, table.index, values))
             yield
         finally:
-            for put_back in reversed(undo):
-                put_back()
+            for restore in reversed(undo):
+                restore()
 
     def _add(self, table: BypassTable, index: Tensor, values: Tensor) -> Callable[[], None]:
         """Add values [rows, k] to the weight; return a function that restores its entries."""

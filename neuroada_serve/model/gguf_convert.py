@@ -41,7 +41,7 @@ def convert_gguf(
     Args:
         parts: the file, or all parts of a split one in order.
         folder: where to, empty.
-        notify: told of what is read in another way than llama.cpp may read it.
+        notify: called with a sentence for what llama.cpp may read in another way.
 
     Raises:
         ModelError: no GGUF causal LM, or one that cannot be converted exactly; it says why.

@@ -144,7 +144,7 @@ def bypass_add_(y: Tensor, x: Tensor, table: BypassTable, token_slots: TokenSlot
     Raises:
         ShapeError: names the shapes that disagree.
 
-    Source: NeuroAda, arXiv:2510.18940; official code utils/utils.py:75 (weight form of the sum).
+    Source: NeuroAda, arXiv:2510.18940; in its official code, utils/utils.py has the weight form.
     """
     num_tokens = token_slots.num_tokens
     if y.shape != (num_tokens, table.d_out) or x.ndim != 2 or x.shape[0] != num_tokens:

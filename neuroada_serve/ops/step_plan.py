@@ -7,8 +7,8 @@ from torch import Tensor
 
 from neuroada_serve.ops.bypass import BypassTable, TokenSlots
 
-# The tables of adapters on one index, or of their biases, by the site (layers that read the same
-# input and are multiplied as one matrix) whose rows they are for.
+# Site (layers that read the same input and are multiplied as one matrix) -> its tables: those of
+# the adapters on one index, or of their biases.
 Tables = Mapping[str, Sequence[BypassTable]]
 
 
@@ -32,8 +32,8 @@ class TokenRun:
 class StepPlan:
     """The adapters' part in one forward.
 
-    layout: the version of the memory that the tables show, and the numbers of the groups in use.
-        Plans of one layout read the same memory: what was set up for one serves the other.
+    layout: `SlotMemory.version`, then the number of each group's plane. Plans with equal layouts
+        read the same memory, so blocks or a graph that were made for one can be reused.
     groups: tables, and the slots in them that tokens use; biases last.
     runs: long stretches of tokens of one adapter, in order; no group has a slot for them.
     """

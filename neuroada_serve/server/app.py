@@ -36,7 +36,7 @@ ROUTERS = (
 
 
 def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = None) -> FastAPI:
-    """The ASGI application over a worker that is entered before the first request comes.
+    """Make the ASGI application; the caller enters `worker` before the first request comes.
 
     Args:
         rescans: shared with other callers that rescan the adapter directory.
@@ -44,7 +44,7 @@ def create_app(worker: Worker, config: ServerConfig, rescans: Rescans | None = N
     app = FastAPI(
         title="NeuroAda Serve",
         version=__version__,
-        docs_url=None,  # these pages load scripts from elsewhere
+        docs_url=None,  # Swagger UI and ReDoc load scripts from a CDN
         redoc_url=None,
         redirect_slashes=False,
         responses={

@@ -93,7 +93,7 @@ class Engine(Protocol):
     @property
     def num_waiting(self) -> int: ...
 
-    def may_queue(
+    def make_place(
         self, tenant: str, adapter: str | None, max_waiting: int, client: str = ""
     ) -> bool: ...
     def add_requests(

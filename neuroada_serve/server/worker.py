@@ -176,7 +176,7 @@ class Worker:
         stream = Stream(self, request_ids, params.n)
 
         def add() -> None:
-            if not self._engine.may_queue(tenant, adapter, self._max_waiting, client):
+            if not self._engine.make_place(tenant, adapter, self._max_waiting, client):
                 raise Unavailable(f"{self._max_waiting} requests or more wait; try again later")
             self._engine.add_requests(
                 request_ids, prompts, params, adapter, tenant, cache_salt, client

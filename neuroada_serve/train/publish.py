@@ -114,7 +114,8 @@ class Improvements:
 
     Args:
         served_loss: of the version served now, on the held-out rows; None if there is none.
-        notify: told of every published adapter, and of failures, after which training goes on.
+        notify: called with a sentence for every published adapter, and for failures, after which
+            training goes on.
     """
 
     def __init__(

@@ -22,12 +22,12 @@ from tests.adapters.test_bank import SIZES, new_adapter
 from tests.support.flat import FlatBank
 
 NEXT = {
-    Absent: {Absent, Reading},
-    Reading: {Absent, NeedsIndex, Writing, Failed},
-    NeedsIndex: {Absent, NeedsIndex, Writing, Failed},
-    Writing: {Resident, Failed},
-    Resident: {Absent},
-    Failed: {Absent, Reading},
+    Absent: [Absent, Reading],
+    Reading: [Absent, NeedsIndex, Writing, Failed],
+    NeedsIndex: [Absent, NeedsIndex, Writing, Failed],
+    Writing: [Resident, Failed],
+    Resident: [Absent],
+    Failed: [Absent, Reading],
 }
 PATHS = {
     Absent: [],

@@ -8,6 +8,7 @@ import pytest
 
 from bench import harness, versus
 from neuroada_serve.benchmark.peers import PeerProcess
+from neuroada_serve.errors import EngineError
 from tests.support.tiny import save_tiny_model
 
 
@@ -73,7 +74,7 @@ def test_failed_start_says_why(tmp_path):
 
 def test_checkout_that_is_not_the_one_imported_ends_the_run(model, tmp_path):
     flags = ["--before", str(tmp_path), "--after", str(harness.ROOT), "--model", model]
-    with pytest.raises(Exception, match="not from|No module named"):
+    with pytest.raises(EngineError, match="not from|No module named"):
         versus.main([*flags, "--out", str(tmp_path / "versus.json")])
 
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.adapters.format import ModuleBypass, make_adapter
+from neuroada_serve.adapters.store import VersionState
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.merge_policy import MergePolicy
@@ -452,6 +453,38 @@ def test_idle_merged_adapter_is_unloaded_without_a_wait_being_asked_for(llama, m
     assert engine.merged is None
     assert "a" not in engine.adapters.store.names
     assert engine.base_digest() == new_engine(llama[0]).base_digest()
+
+
+@pytest.mark.parametrize("mode", ["the mix", "auto"])
+def test_part_of_an_idle_merged_mix_is_unloaded(llama, mode):
+    """A lease on a mix is one on its parts, too."""
+    engine = new_engine(*llama, merge="auto")
+    engine.adapters.merging.merge("a:0.5+b:0.5")
+    if mode == "auto":
+        engine.adapters.merging.set_mode(mode)
+    with ThreadPoolExecutor() as pool:
+        unloaded = pool.submit(engine.adapters.unload, "a")
+        while not unloaded.done():
+            engine.step()
+        unloaded.result()
+    assert engine.merged is None
+    assert "a" not in engine.adapters.store.names
+    assert engine.base_digest() == new_engine(llama[0]).base_digest()
+
+
+@pytest.mark.parametrize("mode", ["the mix", "auto"])
+def test_merged_mix_goes_once_a_part_of_it_is_replaced(llama, mode):
+    source, adapters = llama
+    engine = new_engine(source, adapters, merge="auto")
+    engine.adapters.merging.merge("a:0.5+b:0.5")
+    if mode == "auto":
+        engine.adapters.merging.set_mode(mode)
+    old = engine.adapters.store.get("a")
+    engine.adapters.add("a", adapters["b"], replace=True)
+    engine.step()
+    assert engine.merged is None
+    assert old.state is VersionState.GONE
+    assert engine.base_digest() == new_engine(source).base_digest()
 
 
 def test_unsupported_model_is_refused_by_kind(tmp_path):

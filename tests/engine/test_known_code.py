@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.engine.cpu_decoder import known_decoder
 from neuroada_serve.engine.fused import compile_elementwise, use_cpu_kernels
-from neuroada_serve.engine.known_code import GATED_MLP, has_code, source_digest
+from neuroada_serve.engine.known_code import GATED_MLP, family_of, has_code, source_digest
 from neuroada_serve.model.bypass_linear import attach_bypass
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.ops import matrix
@@ -64,6 +64,22 @@ def test_changed_source_is_not_known(source, change, part):
     assert decoder(source) is not None
     change(part)
     assert decoder(source) is None
+
+
+@pytest.mark.parametrize("part", ["rotate_half", "apply_rotary_pos_emb"])
+def test_function_that_has_gone_is_not_known(source, monkeypatch, part):
+    monkeypatch.delattr(modeling_llama, part)
+    assert decoder(source) is None
+
+
+def test_part_with_another_name_is_not_known_and_told(source, change, caplog):
+    change("LlamaDecoderLayer.forward")
+    base = load_base(source)
+    for layer in base.model.model.layers:
+        layer.attention = layer.self_attn
+        del layer.self_attn
+    assert family_of(base.model) is None
+    assert "another layer than the kernel was written for" in caplog.text
 
 
 def test_changed_code_is_computed_as_it_is_now(source, change):

@@ -117,8 +117,8 @@ def test_full_queue_makes_place_for_whoever_has_none(source):
     engine = new_engine(source, max_num_seqs=1)
     for i in range(9):
         engine.add_requests([f"hog{i}"], [[1, 2]], ONE, tenant=f"t{i % 2}")
-    assert not engine.may_queue("t0", None, 3)
-    assert engine.may_queue("new", None, 3)
+    assert not engine.make_place("t0", None, 3)
+    assert engine.make_place("new", None, 3)
     engine.add_requests(["new"], [[3]], ONE, tenant="new")
     finals = {o.request_id: o for _ in range(40) for o in engine.step() if o.finished}
     assert finals["hog8"].may_retry

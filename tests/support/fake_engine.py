@@ -356,7 +356,7 @@ class FakeEngine:
         self.num_polls += 1
         return bool(self.running or self.waiting or self.ended)
 
-    def may_queue(
+    def make_place(
         self, tenant: str, adapter: str | None, max_waiting: int, client: str = ""
     ) -> bool:
         self._on_own_thread()
