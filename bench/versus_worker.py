@@ -4,7 +4,7 @@ It imports the checkout that PYTHONPATH names, and nothing else of this folder. 
 per line each way:
 
     in   {"root", "model", "config": fields of OfflineConfig}
-    out  {"root", "commit", "modified", "threads", "cases": [label, ...]}
+    out  {"commit", "modified", "threads", "cases": [label, ...]}
     in   {"case": number, "round": number}
     out  {figure: value, ...}      or {"error": "..."}
 """
@@ -52,7 +52,6 @@ def main() -> None:
     facts = environment()
     say(
         {
-            "root": str(root),
             "commit": facts["commit"],
             "modified": facts["modified"],
             "threads": torch.get_num_threads(),
