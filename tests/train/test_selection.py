@@ -219,7 +219,7 @@ def test_a_file_that_does_not_fit_is_refused(base, rows, tmp_path, spoil, fault)
     with pytest.raises(DataError, match=fault):
         train_adapter(base, rows, tmp_path / "out", config)
     path.write_bytes(b"no")
-    with pytest.raises(DataError, match="no safetensors file"):
+    with pytest.raises(DataError, match="is not a safetensors file"):
         train_adapter(base, rows, tmp_path / "out", config)
 
 
