@@ -1,6 +1,7 @@
 """The engine on tiny random models of every supported family, against plain transformers."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.adapters.format import ModuleBypass, make_adapter
 from neuroada_serve.adapters.store import VersionState
 from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine import input_processor
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.merge_policy import MergePolicy
 from neuroada_serve.errors import (
@@ -485,6 +487,23 @@ def test_merged_mix_goes_once_a_part_of_it_is_replaced(llama, mode):
     assert engine.merged is None
     assert old.state is VersionState.GONE
     assert engine.base_digest() == new_engine(source).base_digest()
+
+
+def test_request_that_fails_while_it_is_made_holds_no_lease(llama, monkeypatch):
+    engine = new_engine(*llama)
+    detokenizers = iter([input_processor.Detokenizer])  # for the first of two choices
+
+    def short_of_memory(*args):
+        try:
+            return next(detokenizers)(*args)
+        except StopIteration:
+            raise MemoryError from None
+
+    monkeypatch.setattr(input_processor, "Detokenizer", short_of_memory)
+    with pytest.raises(MemoryError):
+        engine.add_request("r", [1, 2, 3], replace(GREEDY, n=2, temperature=1), "a")
+    engine.adapters.unload("a")
+    assert "a" not in engine.adapters.store.names
 
 
 def test_unsupported_model_is_refused_by_kind(tmp_path):
