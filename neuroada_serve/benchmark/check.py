@@ -147,18 +147,24 @@ def _answers(engine: OurEngine, work: Work, calls: list[int] | None = None) -> A
     inner, names = engine.engine, engine.adapter_names(work)
     adapted = any(name is not None for name in names)
     with engine.merged_for(work):
-        for i, (prompt, name) in enumerate(zip(work.prompts, names, strict=True)):
-            answers[f"check-{i}"] = []
-            inner.add_request(f"check-{i}", prompt, params, name)
-        while inner.has_unfinished:
-            if calls is not None:
-                calls.clear()
-            for output in inner.step():
-                if output.error is not None:
-                    raise EngineError(f"a request of the check failed: {output.error}")
-                answers[output.request_id] += output.logprobs
-            if adapted and calls == []:
-                raise EngineError("the check is void: a step got around the reference op")
+        try:
+            for i, (prompt, name) in enumerate(zip(work.prompts, names, strict=True)):
+                answers[f"check-{i}"] = []
+                inner.add_request(f"check-{i}", prompt, params, name)
+            while inner.has_unfinished:
+                if calls is not None:
+                    calls.clear()
+                for output in inner.step():
+                    if output.error is not None:
+                        raise EngineError(f"a request of the check failed: {output.error}")
+                    answers[output.request_id] += output.logprobs
+                if adapted and calls == []:
+                    raise EngineError("the check is void: a step got around the reference op")
+        except BaseException:
+            for request_id in answers:
+                inner.abort(request_id)
+            inner.step()  # hands out the aborted ones, which the engine then discards
+            raise
     return list(answers.values())
 
 

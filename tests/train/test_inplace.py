@@ -190,6 +190,7 @@ def test_autocast_trains_float32_weights_in_bfloat16(family):
 @pytest.mark.parametrize("backend", ["aot_eager", needs_compiler("inductor")])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_compiled_layers_train_as_eager_ones_do(family, backend):
+    torch._dynamo.reset()  # its limit of compilations is for the whole process
     model, ids = random_model(family), torch.randint(VOCABULARY, (2, 40))
     with training(model, 2) as layers:
         randomise(layers)
