@@ -132,7 +132,8 @@ def test_two_processes_train_what_one_does_also_when_interrupted(forks, tmp_path
     assert not (tmp_path / "two.training").exists()
 
     codes, _ = launch(forks, tmp_path, "again", 2, 2, killed=True)
-    assert codes == [9, -signal.SIGKILL]
+    assert codes[0] == 9
+    assert codes[1] in (1, -signal.SIGKILL)  # it notices that its peer is gone, or is killed first
     assert "Resuming from step 4" in train(forks, tmp_path, "again", 2, 2)
     weights = [tmp_path / name / "adapter_model.safetensors" for name in ("two", "again")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
