@@ -94,6 +94,7 @@ TORCH_FREE = (
     "engine.adapter_turns",
     "engine.fairness",
     "engine.merge_policy",
+    "engine.pace",
     "engine.prefix_cache",
     "engine.scheduler",
     "engine.sequence",
