@@ -10,9 +10,11 @@ from collections.abc import Sequence as Seq
 
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.adapter_manager import AdapterManager
+from neuroada_serve.engine.block_manager import prefix_root
+from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import FairQueue
 from neuroada_serve.engine.input_processor import InputProcessor
-from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.engine.kv_budget import kv_budget
 from neuroada_serve.engine.memory import (
     describe_need,
     is_out_of_memory,
@@ -20,8 +22,7 @@ from neuroada_serve.engine.memory import (
 )
 from neuroada_serve.engine.merge_policy import Load
 from neuroada_serve.engine.output_processor import OutputProcessor
-from neuroada_serve.engine.prefixes import Prefixes
-from neuroada_serve.engine.runner import ModelRunner
+from neuroada_serve.engine.runner import ModelRunner, refuse_unsupported
 from neuroada_serve.engine.sampler import sample
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
@@ -56,9 +57,10 @@ class Engine:
     def __init__(self, base: BaseModel, config: EngineConfig, wakeup: Wakeup | None = None) -> None:
         self.base = base
         self.config = config
-        self.max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
+        refuse_unsupported(base)
+        max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
         # The choice that max_model_len makes of the base's rotation, in a sentence.
-        self.rotation = fix_rotation(base.model, self.max_model_len)
+        self.rotation = fix_rotation(base.model, max_model_len)
         self.metrics = EngineMetrics()
         self.wakeup = wakeup or Wakeup()
         if config.deterministic and base.device.type != "cpu":
@@ -68,8 +70,14 @@ class Engine:
             )
         attached = attach_bypass(base.model, fixed_shapes=config.deterministic)
         self.adapters = AdapterManager(base, attached, config, self.metrics, self.wakeup)
-        on_cuda = base.device.type == "cuda"
-        self._cache = KVCache(config.max_num_seqs, self.max_model_len, coarse=on_cuda)
+        self.kv_budget = kv_budget(base, config, max_model_len)
+        self.max_model_len = min(max_model_len, self.kv_budget.num_tokens)
+        self._cache = self.kv_budget.new_cache(config.max_num_seqs, max_model_len, base.device)
+        self._tables = BlockTables(
+            self.kv_budget.new_blocks(),
+            None if config.prefix_cache_memory == 0 else self._prefix_root,
+            config.deterministic,
+        )
         self._runner = ModelRunner(
             base,
             self.adapters.bank,
@@ -79,15 +87,13 @@ class Engine:
             enforce_eager=config.enforce_eager,
             deterministic=config.deterministic,
         )
-        fingerprint = base.spec.fingerprint
-        self._prefixes = Prefixes(config, base.device, fingerprint, self._cache, self.metrics)
         self._scheduler = Scheduler(
             config.max_num_seqs,
             config.max_num_batched_tokens,
             FairQueue(config.tenant_weights, config.adapter_weights),
             self.adapters.tiers,
             self.adapters.merging.can_leave,
-            self._prefixes.find,
+            self._tables,
             self._on_preempt,
             deterministic=config.deterministic,
         )
@@ -96,8 +102,7 @@ class Engine:
             TokenNames(base.tokenizer),
             self.adapters.tiers,
             self._scheduler,
-            self._prefixes,
-            self._cache,
+            self._tables,
             self.metrics,
         )
         self._step = 0
@@ -206,6 +211,7 @@ class Engine:
         outputs = self._advance()
         if not self._scheduler.running:  # however the last one ended
             self._runner.release()
+            self._cache.give_back(self._tables.blocks.take_unused())
         return outputs
 
     def _advance(self) -> list[Output]:
@@ -227,9 +233,8 @@ class Engine:
         while not schedule.is_empty:
             computed = {s: s.num_computed for s in schedule.scheduled}
             try:
-                self._prefixes.restore(schedule.prefills)
-                if self._cache.is_tainted:
-                    self._cache.scrub(schedule.computed_by_slot)
+                self._cache.change(self._tables.changes)
+                self._tables.made()
                 step = self._runner.run(schedule, self.adapters.merging.version)
                 scores = [self._outputs.score_prompt(prompt) for prompt in step.prompts]
                 chosen = sample(step.logits, step.sequences)
@@ -237,7 +242,7 @@ class Engine:
                 for sequence, num_computed in computed.items():
                     sequence.num_computed = num_computed
                 if is_out_of_memory(error):
-                    failed = most_demanding(schedule, self._cache)
+                    failed = most_demanding(schedule)
                     schedule = schedule.without(failed)
                     outputs.append(self._end_for_want_of_memory(failed, error))
                     continue
@@ -251,11 +256,7 @@ class Engine:
 
     def _end_for_want_of_memory(self, sequence: Sequence, error: Exception) -> Output:
         logger.warning("a request ends for want of memory: %s", error)
-        need = describe_need(sequence, error)
-        output = self._outputs.end_with_error(sequence, need, may_retry=True)
-        if not any(s.num_computed for s in self._scheduler.running.values()):
-            self._runner.release()  # whatever it was given is free for the others
-        return output
+        return self._outputs.end_with_error(sequence, describe_need(sequence), may_retry=True)
 
     def _fail_hopeless(self, schedule: Schedule) -> list[Output]:
         """End sequences whose adapter failed to load, or could not fit even if all others left."""
@@ -279,7 +280,13 @@ class Engine:
 
     def _on_preempt(self, sequence: Sequence) -> None:
         self.metrics.num_preemptions += 1
-        self._prefixes.keep(sequence)  # it is wanted again
+
+    def _prefix_root(self, sequence: Sequence) -> bytes:
+        """Return a digest of everything that a sequence's KV depends on except its tokens."""
+        version = sequence.version
+        salt = f"{len(sequence.tenant)} {sequence.tenant} {sequence.cache_salt}"
+        digest = None if version is None else version.digest
+        return prefix_root(self.base.spec.fingerprint, digest, salt)
 
     def _loads(self) -> Iterable[Load]:
         """Yield the most tokens that each request may still get, for the merge policy."""
