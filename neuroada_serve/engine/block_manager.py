@@ -27,7 +27,7 @@ class _Block:
 
     num_users: int = 0
     parent: bytes = b""
-    token_ids: array[int] = array("q")
+    token_ids: tuple[int, ...] = ()
 
 
 class BlockManager:
@@ -150,7 +150,7 @@ class BlockManager:
         if is_full and key in self._full:
             self._forget(number)
             return
-        block.parent, block.token_ids = parent, array("q", token_ids)
+        block.parent, block.token_ids = parent, tuple(token_ids)
         self._following.setdefault(parent, {})[number] = None
         if is_full:
             self._full[key] = number
@@ -190,7 +190,7 @@ class BlockManager:
             del self._following[block.parent]
         if len(block.token_ids) == self.block_tokens:
             del self._full[chain_key(block.parent, block.token_ids)]
-        block.parent, block.token_ids = b"", array("q")
+        block.parent, block.token_ids = b"", ()
 
 
 def prefix_root(fingerprint: str, adapter_digest: str | None, salt: str) -> bytes:
