@@ -15,17 +15,12 @@ from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import FairQueue
 from neuroada_serve.engine.input_processor import InputProcessor
 from neuroada_serve.engine.kv_budget import kv_budget
-from neuroada_serve.engine.memory import (
-    describe_need,
-    is_out_of_memory,
-    most_demanding,
-)
 from neuroada_serve.engine.merge_policy import Load
 from neuroada_serve.engine.output_processor import OutputProcessor
 from neuroada_serve.engine.runner import ModelRunner, refuse_unsupported
-from neuroada_serve.engine.sampler import sample
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
+from neuroada_serve.engine.step_executor import StepExecutor
 from neuroada_serve.engine.token_names import TokenNames
 from neuroada_serve.errors import RequestError, UsageError
 from neuroada_serve.metrics import EngineMetrics
@@ -104,6 +99,9 @@ class Engine:
             self._scheduler,
             self._tables,
             self.metrics,
+        )
+        self._executor = StepExecutor(
+            self._runner, self._cache, self._tables, self._outputs, self.adapters.merging
         )
         self._step = 0
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
@@ -230,33 +228,7 @@ class Engine:
                 self.wakeup.wait(_WAIT_S)
             return outputs
 
-        while not schedule.is_empty:
-            computed = {s: s.num_computed for s in schedule.scheduled}
-            try:
-                self._cache.change(self._tables.changes)
-                self._tables.made()
-                step = self._runner.run(schedule, self.adapters.merging.version)
-                scores = [self._outputs.score_prompt(prompt) for prompt in step.prompts]
-                chosen = sample(step.logits, step.sequences)
-            except Exception as error:
-                for sequence, num_computed in computed.items():
-                    sequence.num_computed = num_computed
-                if is_out_of_memory(error):
-                    failed = most_demanding(schedule)
-                    schedule = schedule.without(failed)
-                    outputs.append(self._end_for_want_of_memory(failed, error))
-                    continue
-                logger.exception("a step failed; its requests end with an error")
-                message = "the engine failed on this request's step"
-                return outputs + [self._outputs.fail(sequence, message) for sequence in computed]
-            for prompt, tokens in zip(step.prompts, scores, strict=True):
-                prompt.sequence.prompt_logprobs += tokens
-            return outputs + self._outputs.process(schedule, step, chosen)
-        return outputs
-
-    def _end_for_want_of_memory(self, sequence: Sequence, error: Exception) -> Output:
-        logger.warning("a request ends for want of memory: %s", error)
-        return self._outputs.end_with_error(sequence, describe_need(sequence), may_retry=True)
+        return outputs + self._executor.run(schedule)
 
     def _fail_hopeless(self, schedule: Schedule) -> list[Output]:
         """End sequences whose adapter failed to load, or could not fit even if all others left."""

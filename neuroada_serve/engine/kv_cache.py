@@ -137,8 +137,8 @@ class KVCache:
         heads, tokens = layer.kv_heads, self.block_tokens
         middle = start + heads * tokens * layer.key_dim
         stop = start + layer.size * tokens
-        keys = self._pool[:, start:middle].unflatten(1, (heads, tokens, layer.key_dim))
-        values = self._pool[:, middle:stop].unflatten(1, (heads, tokens, layer.value_dim))
+        keys = self._pool[:, start:middle].view(-1, heads, tokens, layer.key_dim)
+        values = self._pool[:, middle:stop].view(-1, heads, tokens, layer.value_dim)
         return keys, values
 
 

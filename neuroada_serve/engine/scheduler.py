@@ -56,11 +56,6 @@ class Schedule:
         """Every sequence that takes part."""
         return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
 
-    @property
-    def computed_by_slot(self) -> dict[int, int]:
-        """Tokens of the running sequences that are in the KV cache."""
-        return {s.slot: s.num_computed for s in self.running if s.slot is not None}
-
     def without(self, sequence: Sequence) -> "Schedule":
         """Return the same step without one sequence."""
         return replace(
@@ -68,6 +63,32 @@ class Schedule:
             running=tuple(s for s in self.running if s is not sequence),
             decodes=tuple(s for s in self.decodes if s is not sequence),
             prefills=tuple(c for c in self.prefills if c.sequence is not sequence),
+        )
+
+    def halves(self) -> "tuple[Schedule, ...]":
+        """Return the same step as two of about half the tokens; one with half a chunk where there
+        is no more, and none where that cannot be cut."""
+        work = [Chunk(s, 1) for s in self.decodes] + list(self.prefills)
+        if len(work) == 1:
+            num_tokens = work[0].num_tokens // 2
+            num_tokens -= num_tokens % PROMPT_BLOCK
+            if not num_tokens:
+                return ()
+            return (replace(self, prefills=(Chunk(work[0].sequence, num_tokens),)),)
+        half, size = sum(chunk.num_tokens for chunk in work) / 2, 0
+        first: set[Sequence] = set()
+        for chunk in work[:-1]:
+            size += chunk.num_tokens
+            if first and size > half:
+                break
+            first.add(chunk.sequence)
+        return tuple(
+            replace(
+                self,
+                decodes=tuple(s for s in self.decodes if (s in first) is is_first),
+                prefills=tuple(c for c in self.prefills if (c.sequence in first) is is_first),
+            )
+            for is_first in (True, False)
         )
 
 
