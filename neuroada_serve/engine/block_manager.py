@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from neuroada_serve.metrics import KVUsage
+
 _MOST_CANDIDATES = 8  # blocks that are compared for tokens in common
 
 
@@ -43,6 +45,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self.num_evictions = 0  # of known blocks, for lack of room
+        self.num_shared = 0  # blocks that several sequences use
         self._most_idle = num_blocks if most_idle is None else most_idle
         self._blocks: dict[int, _Block] = {}  # in use or known
         self._idle: OrderedDict[int, None] = OrderedDict()  # known and unused, longest first
@@ -70,9 +73,10 @@ class BlockManager:
         return len(self._idle)
 
     @property
-    def num_shared(self) -> int:
-        """Blocks that several sequences use."""
-        return sum(block.num_users > 1 for block in self._blocks.values())
+    def usage(self) -> KVUsage:
+        return KVUsage(
+            self.block_tokens, self.num_blocks, self.num_used, self.num_shared, self.num_idle
+        )
 
     def is_idle(self, number: int) -> bool:
         """Return whether a block is known and nobody uses it."""
@@ -93,7 +97,9 @@ class BlockManager:
     def share(self, numbers: Iterable[int]) -> None:
         """Add a user to each of these blocks."""
         for number in numbers:
-            self._blocks[number].num_users += 1
+            block = self._blocks[number]
+            block.num_users += 1
+            self.num_shared += block.num_users == 2
             self._idle.pop(number, None)
 
     def release(self, numbers: Sequence[int]) -> None:
@@ -104,6 +110,7 @@ class BlockManager:
             block = self._blocks[number]
             block.num_users -= 1
             assert block.num_users >= 0
+            self.num_shared -= block.num_users == 1
             if block.num_users:
                 continue
             if block.token_ids and self._most_idle:

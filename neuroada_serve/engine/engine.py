@@ -68,6 +68,7 @@ class Engine:
         self.kv_budget = kv_budget(base, config, max_model_len)
         self.max_model_len = min(max_model_len, self.kv_budget.num_tokens)
         self._cache = self.kv_budget.new_cache(config.max_num_seqs, max_model_len, base.device)
+        self.metrics.kv = self.kv_budget.new_blocks().usage
         self._tables = BlockTables(
             self.kv_budget.new_blocks(),
             None if config.prefix_cache_memory == 0 else self._prefix_root,
@@ -210,6 +211,7 @@ class Engine:
         if not self._scheduler.running:  # however the last one ended
             self._runner.release()
             self._cache.give_back(self._tables.blocks.take_unused())
+        self.metrics.kv = self._tables.blocks.usage
         return outputs
 
     def _advance(self) -> list[Output]:

@@ -1,6 +1,0 @@
-def fits(query, keys, values):
-    return False
-
-
-def decode_attention(*a):
-    raise NotImplementedError
