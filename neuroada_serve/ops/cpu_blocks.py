@@ -145,26 +145,42 @@ class ProductBlock(ctypes.Structure):
     )
 
 
-class AttentionBlock(ctypes.Structure):
-    """ROTATE and ATTEND. window, q_norm, k_norm: 0 for none.
+_CACHE = "keys values block_stride block_shift tables table_stride"
 
+
+class AttentionBlock(ctypes.Structure):
+    """ROTATE and ATTEND. window, softcap, q_norm, k_norm: 0 for none.
+
+    query: a token's queries lie query_stride apart, and a head's head_stride. Behind a token's
+        queries are its keys and its values, for ROTATE, which has bf16 only.
     keys, values: addresses of a layer's first ones, [blocks, kv_heads, 1 << block_shift, head_dim]
         with block_stride between blocks.
     tables: address of [slots, table_stride] int32, the blocks of each slot's sequence.
     """
 
     _fields_ = [
-        *_integers("counter qkv qkv_stride out heads kv_heads head_dim window"),
-        *_integers("keys values block_stride block_shift tables table_stride q_norm k_norm"),
+        *_integers("counter kind query query_stride head_stride out"),
+        *_integers(f"heads kv_heads head_dim window {_CACHE} q_norm k_norm"),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("head_eps", ctypes.c_float),
     ]
 
 
-def set_cache(block: AttentionBlock, keys: Tensor, values: Tensor, tables: Tensor) -> None:
+class WriteBlock(ctypes.Structure):
+    """`write_kv_`. positions, slots: addresses of [num_tokens] int64; the rest as in ATTEND."""
+
+    _fields_ = _integers(
+        "counter kind num_tokens positions slots kv_heads head_dim "
+        f"k k_stride k_head_stride v v_stride v_head_stride {_CACHE}"
+    )
+
+
+def set_cache(block: Any, keys: Tensor, values: Tensor, tables: Tensor) -> None:
     """Say where a layer's keys and values are.
 
     Args:
+        block: for attention, or to write.
         keys, values: [num_blocks, kv_heads, block_tokens, head_dim], block_tokens a power of two
             and at least LANES; a block is contiguous, and blocks lie the same stride apart in both.
         tables: [slots, blocks of a slot] int32, contiguous rows.

@@ -306,8 +306,10 @@ class CpuForward:
     def _attention(self, attention: Attention, qkv: Tensor, out: Tensor) -> None:
         for operation in (blocks.ROTATE, blocks.ATTEND):
             block = blocks.AttentionBlock(
-                qkv=qkv.data_ptr(),
-                qkv_stride=qkv.shape[1],
+                kind=blocks.KINDS[qkv.dtype],
+                query=qkv.data_ptr(),
+                query_stride=qkv.shape[1],
+                head_stride=attention.head_dim,
                 out=out.data_ptr(),
                 heads=attention.heads,
                 kv_heads=attention.kv_heads,

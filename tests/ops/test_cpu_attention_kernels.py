@@ -56,7 +56,8 @@ class Step:
         return out
 
     def block(self, qkv: Tensor, out: Tensor, blocks: Blocks, window: int):
-        block = cpu_blocks.AttentionBlock(qkv=qkv.data_ptr(), qkv_stride=qkv.shape[1])
+        block = cpu_blocks.AttentionBlock(query=qkv.data_ptr(), query_stride=qkv.shape[1])
+        block.kind, block.head_stride = cpu_blocks.KINDS[BF16], self.dim
         block.out, block.window, block.scale = out.data_ptr(), window, self.dim**-0.5
         block.heads, block.kv_heads, block.head_dim = self.heads, self.kv_heads, self.dim
         cpu_blocks.set_cache(block, blocks.keys, blocks.values, blocks.tables)
