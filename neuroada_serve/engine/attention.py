@@ -134,7 +134,7 @@ def _decode(module: Any, query: Tensor, step: PackedStep, layer: _Layer) -> Tens
     kinds = layer.scaling, layer.window, layer.softcap
     if runs_on(query) and fits_decode(dim, heads // kv_heads):
         return decode_attention(query, keys, values, *where, *kinds)
-    if cpu_attention.fits(query, keys, values):
+    if keys.shape == values.shape and cpu_attention.fits(query):
         return cpu_attention.decode_attention(query, keys, values, *where, *kinds)
     if step.is_static:
         raise ModelError(f"{type(module).__name__} has no decode kernel that a graph can replay")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neuroada_serve.engine.block_tables import Changes
 from neuroada_serve.engine.triton_attention import runs_on, write_kv_
+from neuroada_serve.ops import cpu_attention
 
 # Blocks begin at such a multiple, so that the memory of each can be given back alone.
 _PAGE = mmap.PAGESIZE
@@ -96,6 +97,9 @@ class KVCache:
         keys, values = self._layers[layer]
         if runs_on(k):
             write_kv_(keys, values, k, v, self.tables, slots, positions)
+            return
+        if k.shape == v.shape and cpu_attention.fits(k):
+            cpu_attention.write_kv_(keys, values, k, v, self.tables, slots, positions)
             return
         blocks = self.tables[slots, positions // self.block_tokens].long()
         within = positions % self.block_tokens
