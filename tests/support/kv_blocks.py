@@ -38,6 +38,7 @@ def new_blocks(
     dtype: torch.dtype,
     block_tokens: int = 16,
     shared: int = 0,
+    device: torch.device | None = None,
 ) -> Blocks:
     """Random keys and values of sequences of these lengths, one a slot, in shuffled blocks; all
     other cells are NaN, and so is a block that tables name beyond a sequence's own.
@@ -59,7 +60,8 @@ def new_blocks(
             shape = (2, kv_heads, used, dim)
             if pool[block, LAYER, 0, 0, used - 1, 0].isnan():
                 pool[block, LAYER, :, :, :used] = torch.randn(shape, generator=generator).to(dtype)
-    return Blocks(pool[:, LAYER, 0], pool[:, LAYER, 1], tables)
+    pool = pool.to(device)
+    return Blocks(pool[:, LAYER, 0], pool[:, LAYER, 1], tables.to(device))
 
 
 def attention_of(
