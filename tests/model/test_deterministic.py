@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS
+from neuroada_serve.engine.kv_budget import CPU_BLOCK_TOKENS as BLOCK_TOKENS
 from torch import nn
 
 from neuroada_serve import LLM, SamplingParams
