@@ -14,10 +14,11 @@ from neuroada_serve.ops import triton_bypass
 
 SHARED_LIMIT = 227 * 1024
 POINTERS = {
-    **dict.fromkeys(("index", "token_slot", "merged_slot", "slots", "positions"), "*i32"),
+    **dict.fromkeys(("index", "token_slot", "merged_slot"), "*i32"),
+    **dict.fromkeys(("tables", "slots", "positions"), "*i32"),
     **dict.fromkeys(("parts", "weights"), "*fp32"),
 }
-FLOATS = ("scaling", "softcap")
+FLOATS = ("scale", "cap")
 TENSORS = ["y", "x", "x_t", "bypass", "weight", "saved", "query", "keys", "values", "k", "v", "out"]
 
 
@@ -60,7 +61,7 @@ def main() -> None:
         compile_kernel(triton_bypass._lanes_kernel, K=k, ROWS=64, LANES=64)
         for restore in (False, True):
             compile_kernel(triton_bypass._entries_kernel, K=k, BLOCK=1024, RESTORE=restore)
-    compile_kernel(triton_attention._write_kernel, DIM=128, BLOCK=1024)
+    compile_kernel(triton_attention._write_kernel, DIM=128, BLOCK_TOKENS=16, BLOCK=1024)
     for dtype, block_n, splits in (("*bf16", 64, 1), ("*bf16", 64, 32), ("*fp32", 32, 4)):
         compile_kernel(
             triton_attention._attention_kernel,
@@ -68,6 +69,7 @@ def main() -> None:
             HEADS=32,
             GROUP=4,
             DIM=128,
+            BLOCK_TOKENS=16,
             BLOCK_G=16,
             BLOCK_D=128,
             BLOCK_N=block_n,

@@ -1,0 +1,8 @@
+"""The attention kernels for GPUs: run in Triton's interpreter, or on a GPU where there is one."""
+
+from tests.support.python import needs_triton, run_interpreted
+
+
+@needs_triton
+def test_decode_attention_equals_its_reference():
+    run_interpreted("attention")
