@@ -61,6 +61,13 @@ class EngineConfig:
         "Maximum number of tokens computed in one step; longer prompts are prefilled in chunks.",
         "Scheduling",
     )
+    target_itl_ms: float | None = option(
+        None,
+        "Milliseconds between two tokens of an answer to keep while prompts are prefilled beside "
+        "it: chunks get smaller until steps take less. Default: a step with prompts may take twice "
+        "as long as one without, or 50 ms.",
+        "Scheduling",
+    )
     enforce_eager: bool = option(
         False,
         "Run transformers' own forward. On CUDA, neither record decode steps as CUDA graphs nor "
@@ -149,6 +156,8 @@ class EngineConfig:
         at_least(self, max_num_seqs=1, max_model_len=1, max_num_batched_tokens=1)
         at_least(self, adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
         at_least(self, kv_cache_memory=1)
+        if self.target_itl_ms is not None and not 0 < self.target_itl_ms < math.inf:
+            raise UsageError(f"target_itl_ms must be above 0, got {self.target_itl_ms}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(
                 "gpu_memory_utilization must be above 0 and at most 1, got "

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 from neuroada_serve.config import PROMPT_BLOCK
 from neuroada_serve.engine.block_tables import BlockTables
+from neuroada_serve.engine.pace import StepPace
 from neuroada_serve.engine.sequence import Sequence
 
 
@@ -18,12 +20,13 @@ class Chunk:
 
 
 class Batcher:
-    """Choose the tokens of each step: decodes always run, prompts fill the rest of the budget.
+    """Choose the tokens of each step: decodes always run, prompts get what `StepPace` leaves them.
 
     Args:
         running: sequences with a slot, by slot, in the order of admission; the scheduler's own.
         tables: their blocks.
-        max_num_batched_tokens: the budget.
+        pace: bounds the tokens of a step.
+        rank: of a sequence among those whose prompts share a step; lower goes first.
         weakest_first: returns the running sequences by their claim to room.
         preempt: takes slot and blocks from a sequence.
         deterministic: prompts are cut at multiples of PROMPT_BLOCK.
@@ -33,14 +36,16 @@ class Batcher:
         self,
         running: Mapping[int, Sequence],
         tables: BlockTables,
-        max_num_batched_tokens: int,
+        pace: StepPace,
+        rank: Callable[[Sequence], Any],
         weakest_first: Callable[[], Seq[Sequence]],
         preempt: Callable[[Sequence], None],
         deterministic: bool,
     ) -> None:
         self._running = running
         self._tables = tables
-        self._most = max_num_batched_tokens
+        self._pace = pace
+        self._rank = rank
         self._weakest_first = weakest_first
         self._preempt = preempt
         self._deterministic = deterministic
@@ -49,10 +54,10 @@ class Batcher:
         """Return the sequences that decode, by slot, and chunks of prompts; all have the blocks
         that they need."""
         decodes = self._decodes()
-        prefills = self._prefills(self._most - len(decodes))
+        prefills = self._prefills(len(decodes))
         while not decodes and not prefills and (first := self._first_without_room()) is not None:
             self._preempt(next(s for s in self._weakest_first() if s is not first))
-            prefills = self._prefills(self._most)
+            prefills = self._prefills(0)
         return decodes, prefills
 
     def _decodes(self) -> list[Sequence]:
@@ -65,25 +70,20 @@ class Batcher:
                     self._preempt(self._weakest_first()[0])
         return sorted((s for s in active if s.slot is not None), key=lambda s: s.slot or 0)
 
-    def _prefills(self, budget: int) -> list[Chunk]:
-        """Return chunks of prompts, in the order of admission, that fit into a number of tokens
-        and into the blocks that are free."""
+    def _prefills(self, num_decodes: int) -> list[Chunk]:
+        """Return chunks of prompts that fit into the step and into the blocks that are free."""
+        waiting = [s for s in self._running.values() if s.has_adapter and not s.is_decoding]
+        # Without those for whom another computes what they need.
+        able = [s for s in waiting if self._tables.advance(s) is not None]
         prefills = []
-        for sequence in self._running.values():
-            if not sequence.has_adapter or sequence.is_decoding:
-                continue
-            gained = self._tables.advance(sequence)
-            if gained is None:  # another computes what it needs
-                continue
+        for sequence, num_tokens in self._pace.divide(able, num_decodes, self._rank):
             left = sequence.num_prefill - sequence.num_computed
-            num_tokens = min(budget, left, self._tables.room_of(sequence))
+            num_tokens = min(num_tokens, self._tables.room_of(sequence))
             if num_tokens < left and self._deterministic:
                 num_tokens -= (sequence.num_computed + num_tokens) % PROMPT_BLOCK
-            if num_tokens <= 0:
-                continue
-            self._tables.reserve(sequence, num_tokens)
-            prefills.append(Chunk(sequence, num_tokens))
-            budget -= num_tokens
+            if num_tokens > 0:
+                self._tables.reserve(sequence, num_tokens)
+                prefills.append(Chunk(sequence, num_tokens))
         return prefills
 
     def _first_without_room(self) -> Sequence | None:

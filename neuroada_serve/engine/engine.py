@@ -8,15 +8,16 @@ import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from neuroada_serve.config import EngineConfig
+from neuroada_serve.config import PROMPT_BLOCK, EngineConfig
 from neuroada_serve.engine.adapter_manager import AdapterManager
 from neuroada_serve.engine.block_manager import prefix_root
 from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import FairQueue
 from neuroada_serve.engine.input_processor import InputProcessor
-from neuroada_serve.engine.kv_budget import kv_budget
+from neuroada_serve.engine.kv_budget import context_scale, kv_budget
 from neuroada_serve.engine.merge_policy import Load
 from neuroada_serve.engine.output_processor import OutputProcessor
+from neuroada_serve.engine.pace import StepPace
 from neuroada_serve.engine.runner import ModelRunner, refuse_unsupported
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
@@ -90,6 +91,12 @@ class Engine:
             self.adapters.tiers,
             self.adapters.merging.can_leave,
             self._tables,
+            StepPace(
+                None if config.target_itl_ms is None else config.target_itl_ms / 1000,
+                config.max_num_batched_tokens,
+                context_scale(base),
+                PROMPT_BLOCK if config.deterministic else 1,
+            ),
             self._on_preempt,
             deterministic=config.deterministic,
         )
@@ -102,7 +109,12 @@ class Engine:
             self.metrics,
         )
         self._executor = StepExecutor(
-            self._runner, self._cache, self._tables, self._outputs, self.adapters.merging
+            self._runner,
+            self._cache,
+            self._tables,
+            self._outputs,
+            self.adapters.merging,
+            self._scheduler.pace,
         )
         self._step = 0
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step

@@ -106,6 +106,17 @@ def kv_budget(base: BaseModel, config: EngineConfig, max_model_len: int) -> KVBu
     return KVBudget(layout, block_tokens, num_blocks, min(idle_blocks, num_blocks))
 
 
+def context_scale(base: BaseModel) -> float:
+    """Return the position at which attention over what came before costs a token as much as all
+    products with weights do."""
+    config = base.model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    embedding = base.model.get_input_embeddings().weight
+    num_weights = sum(p.numel() for p in base.model.parameters()) - embedding.numel()
+    return float(num_weights / (2 * width * config.num_hidden_layers))
+
+
 # --- what a token needs ----------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ the weakest claim where running sequences need more blocks than there are.
 """
 
 import heapq
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from neuroada_serve.engine.batcher import Batcher, Chunk
 from neuroada_serve.engine.block_manager import BlockManager
 from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import AFFINITY, PROMPT_COST, FairQueue
+from neuroada_serve.engine.pace import StepPace
 from neuroada_serve.engine.sequence import Sequence
 
 # An adapter that is not there lets so many others go first before one of its requests takes a slot
@@ -101,6 +103,7 @@ class Scheduler:
         adapters: where they are; default: on the device.
         can_leave: whether a version may leave the device once no sequence holds it.
         tables: blocks of the sequences; default: as many as they like.
+        pace: how much prompts may add to a step; default: whatever fits into it.
         on_preempt: called with a sequence that is about to lose its slot.
         deterministic: prompts are cut at multiples of PROMPT_BLOCK, and nobody loses a slot: what
             was answered would be computed anew as a prompt, in other shapes.
@@ -114,6 +117,7 @@ class Scheduler:
         adapters: DeviceAdapters | None = None,
         can_leave: Callable[[Any], bool] = lambda version: True,
         tables: BlockTables | None = None,
+        pace: StepPace | None = None,
         on_preempt: Callable[[Sequence], None] = lambda sequence: None,
         deterministic: bool = False,
     ) -> None:
@@ -123,13 +127,15 @@ class Scheduler:
         self.running: dict[int, Sequence] = {}  # by slot, in the order of admission
         self._turns = AdapterTurns(self.running, self.waiting.rank, adapters, can_leave)
         self.tables = tables or BlockTables(BlockManager(_ANY_NUMBER, PROMPT_BLOCK))
+        self.pace = pace or StepPace(math.inf, max_num_batched_tokens, math.inf)
         self._on_preempt = on_preempt
         self._deterministic = deterministic
         self._free_slots = list(range(max_num_seqs))  # a heap: low slots are used first
         self._batcher = Batcher(
             self.running,
             self.tables,
-            max_num_batched_tokens,
+            self.pace,
+            self.waiting.rank,
             self._weakest_first,
             self._preempt,
             deterministic,

@@ -1,6 +1,7 @@
 """Running a step: from a schedule to outputs, in smaller parts where memory is short."""
 
 import logging
+import time
 from collections import deque
 
 from neuroada_serve.engine.block_tables import BlockTables
@@ -8,6 +9,7 @@ from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.memory import describe_need, is_out_of_memory, most_demanding
 from neuroada_serve.engine.merge_control import MergeControl
 from neuroada_serve.engine.output_processor import OutputProcessor
+from neuroada_serve.engine.pace import StepPace
 from neuroada_serve.engine.runner import ModelRunner
 from neuroada_serve.engine.sampler import sample
 from neuroada_serve.engine.scheduler import Schedule
@@ -22,6 +24,7 @@ class StepExecutor:
     Args:
         tables: say what changes in the cache before a step.
         merging: says what is in the weights.
+        pace: learns what steps take.
     """
 
     def __init__(
@@ -31,12 +34,14 @@ class StepExecutor:
         tables: BlockTables,
         outputs: OutputProcessor,
         merging: MergeControl,
+        pace: StepPace,
     ) -> None:
         self._runner = runner
         self._cache = cache
         self._tables = tables
         self._outputs = outputs
         self._merging = merging
+        self._pace = pace
 
     def run(self, schedule: Schedule) -> list[Output]:
         """Run one step.
@@ -76,6 +81,10 @@ class StepExecutor:
         return outputs
 
     def _run(self, schedule: Schedule) -> list[Output]:
+        started = time.perf_counter()
+        cost = sum(
+            self._pace.cost(c.sequence.num_computed, c.num_tokens) for c in schedule.prefills
+        )
         self._cache.change(self._tables.changes)
         self._tables.made()
         step = self._runner.run(schedule, self._merging.version)
@@ -83,4 +92,6 @@ class StepExecutor:
         chosen = sample(step.logits, step.sequences)
         for prompt, tokens in zip(step.prompts, scores, strict=True):
             prompt.sequence.prompt_logprobs += tokens
-        return self._outputs.process(schedule, step, chosen)
+        outputs = self._outputs.process(schedule, step, chosen)
+        self._pace.record(len(schedule.decodes), cost, time.perf_counter() - started)
+        return outputs

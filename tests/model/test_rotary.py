@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from neuroada_serve.engine.kv_budget import CPU_BLOCK_TOKENS as BLOCK_TOKENS
 from transformers import AutoModelForCausalLM
 
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.config import TrainConfig
+from neuroada_serve.engine.kv_budget import CPU_BLOCK_TOKENS as BLOCK_TOKENS
 from neuroada_serve.errors import ModelError, UsageError
 from neuroada_serve.model.loader import load_base, with_model_len
 from neuroada_serve.ops import matrix
