@@ -94,8 +94,7 @@ class BlockTables:
     # --- the way of a sequence ---------------------------------------------------------------
 
     def start(self, sequence: Sequence) -> int:
-        """Give a sequence that has got a slot the blocks that are known already, and announce
-        those that it is going to compute.
+        """Give a sequence that has got a slot the blocks that are known already.
 
         Returns:
             How many of its tokens need no computing.
@@ -106,7 +105,7 @@ class BlockTables:
             sequence.num_cached = 0
         if self._may_reuse(sequence):
             self.num_queries += sequence.num_prefill
-            self._announce(sequence)
+            self._announced[sequence] = []
         self.advance(sequence)
         if self._deterministic:
             whole = self.reserve(sequence, self._num_most(sequence) - sequence.num_computed)
@@ -114,7 +113,8 @@ class BlockTables:
         return sequence.num_computed
 
     def advance(self, sequence: Sequence) -> int | None:
-        """Move a sequence beyond the tokens that have become known, before its last one.
+        """Move a sequence beyond the tokens that have become known, before its last one. Unless
+        another is just computing what comes next, it is going to, and others wait for it.
 
         Returns:
             By how many; None where another sequence is just computing what comes next.
@@ -136,8 +136,11 @@ class BlockTables:
         if self._is_coming(sequence):
             self._count_hits(sequence, before)
             return None
-        if not self._deterministic and sequence.num_computed % self._size == 0:
-            self._copy_common(sequence, last)
+        at, within = divmod(sequence.num_computed, self._size)
+        if not within:
+            if not self._deterministic:
+                self._copy_common(sequence, last)
+            self._announce(sequence, at)
         self._count_hits(sequence, before)
         return sequence.num_computed - before
 
@@ -218,15 +221,16 @@ class BlockTables:
         if not sequence.output_token_ids:
             sequence.num_cached += num
 
-    def _announce(self, sequence: Sequence) -> None:
-        """Say which blocks a sequence is going to compute that nobody else does."""
-        announced = []
-        for at in range(-(-sequence.num_prefill // self._size)):
+    def _announce(self, sequence: Sequence, first: int) -> None:
+        """Say which blocks from one on a sequence is going to compute that nobody else does."""
+        is_last_token = sequence.num_computed >= sequence.num_prefill - 1
+        if is_last_token or self._key(sequence, first) in self._coming:
+            return
+        for at in range(first, -(-sequence.num_prefill // self._size)):
             key = self._key(sequence, at)
             if key not in self._coming and self.blocks.find(key) is None:
                 self._coming[key] = sequence
-                announced.append(key)
-        self._announced[sequence] = announced
+                self._announced[sequence].append(key)
 
     def _retract(self, sequence: Sequence) -> None:
         for key in self._announced.pop(sequence, ()):

@@ -203,6 +203,37 @@ def test_other_beginnings_do_not_wait():
     assert run.step(run.start(), run.start("Xbcdefghij")) == [10, 10]
 
 
+@pytest.mark.parametrize("how", ["aborted", "preempted", "failed"])
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_when_the_one_waited_for_goes_one_of_the_others_computes(how, num_steps):
+    run = Run()
+    first, *others = [run.start("abcdefghijkl") for _ in range(4)]
+    for _ in range(num_steps):
+        run.step(first, *others, most=SIZE)
+    if how == "preempted":
+        run.preempt(first)
+        others.append(run.resume(first))
+    else:
+        run.end(first, forget=how == "failed")
+    for _ in range(3):
+        computed = run.step(*others, most=SIZE)
+        assert sum(num > 1 for num in computed) <= 1
+        assert max(computed) >= 1
+    run.step(*others)
+    assert all(other.is_decoding for other in others)
+    assert all(other.blocks[:2] == others[0].blocks[:2] for other in others)
+
+
+def test_each_of_those_that_waited_waits_for_its_own_beginning():
+    run = Run()
+    first = run.start("abcdefghijklmnop")
+    second, third = run.start("abcdefghXXXXXXXX"), run.start("abcdefghXXXXYYYY")
+    assert run.step(first, second, third, most=8) == [8, 0, 0]
+    run.end(first)
+    assert run.step(second, third, most=SIZE) == [SIZE, 0]
+    assert run.step(second, third) == [4, 4]
+
+
 # --- who shares nothing ----------------------------------------------------------------------
 
 
