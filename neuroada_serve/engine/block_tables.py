@@ -242,7 +242,10 @@ class BlockTables:
         if within or sequence.num_computed >= sequence.num_prefill - 1:
             return False
         owner = self._coming.get(self._key(sequence, at))
-        return owner is not None and owner is not sequence
+        if owner is None or owner is sequence:
+            return False
+        # It may have computed the block, and others have made it unfindable since.
+        return owner.num_computed < sequence.num_computed + self._size
 
     def _copy_common(self, sequence: Sequence, last: int) -> None:
         """Begin a sequence's next block with a copy of one that has tokens in common with it."""

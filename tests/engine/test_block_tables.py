@@ -234,6 +234,18 @@ def test_each_of_those_that_waited_waits_for_its_own_beginning():
     assert run.step(second, third) == [4, 4]
 
 
+def test_nobody_waits_for_what_another_computed_and_cannot_be_found():
+    run = Run()
+    first = run.start("abcdefghijkl")
+    run.step(first, most=SIZE)
+    second = run.start("abcdXY")
+    run.step(second)
+    run.end(second, forget=True)  # the block that it shares with the first, too
+    third = run.start("abcdZ")
+    assert run.tables.advance(third) == 0
+    assert run.step(first, third) == [8, 5]
+
+
 # --- who shares nothing ----------------------------------------------------------------------
 
 
