@@ -239,7 +239,8 @@ class BlockTables:
     def _is_coming(self, sequence: Sequence) -> bool:
         """Return whether another sequence is computing the block that comes next."""
         at, within = divmod(sequence.num_computed, self._size)
-        if within or sequence.num_computed >= sequence.num_prefill - 1:
+        least = self._size if self._deterministic else 1  # tokens that could be shared
+        if within or sequence.num_computed + least >= sequence.num_prefill:
             return False
         owner = self._coming.get(self._key(sequence, at))
         if owner is None or owner is sequence:

@@ -346,6 +346,12 @@ def test_deterministic_shares_what_comes_after_all_was_reserved():
     assert run.blocks.num_used == 4
 
 
+def test_deterministic_waits_only_for_what_it_can_share():
+    run = Run(deterministic=True)
+    assert run.step(run.start("abc"), run.start("abc")) == [3, 3]
+    assert run.step(run.start("efgh"), run.start("efgh")) == [4, 4]
+
+
 # --- the way of a sequence -------------------------------------------------------------------
 
 
