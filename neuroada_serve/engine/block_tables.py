@@ -169,6 +169,7 @@ class BlockTables:
             forget: what it has computed may be wrong.
         """
         self._retract(sequence)
+        self._drop_copy(sequence)
         blocks, sequence.blocks = sequence.blocks, []
         self.changes.entries = [e for e in self.changes.entries if e[0] != sequence.slot]
         if forget:
@@ -262,6 +263,13 @@ class BlockTables:
             return
         self.changes.copies.append((source, sequence.blocks[at]))
         sequence.num_computed += num
+
+    def _drop_copy(self, sequence: Sequence) -> None:
+        """Drop the copy that is still to be made to a sequence's last block."""
+        for copy in [copy for copy in self.changes.copies if copy[1] in sequence.blocks]:
+            self.changes.copies.remove(copy)
+            self.blocks.release([copy[0]])
+            sequence.num_computed -= sequence.num_computed % self._size
 
     def _register_rest(self, sequence: Sequence) -> None:
         """Make the tokens in a sequence's last, partly filled block findable."""

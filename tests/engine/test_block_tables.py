@@ -386,6 +386,20 @@ def test_step_that_raises_changes_nothing_that_is_known():
     assert run.step(first, other) == [6, 4]
 
 
+@pytest.mark.parametrize("forget", [False, True])
+def test_release_before_the_changes_are_made_leaves_none(forget):
+    run = Run()
+    first = run.start()
+    run.step(first)
+    run.end(first)
+    second = run.start("abcdefgX")
+    assert run.tables.changes.copies
+    run.end(second, forget)
+    assert run.tables.changes == Changes()
+    assert run.blocks.num_used == 0
+    assert run.start("abcdefgX").num_computed == (0 if forget else 7)
+
+
 def test_changes_may_be_made_again_after_they_failed():
     run = Run()
     first = run.start()
