@@ -94,8 +94,7 @@ class BlockTables:
     # --- the way of a sequence ---------------------------------------------------------------
 
     def start(self, sequence: Sequence) -> int:
-        """Give a sequence that has got a slot the blocks that are known already, and announce
-        those that it is going to compute.
+        """Give a sequence that has got a slot the blocks that are known already.
 
         Returns:
             How many of its tokens need no computing.
@@ -106,7 +105,7 @@ class BlockTables:
             sequence.num_cached = 0
         if self._may_reuse(sequence):
             self.num_queries += sequence.num_prefill
-            self._announce(sequence)
+            self._announced[sequence] = []
         self.advance(sequence)
         if self._deterministic:
             whole = self.reserve(sequence, self._num_most(sequence) - sequence.num_computed)
@@ -114,7 +113,8 @@ class BlockTables:
         return sequence.num_computed
 
     def advance(self, sequence: Sequence) -> int | None:
-        """Move a sequence beyond the tokens that have become known, before its last one.
+        """Move a sequence beyond the tokens that have become known, before its last one. Unless
+        another is just computing what comes next, it is going to, and others wait for it.
 
         Returns:
             By how many; None where another sequence is just computing what comes next.
@@ -136,8 +136,11 @@ class BlockTables:
         if self._is_coming(sequence):
             self._count_hits(sequence, before)
             return None
-        if not self._deterministic and sequence.num_computed % self._size == 0:
-            self._copy_common(sequence, last)
+        at, within = divmod(sequence.num_computed, self._size)
+        if not within:
+            if not self._deterministic:
+                self._copy_common(sequence, last)
+            self._announce(sequence, at)
         self._count_hits(sequence, before)
         return sequence.num_computed - before
 
@@ -166,6 +169,7 @@ class BlockTables:
             forget: what it has computed may be wrong.
         """
         self._retract(sequence)
+        self._drop_copy(sequence)
         blocks, sequence.blocks = sequence.blocks, []
         self.changes.entries = [e for e in self.changes.entries if e[0] != sequence.slot]
         if forget:
@@ -218,15 +222,16 @@ class BlockTables:
         if not sequence.output_token_ids:
             sequence.num_cached += num
 
-    def _announce(self, sequence: Sequence) -> None:
-        """Say which blocks a sequence is going to compute that nobody else does."""
-        announced = []
-        for at in range(-(-sequence.num_prefill // self._size)):
+    def _announce(self, sequence: Sequence, first: int) -> None:
+        """Say which blocks from one on a sequence is going to compute that nobody else does."""
+        is_last_token = sequence.num_computed >= sequence.num_prefill - 1
+        if is_last_token or self._key(sequence, first) in self._coming:
+            return
+        for at in range(first, -(-sequence.num_prefill // self._size)):
             key = self._key(sequence, at)
             if key not in self._coming and self.blocks.find(key) is None:
                 self._coming[key] = sequence
-                announced.append(key)
-        self._announced[sequence] = announced
+                self._announced[sequence].append(key)
 
     def _retract(self, sequence: Sequence) -> None:
         for key in self._announced.pop(sequence, ()):
@@ -235,10 +240,14 @@ class BlockTables:
     def _is_coming(self, sequence: Sequence) -> bool:
         """Return whether another sequence is computing the block that comes next."""
         at, within = divmod(sequence.num_computed, self._size)
-        if within or sequence.num_computed >= sequence.num_prefill - 1:
+        least = self._size if self._deterministic else 1  # tokens that could be shared
+        if within or sequence.num_computed + least >= sequence.num_prefill:
             return False
         owner = self._coming.get(self._key(sequence, at))
-        return owner is not None and owner is not sequence
+        if owner is None or owner is sequence:
+            return False
+        # It may have computed the block, and others have made it unfindable since.
+        return owner.num_computed < sequence.num_computed + self._size
 
     def _copy_common(self, sequence: Sequence, last: int) -> None:
         """Begin a sequence's next block with a copy of one that has tokens in common with it."""
@@ -254,6 +263,13 @@ class BlockTables:
             return
         self.changes.copies.append((source, sequence.blocks[at]))
         sequence.num_computed += num
+
+    def _drop_copy(self, sequence: Sequence) -> None:
+        """Drop the copy that is still to be made to a sequence's last block."""
+        for copy in [copy for copy in self.changes.copies if copy[1] in sequence.blocks]:
+            self.changes.copies.remove(copy)
+            self.blocks.release([copy[0]])
+            sequence.num_computed -= sequence.num_computed % self._size
 
     def _register_rest(self, sequence: Sequence) -> None:
         """Make the tokens in a sequence's last, partly filled block findable."""
