@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.adapter_manager import AdapterManager
 from neuroada_serve.engine.fairness import FairQueue
+from neuroada_serve.engine.faults import Faults
 from neuroada_serve.engine.input_processor import InputProcessor
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.memory import (
@@ -38,6 +39,11 @@ from neuroada_serve.wakeup import Wakeup
 logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.02  # for an adapter, when nothing else can run
+_NO_ROOM = (
+    "adapter {!r} has no room on the device beside those that are pinned or merged; raise "
+    "--adapter-memory"
+)
+_FAILED = "the engine failed on this request's step"
 _CHECK_STEPS = 16  # between looks whether starved sequences could ever run
 
 
@@ -102,6 +108,7 @@ class Engine:
         )
         self._step = 0
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
+        self._faults = Faults(base.device)
 
     @property
     def merged(self) -> str | None:
@@ -109,8 +116,7 @@ class Engine:
         return self.adapters.merging.merged
 
     def base_digest(self) -> str:
-        """Return the sha256 of all weights as they are now: the base's own while nothing is
-        merged."""
+        """Return the sha256 of the weights as they are: the base's own while none is merged."""
         return weights_digest(self.base.model)
 
     # --- requests ----------------------------------------------------------------------------
@@ -202,10 +208,14 @@ class Engine:
         A failing forward ends the sequences of this step with FinishReason.ERROR; the engine and
         all other sequences go on. Where memory is short, only the one that asks for most ends.
         Where nothing can run before an adapter has come, it waits for that, for a moment.
+
+        Raises:
+            EngineError: the engine is at its end; every further step raises it again.
         """
-        outputs = self._advance()
-        if not self._scheduler.running:  # however the last one ended
-            self._runner.release()
+        with self._faults.watch():
+            outputs = self._advance()
+            if not self._scheduler.running:  # however the last one ended
+                self._runner.release()
         return outputs
 
     def _advance(self) -> list[Output]:
@@ -234,6 +244,7 @@ class Engine:
                 scores = [self._outputs.score_prompt(prompt) for prompt in step.prompts]
                 chosen = sample(step.logits, step.sequences)
             except Exception as error:
+                self._faults.judge(error)
                 for sequence, num_computed in computed.items():
                     sequence.num_computed = num_computed
                 if is_out_of_memory(error):
@@ -241,9 +252,9 @@ class Engine:
                     schedule = schedule.without(failed)
                     outputs.append(self._end_for_want_of_memory(failed, error))
                     continue
-                logger.exception("a step failed; its requests end with an error")
-                message = "the engine failed on this request's step"
-                return outputs + [self._outputs.fail(sequence, message) for sequence in computed]
+                self._faults.count(error)
+                return outputs + [self._outputs.fail(sequence, _FAILED) for sequence in computed]
+            self._faults.forget()
             for prompt, tokens in zip(step.prompts, scores, strict=True):
                 prompt.sequence.prompt_logprobs += tokens
             return outputs + self._outputs.process(schedule, step, chosen)
@@ -270,10 +281,7 @@ class Engine:
             version = sequence.version
             assert version is not None
             if not self.adapters.merging.could_fit(version):
-                error = (
-                    f"adapter {version.name!r} has no room on the device beside those that are "
-                    "pinned or merged; raise --adapter-memory"
-                )
+                error = _NO_ROOM.format(version.name)
                 outputs.append(self._outputs.end_with_error(sequence, error, may_retry=True))
         return outputs
 
