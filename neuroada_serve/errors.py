@@ -14,6 +14,7 @@ NeuroAdaError
 ├── Unavailable                 no request is accepted now: full, stopping, or the engine is dead
 │   └── AdapterUnavailable      none for this adapter: its files are gone, or there is no room
 └── EngineError                 an internal failure; the process should stop serving
+    ├── DeviceError             the device works no more for this process
     └── DirtyWeightsError       base weights could not be restored after a failed merge
 """
 
@@ -98,6 +99,10 @@ class AdapterUnavailable(Unavailable):
 
 class EngineError(NeuroAdaError):
     """An internal failure; the process should stop serving."""
+
+
+class DeviceError(EngineError):
+    """The device has failed for good; start a new process."""
 
 
 class DirtyWeightsError(EngineError):

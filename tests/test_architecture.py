@@ -87,6 +87,7 @@ KERNEL_LIBRARIES = {
     "ops.triton_bypass": {"triton"},
     "ops.triton_value_grad": {"triton"},
     "engine.triton_attention": {"triton"},
+    "engine.triton_prefill": {"triton"},
 }
 TORCH_FREE = (
     "adapters.extents",

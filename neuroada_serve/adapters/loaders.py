@@ -6,6 +6,7 @@ index can be read between two steps alone.
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -33,6 +34,8 @@ from neuroada_serve.metrics import TierMetrics
 from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
+
+_MOST_ERRORS = 16  # kept for `take_errors`
 
 
 class Loaders:
@@ -68,6 +71,7 @@ class Loaders:
         self._metrics = metrics
         self._wakeup = wakeup
         self._streams = threading.local()
+        self._errors: deque[BaseException] = deque(maxlen=_MOST_ERRORS)
 
     def read(self, version: AdapterVersion, reading: Reading) -> None:
         """Read a version in a loader thread, and write it where its index is on the device."""
@@ -93,11 +97,16 @@ class Loaders:
         """Give up a version that is on its way, and keep the reason for a while."""
         if not isinstance(error, NeuroAdaError):
             logger.error("adapter %s could not be loaded", version.name, exc_info=error)
+            self._errors.append(error)
             error = AdapterUnavailable("the server failed to load it; its log has the cause")
         with self._lock:
             self._metrics.num_failures += 1
             if isinstance(self._residency[version], Reading | NeedsIndex | Writing):
                 self._finish(version, Failed(error))
+
+    def take_errors(self) -> list[BaseException]:
+        """Take the latest errors of `fail` that are none of ours."""
+        return [self._errors.popleft() for _ in range(len(self._errors))]
 
     def _finish(self, version: AdapterVersion, state: Resident | Failed) -> bool:
         """End the way of a version; False: it has been unloaded meanwhile."""

@@ -148,6 +148,10 @@ class AdapterTiers:
                 for version, writing, originals, values in ready:
                     self._loaders.write(version, writing, originals, values)
 
+    def take_errors(self) -> list[BaseException]:
+        """Take the latest errors of loading that nobody expected; their versions have FAILED."""
+        return self._loaders.take_errors()
+
     def request(self, version: AdapterVersion) -> Readiness:
         """Ask for a version for the next step: begin to bring it up if it is not on the device."""
         with self._lock:

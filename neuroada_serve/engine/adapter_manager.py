@@ -23,6 +23,7 @@ from neuroada_serve.adapters.store import AdapterStore, AdapterVersion
 from neuroada_serve.adapters.tiers import AdapterTiers
 from neuroada_serve.adapters.values import FlatOrder, ValuesReader
 from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.faults import raise_device_fault
 from neuroada_serve.engine.merge_control import MergeControl
 from neuroada_serve.engine.merge_policy import Load
 from neuroada_serve.errors import AdapterError, UsageError
@@ -278,6 +279,8 @@ class AdapterManager:
             Versions whose requests are to be aborted.
         """
         self.tiers.poll()
+        for error in self.tiers.take_errors():
+            raise_device_fault(error, self._base.device)
         self.merging.bring_in_line(loads)
         to_abort = []
         while not self._to_abort.empty():

@@ -54,10 +54,10 @@ class Batcher:
         """Return the sequences that decode, by slot, and chunks of prompts; all have the blocks
         that they need."""
         decodes = self._decodes()
-        prefills = self._prefills(len(decodes))
+        prefills = self._prefills(decodes)
         while not decodes and not prefills and (first := self._first_without_room()) is not None:
             self._preempt(next(s for s in self._weakest_first() if s is not first))
-            prefills = self._prefills(0)
+            prefills = self._prefills([])
         return decodes, prefills
 
     def _decodes(self) -> list[Sequence]:
@@ -70,13 +70,14 @@ class Batcher:
                     self._preempt(self._weakest_first()[0])
         return sorted((s for s in active if s.slot is not None), key=lambda s: s.slot or 0)
 
-    def _prefills(self, num_decodes: int) -> list[Chunk]:
+    def _prefills(self, decodes: Seq[Sequence]) -> list[Chunk]:
         """Return chunks of prompts that fit into the step and into the blocks that are free."""
         waiting = [s for s in self._running.values() if s.has_adapter and not s.is_decoding]
         # Without those for whom another computes what they need.
         able = [s for s in waiting if self._tables.advance(s) is not None]
+        context = sum(s.num_computed for s in decodes)
         prefills = []
-        for sequence, num_tokens in self._pace.divide(able, num_decodes, self._rank):
+        for sequence, num_tokens in self._pace.divide(able, len(decodes), context, self._rank):
             left = sequence.num_prefill - sequence.num_computed
             num_tokens = min(num_tokens, self._tables.room_of(sequence))
             if num_tokens < left and self._deterministic:

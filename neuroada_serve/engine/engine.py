@@ -13,6 +13,7 @@ from neuroada_serve.engine.adapter_manager import AdapterManager
 from neuroada_serve.engine.block_manager import prefix_root
 from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import FairQueue
+from neuroada_serve.engine.faults import Faults
 from neuroada_serve.engine.input_processor import InputProcessor
 from neuroada_serve.engine.kv_budget import context_scale, kv_budget
 from neuroada_serve.engine.merge_policy import Load
@@ -35,6 +36,10 @@ from neuroada_serve.wakeup import Wakeup
 logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.02  # for an adapter, when nothing else can run
+_NO_ROOM = (
+    "adapter {!r} has no room on the device beside those that are pinned or merged; raise "
+    "--adapter-memory"
+)
 _CHECK_STEPS = 16  # between looks whether starved sequences could ever run
 
 
@@ -108,6 +113,7 @@ class Engine:
             self._tables,
             self.metrics,
         )
+        self._faults = Faults(base.device)
         self._executor = StepExecutor(
             self._runner,
             self._cache,
@@ -115,6 +121,7 @@ class Engine:
             self._outputs,
             self.adapters.merging,
             self._scheduler.pace,
+            self._faults,
         )
         self._step = 0
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
@@ -125,8 +132,7 @@ class Engine:
         return self.adapters.merging.merged
 
     def base_digest(self) -> str:
-        """Return the sha256 of all weights as they are now: the base's own while nothing is
-        merged."""
+        """Return the sha256 of the weights as they are: the base's own while none is merged."""
         return weights_digest(self.base.model)
 
     # --- requests ----------------------------------------------------------------------------
@@ -218,11 +224,15 @@ class Engine:
         A failing forward ends the sequences of this step with FinishReason.ERROR; the engine and
         all other sequences go on. Where memory is short, only the one that asks for most ends.
         Where nothing can run before an adapter has come, it waits for that, for a moment.
+
+        Raises:
+            EngineError: the engine is at its end; every further step raises it again.
         """
-        outputs = self._advance()
-        if not self._scheduler.running:  # however the last one ended
-            self._runner.release()
-            self._cache.give_back(self._tables.blocks.take_unused())
+        with self._faults.watch():
+            outputs = self._advance()
+            if not self._scheduler.running:  # however the last one ended
+                self._runner.release()
+                self._cache.give_back(self._tables.blocks.take_unused())
         self.metrics.kv = self._tables.blocks.usage
         return outputs
 
@@ -257,10 +267,7 @@ class Engine:
             version = sequence.version
             assert version is not None
             if not self.adapters.merging.could_fit(version):
-                error = (
-                    f"adapter {version.name!r} has no room on the device beside those that are "
-                    "pinned or merged; raise --adapter-memory"
-                )
+                error = _NO_ROOM.format(version.name)
                 outputs.append(self._outputs.end_with_error(sequence, error, may_retry=True))
         return outputs
 

@@ -13,6 +13,7 @@ from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.adapters.store import AdapterStore, AdapterVersion, Lease
 from neuroada_serve.adapters.tiers import AdapterTiers
 from neuroada_serve.adapters.values import AdapterValues
+from neuroada_serve.engine.faults import raise_device_fault
 from neuroada_serve.engine.merge_policy import Load, MergePolicy
 from neuroada_serve.errors import AdapterUnavailable, EngineError
 from neuroada_serve.metrics import EngineMetrics
@@ -125,6 +126,7 @@ class MergeControl:
 
         Raises:
             DirtyWeightsError: the weights could not be restored after an error.
+            DeviceError
         """
         merged = self.version
         if merged is not None and not merged.is_current:
@@ -155,7 +157,8 @@ class MergeControl:
                 self._swap_in(lease, values)
             except EngineError:
                 raise
-            except Exception:
+            except Exception as error:
+                raise_device_fault(error)
                 logger.exception("adapter %s cannot be merged; it is served unmerged", wanted.name)
                 self._refused.add(wanted)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.progress import Progress, UseTqdm
@@ -20,6 +21,9 @@ def run_batch(
     """Run requests in one continuous batch; return all outputs of each.
 
     If one is refused or the run is interrupted, all of them are aborted.
+
+    Raises:
+        EngineError: the engine is at its end.
     """
     collected: dict[str, list[Output]] = {request_id: [] for request_id, *_ in requests}
     if use_tqdm is True and on_output is not None:
@@ -39,7 +43,8 @@ def run_batch(
     except BaseException:
         for request_id in collected:
             engine.abort(request_id)
-        engine.step()  # hands out the aborted ones, which the engine then forgets
+        with suppress(EngineError):  # what has ended the engine is on its way already
+            engine.step()  # hands out the aborted ones, which the engine then forgets
         raise
     finally:
         progress.close()

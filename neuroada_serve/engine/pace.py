@@ -50,8 +50,8 @@ class StepPace:
     """The pace of an engine's steps.
 
     Args:
-        target_itl_s: wanted seconds between two tokens of a stream; None: as STRETCH and LEAST_S say;
-            math.inf: prompts take all the tokens that they can.
+        target_itl_s: wanted seconds between two tokens of a stream; None: as STRETCH and LEAST_S
+            say; math.inf: prompts take all the tokens that they can.
         most_tokens: of a step, decodes included.
         context_scale: position at which a token costs twice as much as the first one.
         multiple: prompts are cut at positions that are multiples of it.

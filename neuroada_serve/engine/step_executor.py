@@ -5,6 +5,7 @@ import time
 from collections import deque
 
 from neuroada_serve.engine.block_tables import BlockTables
+from neuroada_serve.engine.faults import Faults
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.memory import describe_need, is_out_of_memory, most_demanding
 from neuroada_serve.engine.merge_control import MergeControl
@@ -17,6 +18,8 @@ from neuroada_serve.request import Output
 
 logger = logging.getLogger(__name__)
 
+_FAILED = "the engine failed on this request's step"
+
 
 class StepExecutor:
     """Run schedules on the engine's model.
@@ -25,6 +28,7 @@ class StepExecutor:
         tables: say what changes in the cache before a step.
         merging: says what is in the weights.
         pace: learns what steps take.
+        faults: says which failures end the engine.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class StepExecutor:
         outputs: OutputProcessor,
         merging: MergeControl,
         pace: StepPace,
+        faults: Faults,
     ) -> None:
         self._runner = runner
         self._cache = cache
@@ -42,6 +47,7 @@ class StepExecutor:
         self._outputs = outputs
         self._merging = merging
         self._pace = pace
+        self._faults = faults
 
     def run(self, schedule: Schedule) -> list[Output]:
         """Run one step.
@@ -62,10 +68,10 @@ class StepExecutor:
             except Exception as error:
                 for sequence, num_computed in computed.items():
                     sequence.num_computed = num_computed
+                self._faults.judge(error)
                 if not is_out_of_memory(error):
-                    logger.exception("a step failed; its requests end with an error")
-                    message = "the engine failed on this request's step"
-                    outputs += [self._outputs.fail(sequence, message) for sequence in computed]
+                    self._faults.count(error)
+                    outputs += [self._outputs.fail(sequence, _FAILED) for sequence in computed]
                     continue
                 self._runner.release()
                 smaller = part.halves() if part is schedule else ()
@@ -81,7 +87,7 @@ class StepExecutor:
         return outputs
 
     def _run(self, schedule: Schedule) -> list[Output]:
-        started = time.perf_counter()
+        started, pace = time.perf_counter(), self._pace
         cost = sum(
             self._pace.cost(c.sequence.num_computed, c.num_tokens) for c in schedule.prefills
         )
@@ -90,8 +96,9 @@ class StepExecutor:
         step = self._runner.run(schedule, self._merging.version)
         scores = [self._outputs.score_prompt(prompt) for prompt in step.prompts]
         chosen = sample(step.logits, step.sequences)
+        self._faults.forget()
         for prompt, tokens in zip(step.prompts, scores, strict=True):
             prompt.sequence.prompt_logprobs += tokens
         outputs = self._outputs.process(schedule, step, chosen)
-        self._pace.record(len(schedule.decodes), cost, time.perf_counter() - started)
+        pace.record(len(schedule.decodes), cost, time.perf_counter() - started, context)
         return outputs

@@ -21,5 +21,6 @@ def test_kernels_import_without_triton():
         "from neuroada_serve.ops.triton_bypass import HAS_TRITON as bypass\n"
         "from neuroada_serve.engine.triton_attention import HAS_TRITON as attention\n"
         "from neuroada_serve.ops.triton_value_grad import HAS_TRITON as value_grad\n"
+        "import neuroada_serve.engine.triton_prefill\n"
         "assert not bypass and not attention and not value_grad",
     )

@@ -9,13 +9,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from neuroada_serve.engine import triton_attention
+from neuroada_serve.engine import triton_attention, triton_prefill
 from neuroada_serve.ops import triton_bypass
 
 SHARED_LIMIT = 227 * 1024
 POINTERS = {
     **dict.fromkeys(("index", "token_slot", "merged_slot"), "*i32"),
-    **dict.fromkeys(("tables", "slots", "positions"), "*i32"),
+    **dict.fromkeys(("tables", "slots", "positions", "tiles"), "*i32"),
     **dict.fromkeys(("parts", "weights"), "*fp32"),
 }
 FLOATS = ("scale", "cap")
@@ -76,6 +76,26 @@ def main() -> None:
             SPLITS=splits,
             WINDOW=splits == 1,
             SOFTCAP=splits == 1,
+        )
+    for dtype, dim, rows, block_n in (
+        ("*bf16", 128, 128, 64),
+        ("*bf16", 256, 64, 32),
+        ("*fp32", 128, 64, 32),
+    ):
+        compile_kernel(
+            triton_prefill._prefill_kernel,
+            num_warps=triton_prefill.num_warps(rows, 4 if dtype == "*fp32" else 2),
+            dtype=dtype,
+            HEADS=32,
+            GROUP=4,
+            DIM=dim,
+            BLOCK_TOKENS=16,
+            BLOCK_M=rows,
+            BLOCK_D=dim,
+            BLOCK_N=block_n,
+            SPLITS=4 if dim == 256 else 1,
+            WINDOW=dim == 256,
+            SOFTCAP=dim == 256,
         )
     compile_kernel(triton_attention._combine_kernel, DIM=128, BLOCK_D=128, SPLITS=32)
 
