@@ -11,8 +11,8 @@ from neuroada_serve.engine.memory import describe_need, is_out_of_memory, most_d
 from neuroada_serve.engine.merge_control import MergeControl
 from neuroada_serve.engine.output_processor import OutputProcessor
 from neuroada_serve.engine.pace import StepPace
-from neuroada_serve.engine.runner import ModelRunner
-from neuroada_serve.engine.sampler import sample
+from neuroada_serve.engine.runner import ModelRunner, StepLogits
+from neuroada_serve.engine.sampler import Sampled, sample
 from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.request import Output
 
@@ -63,8 +63,12 @@ class StepExecutor:
             if part.is_empty:
                 continue
             computed = {s: s.num_computed for s in part.scheduled}
+            cost = sum(
+                self._pace.cost(c.sequence.num_computed, c.num_tokens) for c in part.prefills
+            )
+            started = time.perf_counter()
             try:
-                outputs += self._run(part)
+                step, chosen = self._compute(part)
             except Exception as error:
                 for sequence, num_computed in computed.items():
                     sequence.num_computed = num_computed
@@ -84,13 +88,14 @@ class StepExecutor:
                 need = describe_need(failed)
                 outputs.append(self._outputs.end_with_error(failed, need, may_retry=True))
                 parts.appendleft(part.without(failed))
+                continue
+            outputs += self._outputs.process(part, step, chosen)
+            context = sum(computed[s] for s in part.decodes)
+            seconds = time.perf_counter() - started
+            self._pace.record(len(part.decodes), cost, seconds, context)
         return outputs
 
-    def _run(self, schedule: Schedule) -> list[Output]:
-        started, pace = time.perf_counter(), self._pace
-        cost = sum(
-            self._pace.cost(c.sequence.num_computed, c.num_tokens) for c in schedule.prefills
-        )
+    def _compute(self, schedule: Schedule) -> tuple[StepLogits, list[Sampled | None]]:
         self._cache.change(self._tables.changes)
         self._tables.made()
         step = self._runner.run(schedule, self._merging.version)
@@ -99,6 +104,4 @@ class StepExecutor:
         self._faults.forget()
         for prompt, tokens in zip(step.prompts, scores, strict=True):
             prompt.sequence.prompt_logprobs += tokens
-        outputs = self._outputs.process(schedule, step, chosen)
-        pace.record(len(schedule.decodes), cost, time.perf_counter() - started, context)
-        return outputs
+        return step, chosen
