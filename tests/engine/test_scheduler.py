@@ -511,3 +511,17 @@ def test_slot_is_given_only_to_whom_has_its_adapter():
     assert not any(s.num_preempted for s in engine.added)
     engine.run(6)
     assert late in engine.finished
+
+
+@pytest.mark.parametrize("num_steps", [4, 8, 12])
+def test_turn_goes_on_when_a_slot_goes_to_another_of_the_same_adapter(num_steps):
+    one, other = Version("one"), Version("other")
+    engine = FakeEngine(2, budget=64, adapters=FakeAdapters(room=1, load_steps=0))
+    engine.add(new_sequence("r0", 1, 60, one))
+    engine.run(LEAST_PROGRESS + 2)
+    engine.add(new_sequence("r1", 3, 60, other))
+    engine.run(num_steps)
+    late = new_sequence("r2", 1, 2, one, tenant="late")
+    engine.add(late)
+    engine.drain()
+    assert engine.finished[0] is late

@@ -15,25 +15,33 @@ class Cell:
     for each, so that cells are compared by identity.
 
     before: of the token before; None for the root's own, before all tokens.
+    key: of the block that ends here, once it is known; the root's own.
     """
 
     before: "Cell | None" = None
     token: int = -1
-    root: bytes = b""
+    key: bytes | None = None
     _after: "dict[int, Cell]" = field(default_factory=dict)
 
     def after(self, token: int) -> "Cell":
         if token not in self._after:
-            self._after[token] = Cell(self, token, self.root)
+            self._after[token] = Cell(self, token)
         return self._after[token]
 
-    def token_ids(self) -> list[int]:
-        """Return all tokens up to this one."""
+    def last(self, num: int) -> "tuple[tuple[int, ...], Cell]":
+        """Return the last tokens up to this one, and the cell before them."""
         cell, ids = self, []
-        while cell.before is not None:
+        for _ in range(num):
             ids.append(cell.token)
             cell = cell.before
-        return ids[::-1]
+        return tuple(ids[::-1]), cell
+
+    def key_of_blocks(self, size: int) -> bytes:
+        """Return the key of the last of the whole blocks that end here."""
+        if self.key is None:
+            ids, before = self.last(size)
+            self.key = chain_key(before.key_of_blocks(size), ids)
+        return self.key
 
 
 JUNK = Cell()
@@ -126,10 +134,9 @@ class FakeCache:
         for number, block in self.tables.blocks._blocks.items():
             if block.token_ids:
                 num = len(block.token_ids)
-                last = blocks[number][num - 1]
-                ids = last.token_ids()
-                assert tuple(ids[-num:]) == block.token_ids
-                assert block.parent == self._key(last.root, ids[:-num])
+                ids, before = blocks[number][num - 1].last(num)
+                assert ids == block.token_ids
+                assert before.key_of_blocks(self._size) == block.parent
 
     def _check_use(self, running: list[Sequence]) -> None:
         blocks = self.tables.blocks
@@ -152,16 +159,10 @@ class FakeCache:
         line = self._lines.setdefault(sequence, [])
         if len(line) < sequence.num_tokens:
             key = b"" if self.tables._root_of is None else self.tables._root_of(sequence)
-            root = self._roots.setdefault(key, Cell(root=key))
+            root = self._roots.setdefault(key, Cell(key=key))
             for token in sequence.token_ids[len(line) :]:
                 line.append((line[-1] if line else root).after(token))
         return line
-
-    def _key(self, root: bytes, ids: list[int]) -> bytes:
-        """Return the key of the last of these whole blocks."""
-        for start in range(0, len(ids), self._size):
-            root = chain_key(root, ids[start : start + self._size])
-        return root
 
     def _entries_after(self, changes: Changes) -> dict[tuple[int, int], int]:
         new = {(slot, at): number for slot, at, number in changes.entries}
