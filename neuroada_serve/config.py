@@ -23,7 +23,7 @@ from neuroada_serve.options import (
 from neuroada_serve.tasks import TaskType, task_of
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-PROMPT_BLOCK = 32  # tokens per block of the prefix cache
+PROMPT_BLOCK = 32  # tokens of a prompt that are computed together where shapes are fixed
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_DTYPE = "auto"  # as stored
 DEMO = "demo"  # MODEL of the base that needs no hub
@@ -61,6 +61,13 @@ class EngineConfig:
         "Maximum number of tokens computed in one step; longer prompts are prefilled in chunks.",
         "Scheduling",
     )
+    target_itl_ms: float | None = option(
+        None,
+        "Milliseconds between two tokens of an answer to keep while prompts are prefilled beside "
+        "it: chunks get smaller until steps take less. Default: a step with prompts may take twice "
+        "as long as one without, or 50 ms.",
+        "Scheduling",
+    )
     enforce_eager: bool = option(
         False,
         "Run transformers' own forward. On CUDA, neither record decode steps as CUDA graphs nor "
@@ -96,10 +103,25 @@ class EngineConfig:
         metavar="SIZE",
         read=parse_bytes,
     )
+    gpu_memory_utilization: float = option(
+        0.9,
+        "Share of a GPU's memory that the server may use: weights, adapters, the largest step, and "
+        "the KV cache with all that is left.",
+        "Memory",
+    )
+    kv_cache_memory: int | None = option(
+        None,
+        "Memory for the keys and values of all sequences, such as 4GiB. Default: what "
+        "--gpu-memory-utilization leaves on a GPU; on the CPU a quarter of the free memory, at "
+        "most 8GiB, taken as it is needed.",
+        "Memory",
+        metavar="SIZE",
+        read=parse_bytes,
+    )
     prefix_cache_memory: int | None = option(
         None,
-        "Memory for keys and values of prompts that may be reused; 0 keeps none. Default: a "
-        "twentieth of a GPU's memory; 512MiB on the CPU.",
+        "Part of the KV cache that may keep the beginnings of prompts while no request uses them; "
+        "0 shares nothing between requests. Default: all of it on a GPU; 512MiB on the CPU.",
         "Memory",
         metavar="SIZE",
         read=parse_bytes,
@@ -133,6 +155,14 @@ class EngineConfig:
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         at_least(self, max_num_seqs=1, max_model_len=1, max_num_batched_tokens=1)
         at_least(self, adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
+        at_least(self, kv_cache_memory=1)
+        if self.target_itl_ms is not None and not 0 < self.target_itl_ms < math.inf:
+            raise UsageError(f"target_itl_ms must be above 0, got {self.target_itl_ms}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UsageError(
+                "gpu_memory_utilization must be above 0 and at most 1, got "
+                f"{self.gpu_memory_utilization}"
+            )
         if self.deterministic and self.merge == "auto":
             raise UsageError(
                 "deterministic and merge=auto exclude each other: answers would depend on the load"

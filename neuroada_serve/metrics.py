@@ -5,15 +5,36 @@ from dataclasses import dataclass, field
 from neuroada_serve.request import FinishReason
 
 
+@dataclass(frozen=True)
+class KVUsage:
+    """Blocks of the KV cache.
+
+    used: by running sequences; shared of them by several.
+    cached: held by no sequence, but known to begin some prompt; given up where room is needed.
+    """
+
+    block_tokens: int
+    blocks: int
+    used: int = 0
+    shared: int = 0
+    cached: int = 0
+
+    @property
+    def free(self) -> int:
+        return self.blocks - self.used - self.cached
+
+
 @dataclass
 class EngineMetrics:
-    """Totals since the engine started. num_finished counts choices by finish reason."""
+    """Totals since the engine started, and blocks now. num_finished counts choices by finish
+    reason."""
 
     num_steps: int = 0
     num_prompt_tokens: int = 0  # computed in prefill
     num_cached_tokens: int = 0  # of prompts, taken from the prefix cache
     num_output_tokens: int = 0
-    num_preemptions: int = 0  # times that a sequence lost its slot to another
+    num_preemptions: int = 0  # times that a sequence lost its slot or blocks to another
+    kv: KVUsage = KVUsage(0, 0)
     num_finished: dict[FinishReason, int] = field(
         default_factory=lambda: dict.fromkeys(FinishReason, 0)
     )

@@ -81,6 +81,7 @@ CORE_COMPANIONS = {"jinja2", "filelock", "huggingface_hub", "tokenizers", "tqdm"
 KERNEL_LIBRARIES = {
     "ops.cpu_vectors": {"numba", "llvmlite"},
     "ops.cpu_kernels": {"numba"},
+    "ops.cpu_attention_kernels": {"numba"},
     "ops.cpu_grad_kernels": {"numba"},
     "ops.cpu_forward_kernels": {"numba", "llvmlite"},
     "ops.triton_bypass": {"triton"},
@@ -95,6 +96,7 @@ TORCH_FREE = (
     "engine.adapter_turns",
     "engine.fairness",
     "engine.merge_policy",
+    "engine.pace",
     "engine.prefix_cache",
     "engine.scheduler",
     "engine.sequence",

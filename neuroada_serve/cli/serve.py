@@ -86,6 +86,8 @@ def _load_and_serve(
                 **vars(engine),
             )
 
+    notify(f"{llm.engine.kv_budget.describe(llm.engine.max_model_len)}.")
+
     def on_ready(host: str, port: int) -> None:
         names = llm.adapters
         listed = ", ".join(names) if len(names) <= _MOST_LISTED else f"{len(names)} in all"

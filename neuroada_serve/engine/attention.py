@@ -7,7 +7,6 @@ the step as a keyword; no mask function is registered for its name, so the model
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import AttentionInterface
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.triton_attention import decode_attention, fits_decode, runs_on
 from neuroada_serve.errors import ModelError
+from neuroada_serve.ops import cpu_attention
 
 ATTENTION = "neuroada"
 
@@ -39,40 +39,19 @@ class PackedStep:
     cache: KVCache
     slots: Tensor  # [T] int64, KV slot of each token; int32 in a CUDA graph, -1 for padding
     positions: Tensor  # [T] int64 or int32
-    decode_slots: Sequence[int]  # rising
-    decode_length: int  # longest context among the decodes, the new token included
+    num_decodes: int  # tokens before the chunks of prompts, one of each decoding sequence
+    decode_lengths: Sequence[int]  # of their contexts, the new token included; empty in a graph
     prefills: Sequence[PrefillSpan]
-    decode_lengths: Sequence[int] | None = None  # attend one by one, over so many tokens each
+    one_by_one: bool = False  # no decode may be computed in a shape that depends on the others
     is_static: bool = False  # recorded in a CUDA graph: lengths are known on the device only
     _masks: dict[Any, Tensor] = field(default_factory=dict)  # made once per step, not per layer
 
-    @property
-    def num_decodes(self) -> int:
-        return len(self.decode_slots)
-
-    @cached_property
-    def decode_range(self) -> tuple[int, int]:
-        """The first slot of the decodes, and the one behind the last."""
-        return self.decode_slots[0], self.decode_slots[-1] + 1
-
-    @cached_property
-    def decode_rows(self) -> Tensor | None:
-        """[num_decodes] int64: which rows of the range the decodes are; None if all of them."""
-        first, stop = self.decode_range
-        if stop - first == self.num_decodes:
-            return None
-        return self.slots[: self.num_decodes] - first
-
     def decode_mask(self, window: int | None) -> Tensor:
-        """[slots of the range, 1, 1, decode_length] bool, True where a decode may look. A slot that
-        does not decode sees its first token, so that no sum is empty."""
+        """[num_decodes, 1, 1, longest context] bool, True where a decode may look."""
         if window not in self._masks:
-            first, stop = self.decode_range
-            columns = torch.arange(self.decode_length, device=self.positions.device)
-            own = self.positions[: self.num_decodes]
-            if self.decode_rows is not None:
-                own = own.new_zeros(stop - first).index_copy_(0, self.decode_rows, own)
-            self._masks[window] = _visible(columns, own[:, None], window)[:, None, None]
+            columns = torch.arange(max(self.decode_lengths), device=self.positions.device)
+            own = self.positions[: self.num_decodes, None]
+            self._masks[window] = _visible(columns, own, window)[:, None, None]
         return self._masks[window]
 
     def prefill_mask(self, span: PrefillSpan, window: int | None) -> Tensor:
@@ -89,6 +68,20 @@ class PackedStep:
 def _visible(columns: Tensor, own: Tensor, window: int | None) -> Tensor:
     causal = columns <= own
     return causal if window is None else causal & (columns > own - window)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer's attention computes with.
+
+    window: a token sees this many, itself included; None for all.
+    softcap: of the scores (Gemma 2); None for none.
+    """
+
+    number: int
+    scaling: float | None
+    window: int | None
+    softcap: float | None
 
 
 def attend(
@@ -118,72 +111,77 @@ def attend(
     """
     if s_aux is not None:
         raise ModelError(f"{type(module).__name__} uses attention sinks, which are not supported")
-    cache, layer = step.cache, module.layer_idx
-    cache.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), step.slots, step.positions)
-    heads, dim = query.shape[1], query.shape[3]
-    kv_heads = key.shape[1]
+    layer = _Layer(module.layer_idx, scaling, sliding_window, softcap)
+    k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    step.cache.write(layer.number, k, v, step.slots, step.positions)
     parts = []
-
-    n = step.num_decodes
-    if n and runs_on(query) and fits_decode(dim, heads // kv_heads):
-        keys, values = cache.layer(layer)
-        decoding = query[0, :, :n].transpose(0, 1)
-        where = step.slots[:n], step.positions[:n]
-        parts.append(
-            decode_attention(decoding, keys, values, *where, scaling, sliding_window, softcap)
-        )
-    elif n and step.decode_lengths is not None:
-        own = zip(step.decode_slots, step.decode_lengths, strict=True)
-        for i, (slot, length) in enumerate(own):
-            first = 0 if sliding_window is None else max(0, length - sliding_window)
-            pair = cache.view(layer, slot, slot + 1, length)
-            keys, values = (part[:, :, first:] for part in pair)
-            grouped = query[0, :, i].view(1, kv_heads, heads // kv_heads, dim)
-            out = _attention(grouped, keys, values, None, scaling, softcap)
-            parts.append(out.reshape(1, heads, -1))
-    elif n:
-        if step.is_static:
-            raise ModelError(
-                f"{type(module).__name__} has no decode kernel that a graph can replay"
-            )
-        # Grouped queries become the query length, so K and V are read once per group.
-        keys, values = cache.view(layer, *step.decode_range, step.decode_length)
-        grouped = query[0, :, :n].transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
-        rows = step.decode_rows
-        if rows is not None:  # slots between them do not decode: computed too, for one view
-            grouped = grouped.new_zeros(len(keys), *grouped.shape[1:]).index_copy_(0, rows, grouped)
-        mask = step.decode_mask(sliding_window)
-        out = _attention(grouped, keys, values, mask, scaling, softcap)
-        parts.append((out if rows is None else out[rows]).reshape(n, heads, -1))
-
+    if n := step.num_decodes:
+        parts.append(_decode(module, query[0, :, :n].transpose(0, 1), step, layer))
     for span in step.prefills:
-        length = span.num_past + span.stop - span.start
-        keys, values = cache.view(layer, span.slot, span.slot + 1, length)
-        chunk = query[:, :, span.start : span.stop]
-        if span.num_past == 0 and sliding_window is None and softcap is None:
-            out = F.scaled_dot_product_attention(
-                chunk, keys, values, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads
-            )
-        else:
-            mask = step.prefill_mask(span, sliding_window)
-            repeats = heads // kv_heads
-            keys = keys.repeat_interleave(repeats, 1) if repeats > 1 else keys
-            values = values.repeat_interleave(repeats, 1) if repeats > 1 else values
-            out = _attention(chunk, keys, values, mask, scaling, softcap)
-        parts.append(out[0].transpose(0, 1))
-
+        rows = slice(span.start, span.stop)
+        new = query[:, :, rows], key[:, :, rows], value[:, :, rows]
+        parts.append(_prefill(*new, step, span, layer)[0].transpose(0, 1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
 
 
+def _decode(module: Any, query: Tensor, step: PackedStep, layer: _Layer) -> Tensor:
+    """Attention of one token of each sequence, [n, heads, head_dim] for query of that shape."""
+    n, heads, dim = query.shape
+    cache = step.cache
+    keys, values = cache.layer(layer.number)
+    kv_heads = keys.shape[1]
+    where = cache.tables, step.slots[:n], step.positions[:n]
+    kinds = layer.scaling, layer.window, layer.softcap
+    if runs_on(query) and fits_decode(dim, heads // kv_heads):
+        return decode_attention(query, keys, values, *where, *kinds)
+    if keys.shape == values.shape and cpu_attention.fits(query):
+        return cpu_attention.decode_attention(query, keys, values, *where, *kinds)
+    if step.is_static:
+        raise ModelError(f"{type(module).__name__} has no decode kernel that a graph can replay")
+    # Grouped queries become the query length, so K and V are read once per group.
+    grouped = query.reshape(n, kv_heads, heads // kv_heads, dim)
+    if step.one_by_one:
+        outs = []
+        for i, length in enumerate(step.decode_lengths):
+            keys, values = cache.gather(layer.number, step.slots[i : i + 1], length)
+            first = 0 if layer.window is None else max(0, length - layer.window)
+            seen = keys[:, :, first:], values[:, :, first:]
+            outs.append(_attention(grouped[i : i + 1], *seen, None, layer))
+        return torch.cat(outs).reshape(n, heads, -1)
+    keys, values = cache.gather(layer.number, step.slots[:n], max(step.decode_lengths))
+    mask = step.decode_mask(layer.window)
+    hidden = ~mask.transpose(2, 3)
+    # What nobody has written may be no number: no weight of 0 would hide it.
+    keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
+    return _attention(grouped, keys, values, mask, layer).reshape(n, heads, -1)
+
+
+def _prefill(
+    query: Tensor, key: Tensor, value: Tensor, step: PackedStep, span: PrefillSpan, layer: _Layer
+) -> Tensor:
+    """Attention of a chunk of a prompt, [1, heads, tokens, head_dim] for query of that shape.
+
+    Args:
+        key, value: [1, kv_heads, tokens, head_dim] of the chunk itself.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    if span.num_past:
+        slot = step.slots[span.start : span.start + 1]
+        key, value = step.cache.gather(layer.number, slot, span.num_past + span.stop - span.start)
+    elif layer.window is None and layer.softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=layer.scaling, enable_gqa=repeats > 1
+        )
+    key = key.repeat_interleave(repeats, 1) if repeats > 1 else key
+    value = value.repeat_interleave(repeats, 1) if repeats > 1 else value
+    return _attention(query, key, value, step.prefill_mask(span, layer.window), layer)
+
+
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layer: _Layer
 ) -> Tensor:
     """Compute attention [n, heads, q, dim]; with a soft cap on the scores (Gemma 2) written out."""
+    scaling, softcap = layer.scaling, layer.softcap
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -73,7 +73,8 @@ class CpuDecoder:
             [n, vocab] float32, valid until the next step.
         """
         plan = self._bank.plan(residents, merged, shortest=RUN_TOKENS)
-        caches = Caches(self._cache.version, self._cache.layer)
+        cache = self._cache
+        caches = Caches(cache.tables, cache.block_tokens, cache.layer)
         return self._forward(tokens, kept, caches, plan)
 
     def release(self) -> None:
@@ -86,13 +87,10 @@ class CpuDecoder:
 
 
 def cpu_decoder(model: nn.Module, bank: AdapterBank, cache: KVCache) -> CpuDecoder | None:
-    """A decoder for the model, with its layers in the cache; None where there is no kernel."""
+    """A decoder for the model and its cache; None where there is no kernel."""
     decoder = known_decoder(model) if cpu_forward.available() else None
     if decoder is None:
         return None
-    for layer in decoder.layers:
-        attention = layer.attention
-        cache.add_layer(attention.layer, attention.kv_heads, attention.head_dim, torch.bfloat16)
     return CpuDecoder(decoder, bank, cache)
 
 

@@ -8,24 +8,21 @@ import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from neuroada_serve.config import EngineConfig
+from neuroada_serve.config import PROMPT_BLOCK, EngineConfig
 from neuroada_serve.engine.adapter_manager import AdapterManager
+from neuroada_serve.engine.block_manager import prefix_root
+from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import FairQueue
 from neuroada_serve.engine.faults import Faults
 from neuroada_serve.engine.input_processor import InputProcessor
-from neuroada_serve.engine.kv_cache import KVCache
-from neuroada_serve.engine.memory import (
-    describe_need,
-    is_out_of_memory,
-    most_demanding,
-)
+from neuroada_serve.engine.kv_budget import context_scale, kv_budget
 from neuroada_serve.engine.merge_policy import Load
 from neuroada_serve.engine.output_processor import OutputProcessor
-from neuroada_serve.engine.prefixes import Prefixes
-from neuroada_serve.engine.runner import ModelRunner
-from neuroada_serve.engine.sampler import sample
+from neuroada_serve.engine.pace import StepPace
+from neuroada_serve.engine.runner import ModelRunner, refuse_unsupported
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
+from neuroada_serve.engine.step_executor import StepExecutor
 from neuroada_serve.engine.token_names import TokenNames
 from neuroada_serve.errors import RequestError, UsageError
 from neuroada_serve.metrics import EngineMetrics
@@ -43,7 +40,6 @@ _NO_ROOM = (
     "adapter {!r} has no room on the device beside those that are pinned or merged; raise "
     "--adapter-memory"
 )
-_FAILED = "the engine failed on this request's step"
 _CHECK_STEPS = 16  # between looks whether starved sequences could ever run
 
 
@@ -62,9 +58,10 @@ class Engine:
     def __init__(self, base: BaseModel, config: EngineConfig, wakeup: Wakeup | None = None) -> None:
         self.base = base
         self.config = config
-        self.max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
+        refuse_unsupported(base)
+        max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
         # The choice that max_model_len makes of the base's rotation, in a sentence.
-        self.rotation = fix_rotation(base.model, self.max_model_len)
+        self.rotation = fix_rotation(base.model, max_model_len)
         self.metrics = EngineMetrics()
         self.wakeup = wakeup or Wakeup()
         if config.deterministic and base.device.type != "cpu":
@@ -74,8 +71,15 @@ class Engine:
             )
         attached = attach_bypass(base.model, fixed_shapes=config.deterministic)
         self.adapters = AdapterManager(base, attached, config, self.metrics, self.wakeup)
-        on_cuda = base.device.type == "cuda"
-        self._cache = KVCache(config.max_num_seqs, self.max_model_len, coarse=on_cuda)
+        self.kv_budget = kv_budget(base, config, max_model_len)
+        self.max_model_len = min(max_model_len, self.kv_budget.num_tokens)
+        self._cache = self.kv_budget.new_cache(config.max_num_seqs, max_model_len, base.device)
+        self.metrics.kv = self.kv_budget.new_blocks().usage
+        self._tables = BlockTables(
+            self.kv_budget.new_blocks(),
+            None if config.prefix_cache_memory == 0 else self._prefix_root,
+            config.deterministic,
+        )
         self._runner = ModelRunner(
             base,
             self.adapters.bank,
@@ -85,15 +89,19 @@ class Engine:
             enforce_eager=config.enforce_eager,
             deterministic=config.deterministic,
         )
-        fingerprint = base.spec.fingerprint
-        self._prefixes = Prefixes(config, base.device, fingerprint, self._cache, self.metrics)
         self._scheduler = Scheduler(
             config.max_num_seqs,
             config.max_num_batched_tokens,
             FairQueue(config.tenant_weights, config.adapter_weights),
             self.adapters.tiers,
             self.adapters.merging.can_leave,
-            self._prefixes.find,
+            self._tables,
+            StepPace(
+                None if config.target_itl_ms is None else config.target_itl_ms / 1000,
+                config.max_num_batched_tokens,
+                context_scale(base),
+                PROMPT_BLOCK if config.deterministic else 1,
+            ),
             self._on_preempt,
             deterministic=config.deterministic,
         )
@@ -102,13 +110,21 @@ class Engine:
             TokenNames(base.tokenizer),
             self.adapters.tiers,
             self._scheduler,
-            self._prefixes,
-            self._cache,
+            self._tables,
             self.metrics,
+        )
+        self._faults = Faults(base.device)
+        self._executor = StepExecutor(
+            self._runner,
+            self._cache,
+            self._tables,
+            self._outputs,
+            self.adapters.merging,
+            self._scheduler.pace,
+            self._faults,
         )
         self._step = 0
         self._ended: list[Output] = []  # final outputs of aborted sequences, for the next step
-        self._faults = Faults(base.device)
 
     @property
     def merged(self) -> str | None:
@@ -216,6 +232,8 @@ class Engine:
             outputs = self._advance()
             if not self._scheduler.running:  # however the last one ended
                 self._runner.release()
+                self._cache.give_back(self._tables.blocks.take_unused())
+        self.metrics.kv = self._tables.blocks.usage
         return outputs
 
     def _advance(self) -> list[Output]:
@@ -234,39 +252,7 @@ class Engine:
                 self.wakeup.wait(_WAIT_S)
             return outputs
 
-        while not schedule.is_empty:
-            computed = {s: s.num_computed for s in schedule.scheduled}
-            try:
-                self._prefixes.restore(schedule.prefills)
-                if self._cache.is_tainted:
-                    self._cache.scrub(schedule.computed_by_slot)
-                step = self._runner.run(schedule, self.adapters.merging.version)
-                scores = [self._outputs.score_prompt(prompt) for prompt in step.prompts]
-                chosen = sample(step.logits, step.sequences)
-            except Exception as error:
-                self._faults.judge(error)
-                for sequence, num_computed in computed.items():
-                    sequence.num_computed = num_computed
-                if is_out_of_memory(error):
-                    failed = most_demanding(schedule, self._cache)
-                    schedule = schedule.without(failed)
-                    outputs.append(self._end_for_want_of_memory(failed, error))
-                    continue
-                self._faults.count(error)
-                return outputs + [self._outputs.fail(sequence, _FAILED) for sequence in computed]
-            self._faults.forget()
-            for prompt, tokens in zip(step.prompts, scores, strict=True):
-                prompt.sequence.prompt_logprobs += tokens
-            return outputs + self._outputs.process(schedule, step, chosen)
-        return outputs
-
-    def _end_for_want_of_memory(self, sequence: Sequence, error: Exception) -> Output:
-        logger.warning("a request ends for want of memory: %s", error)
-        need = describe_need(sequence, error)
-        output = self._outputs.end_with_error(sequence, need, may_retry=True)
-        if not any(s.num_computed for s in self._scheduler.running.values()):
-            self._runner.release()  # whatever it was given is free for the others
-        return output
+        return outputs + self._executor.run(schedule)
 
     def _fail_hopeless(self, schedule: Schedule) -> list[Output]:
         """End sequences whose adapter failed to load, or could not fit even if all others left."""
@@ -287,7 +273,13 @@ class Engine:
 
     def _on_preempt(self, sequence: Sequence) -> None:
         self.metrics.num_preemptions += 1
-        self._prefixes.keep(sequence)  # it is wanted again
+
+    def _prefix_root(self, sequence: Sequence) -> bytes:
+        """Return a digest of everything that a sequence's KV depends on except its tokens."""
+        version = sequence.version
+        salt = f"{len(sequence.tenant)} {sequence.tenant} {sequence.cache_salt}"
+        digest = None if version is None else version.digest
+        return prefix_root(self.base.spec.fingerprint, digest, salt)
 
     def _loads(self) -> Iterable[Load]:
         """Yield the most tokens that each request may still get, for the merge policy."""

@@ -7,9 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from neuroada_serve.adapters.tiers import AdapterTiers
+from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import OUTPUT_COST
-from neuroada_serve.engine.kv_cache import KVCache
-from neuroada_serve.engine.prefixes import Prefixes
 from neuroada_serve.engine.runner import PromptLogits, StepLogits
 from neuroada_serve.engine.sampler import Sampled, score
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
@@ -28,15 +27,13 @@ class OutputProcessor:
         names: TokenNames,
         tiers: AdapterTiers,
         scheduler: Scheduler,
-        prefixes: Prefixes,
-        kv_cache: KVCache,
+        tables: BlockTables,
         metrics: EngineMetrics,
     ) -> None:
         self._names = names
         self._tiers = tiers
         self._scheduler = scheduler
-        self._prefixes = prefixes
-        self._kv_cache = kv_cache
+        self._tables = tables
         self._metrics = metrics
 
     def score_prompt(self, prompt: PromptLogits) -> list[TokenLogprob]:
@@ -56,18 +53,20 @@ class OutputProcessor:
             chosen: tokens of the step's sequences; None where the logits were not finite.
         """
         outputs = []
+        for sequence in schedule.scheduled:
+            self._tables.computed(sequence)
         self._metrics.num_steps += 1
         self._metrics.num_prompt_tokens += sum(
             c.num_tokens for c in schedule.prefills if not c.sequence.num_preempted
         )
         for row, (sequence, token) in enumerate(zip(step.sequences, chosen, strict=True)):
+            if not sequence.output_token_ids:
+                self._metrics.num_cached_tokens += sequence.num_cached
             if sequence.task.pools and step.hidden is not None:
                 outputs.append(self._pool(sequence, step.hidden[row]))
             elif token is None:
                 outputs.append(self.fail(sequence, "the model gave non-finite logits"))
             else:
-                if not sequence.output_token_ids:
-                    self._prefixes.keep(sequence)
                 outputs.append(self._append(sequence, token))
         return outputs
 
@@ -81,7 +80,6 @@ class OutputProcessor:
     ) -> Output:
         """End a sequence: release everything it holds, and make its final output."""
         output = _output(sequence, token_ids, logprobs, reason, stop_reason)
-        self._prefixes.release(sequence)
         self._scheduler.remove(sequence)
         if sequence.lease is not None:
             sequence.lease.release()
@@ -95,7 +93,7 @@ class OutputProcessor:
 
     def fail(self, sequence: Sequence, error: str) -> Output:
         """End a sequence whose entries in the KV cache may be non-finite."""
-        self._kv_cache.taint()
+        self._tables.release(sequence, forget=True)
         return self.end_with_error(sequence, error)
 
     def _append(self, sequence: Sequence, token: Sampled) -> Output:
@@ -122,7 +120,6 @@ class OutputProcessor:
         elif num_tokens >= sequence.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
-            self._prefixes.keep(sequence)
             return self.end(sequence, reason, (token_id,), logprobs, stop_reason)
         return _output(sequence, (token_id,), logprobs)
 
@@ -140,7 +137,6 @@ class OutputProcessor:
         numbers: list[float] = outputs.tolist()
         if not all(map(math.isfinite, numbers)):
             return self.fail(sequence, f"the {task.noun} gave non-finite values")
-        self._prefixes.keep(sequence)
         output = self.end(sequence, FinishReason.STOP)
         return replace(output, task=task, values=task.decode(numbers))
 

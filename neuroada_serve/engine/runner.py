@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from neuroada_serve.adapters.bank import AdapterBank, ResidentAdapter
 from neuroada_serve.adapters.store import AdapterVersion
+from neuroada_serve.config import PROMPT_BLOCK
 from neuroada_serve.engine.attention import ATTENTION, PackedStep, PrefillSpan
 from neuroada_serve.engine.cpu_decoder import cpu_decoder
 from neuroada_serve.engine.cuda_graphs import Capture, DecodeGraphs, DecodeRows, cuda_capture
 from neuroada_serve.engine.fused import compile_elementwise, use_cpu_kernels
 from neuroada_serve.engine.kv_cache import KVCache
-from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS
 from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.engine.triton_attention import HAS_TRITON
@@ -53,7 +53,7 @@ class StepLogits:
 
 
 class ModelRunner:
-    """Run schedules on one model; own its KV cache.
+    """Run schedules on one model, which is supported, with its KV cache.
 
     Args:
         resident_of: where the bank has a version that is on the device.
@@ -76,7 +76,6 @@ class ModelRunner:
         deterministic: bool = False,
         capture: Capture | None = None,
     ) -> None:
-        _refuse_unsupported(base)
         self._base = base
         self._bank = bank
         self._context = context
@@ -142,17 +141,14 @@ class ModelRunner:
                 scored.append((sequence, past, range(start, start + min(num_tokens, last - past))))
 
         num_decodes = len(schedule.decodes)
-        self.cache.reserve(max(slots) + 1, max(positions) + 1)
         step = PackedStep(
             cache=self.cache,
             slots=self._tensor(slots),
             positions=self._tensor(positions),
-            decode_slots=slots[:num_decodes],
-            decode_length=max(positions[:num_decodes], default=-1) + 1,
+            num_decodes=num_decodes,
+            decode_lengths=[position + 1 for position in positions[:num_decodes]],
             prefills=spans,
-            decode_lengths=[p + 1 for p in positions[:num_decodes]]
-            if self._deterministic
-            else None,
+            one_by_one=self._deterministic,
         )
         in_weights = self._resident(merged)
 
@@ -196,7 +192,6 @@ class ModelRunner:
 
     def release(self) -> None:
         """Release memory that grows with requests; only while no sequence runs."""
-        self.cache.release()
         if self._cpu_decoder is not None:
             self._cpu_decoder.release()
 
@@ -205,10 +200,10 @@ class ModelRunner:
         depend on how the prompt was cut."""
         if not self._deterministic:
             return [PrefillSpan(start, start + num_tokens, slot, past)]
-        assert past % BLOCK_TOKENS == 0
+        assert past % PROMPT_BLOCK == 0
         return [
-            PrefillSpan(start + i, start + min(i + BLOCK_TOKENS, num_tokens), slot, past + i)
-            for i in range(0, num_tokens, BLOCK_TOKENS)
+            PrefillSpan(start + i, start + min(i + PROMPT_BLOCK, num_tokens), slot, past + i)
+            for i in range(0, num_tokens, PROMPT_BLOCK)
         ]
 
     def _replay(
@@ -225,9 +220,8 @@ class ModelRunner:
             positions=[s.num_computed for s in decodes],
             slots=slots,
         )
-        self.cache.reserve(max(slots) + 1, max(rows.positions) + 1)
         plan = self._bank.plan(residents, in_weights, runs=False)
-        logits = graphs.run(rows, plan, self.cache.version)
+        logits = graphs.run(rows, plan)
         if logits is None:
             return None
         for sequence in decodes:
@@ -240,8 +234,8 @@ class ModelRunner:
             cache=self.cache,
             slots=slots,
             positions=positions,
-            decode_slots=range(len(ids)),  # only their number is known
-            decode_length=0,
+            num_decodes=len(ids),
+            decode_lengths=(),
             prefills=(),
             is_static=True,
         )
@@ -281,7 +275,7 @@ def _refuse_other_products(base: BaseModel) -> None:
         )
 
 
-def _refuse_unsupported(base: BaseModel) -> None:
+def refuse_unsupported(base: BaseModel) -> None:
     """Refuse models with a state beside keys and values, which would be silently wrong."""
     model, config = base.model, base.model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or [])

@@ -1,15 +1,18 @@
 """The scheduler: which sequences take part in the next step, with how many tokens. Pure Python.
 
-A sequence runs in a KV slot and needs its adapter on the device. Who gets a free slot is a matter
-of fair shares (`fairness.py`). An adapter that is on its way holds up nobody but its own requests,
-and when more adapters are wanted than the device has room for, they take turns
-(`adapter_turns.py`).
+A sequence runs in a slot, with blocks of the KV cache (`block_tables.py`), and needs its adapter on
+the device. Who gets a free slot is a matter of fair shares (`fairness.py`); how many tokens each
+computes in a step, of the step's budget (`batcher.py`). An adapter that is on its way holds up
+nobody but its own requests, and when more adapters are wanted than the device has room for, they
+take turns (`adapter_turns.py`).
 
 Slots are taken back as well: whoever waits with fewer slots than its share gets one of whoever has
-most, whose youngest sequence waits again and is computed anew later (`Sequence.preempt`).
+most, whose youngest sequence waits again and is computed anew later (`Sequence.preempt`). So does
+the weakest claim where running sequences need more blocks than there are.
 """
 
 import heapq
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,21 +20,18 @@ from typing import Any
 from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.config import PROMPT_BLOCK
 from neuroada_serve.engine.adapter_turns import AdapterTurns, DeviceAdapters
+from neuroada_serve.engine.batcher import Batcher, Chunk
+from neuroada_serve.engine.block_manager import BlockManager
+from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import AFFINITY, PROMPT_COST, FairQueue
+from neuroada_serve.engine.pace import StepPace
 from neuroada_serve.engine.sequence import Sequence
 
 # An adapter that is not there lets so many others go first before one of its requests takes a slot
 # to wait in; and so many of those that wait are looked at, and brought in, ahead of their time.
 _MOST_OVERTAKEN = 8
 _LOOK_AHEAD = 8
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """num_tokens tokens of one sequence, from sequence.num_computed on."""
-
-    sequence: Sequence
-    num_tokens: int
+_ANY_NUMBER = 1 << 40  # of blocks
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,6 @@ class Schedule:
         """Every sequence that takes part."""
         return (*self.decodes, *(chunk.sequence for chunk in self.prefills))
 
-    @property
-    def computed_by_slot(self) -> dict[int, int]:
-        """Tokens of the running sequences that are in the KV cache."""
-        return {s.slot: s.num_computed for s in self.running if s.slot is not None}
-
     def without(self, sequence: Sequence) -> "Schedule":
         """Return the same step without one sequence."""
         return replace(
@@ -70,6 +65,32 @@ class Schedule:
             running=tuple(s for s in self.running if s is not sequence),
             decodes=tuple(s for s in self.decodes if s is not sequence),
             prefills=tuple(c for c in self.prefills if c.sequence is not sequence),
+        )
+
+    def halves(self) -> "tuple[Schedule, ...]":
+        """Return the same step as two of about half the tokens; one with half a chunk where there
+        is no more, and none where that cannot be cut."""
+        work = [Chunk(s, 1) for s in self.decodes] + list(self.prefills)
+        if len(work) == 1:
+            num_tokens = work[0].num_tokens // 2
+            num_tokens -= num_tokens % PROMPT_BLOCK
+            if not num_tokens:
+                return ()
+            return (replace(self, prefills=(Chunk(work[0].sequence, num_tokens),)),)
+        half, size = sum(chunk.num_tokens for chunk in work) / 2, 0
+        first: set[Sequence] = set()
+        for chunk in work[:-1]:
+            size += chunk.num_tokens
+            if first and size > half:
+                break
+            first.add(chunk.sequence)
+        return tuple(
+            replace(
+                self,
+                decodes=tuple(s for s in self.decodes if (s in first) is is_first),
+                prefills=tuple(c for c in self.prefills if (c.sequence in first) is is_first),
+            )
+            for is_first in (True, False)
         )
 
 
@@ -81,8 +102,8 @@ class Scheduler:
         queue: whose shares are which; default: all alike.
         adapters: where they are; default: on the device.
         can_leave: whether a version may leave the device once no sequence holds it.
-        reuse: called when a sequence gets a slot: how many of its first tokens need no computing,
-            fewer than it has to compute.
+        tables: blocks of the sequences; default: as many as they like.
+        pace: how much prompts may add to a step; default: whatever fits into it.
         on_preempt: called with a sequence that is about to lose its slot.
         deterministic: prompts are cut at multiples of PROMPT_BLOCK, and nobody loses a slot: what
             was answered would be computed anew as a prompt, in other shapes.
@@ -95,7 +116,8 @@ class Scheduler:
         queue: FairQueue[Sequence] | None = None,
         adapters: DeviceAdapters | None = None,
         can_leave: Callable[[Any], bool] = lambda version: True,
-        reuse: Callable[[Sequence], int] = lambda sequence: 0,
+        tables: BlockTables | None = None,
+        pace: StepPace | None = None,
         on_preempt: Callable[[Sequence], None] = lambda sequence: None,
         deterministic: bool = False,
     ) -> None:
@@ -104,10 +126,20 @@ class Scheduler:
         self.waiting: FairQueue[Sequence] = FairQueue() if queue is None else queue
         self.running: dict[int, Sequence] = {}  # by slot, in the order of admission
         self._turns = AdapterTurns(self.running, self.waiting.rank, adapters, can_leave)
-        self._reuse = reuse
+        self.tables = tables or BlockTables(BlockManager(_ANY_NUMBER, PROMPT_BLOCK))
+        self.pace = pace or StepPace(math.inf, max_num_batched_tokens, math.inf)
         self._on_preempt = on_preempt
         self._deterministic = deterministic
         self._free_slots = list(range(max_num_seqs))  # a heap: low slots are used first
+        self._batcher = Batcher(
+            self.running,
+            self.tables,
+            self.pace,
+            self.waiting.rank,
+            self._weakest_first,
+            self._preempt,
+            deterministic,
+        )
 
     @property
     def num_parked(self) -> int:
@@ -132,25 +164,7 @@ class Scheduler:
         starved = [s for s, state in states.items() if state is no_room and s.slot is not None]
         self._turns.make_room(starved)
 
-        active = [s for s in self.running.values() if s.has_adapter]
-        # 1. Decode: every sequence whose prompt is computed.
-        decoding = {slot: s for slot, s in self.running.items() if s.has_adapter and s.is_decoding}
-        decodes = [decoding[slot] for slot in sorted(decoding)]
-        budget = self.max_num_batched_tokens - len(decodes)
-
-        # 2. Prefill, in the order of admission.
-        prefills = []
-        for sequence in active:
-            if sequence.is_decoding:
-                continue
-            left = sequence.num_prefill - sequence.num_computed
-            num_tokens = min(budget, left)
-            if num_tokens < left and self._deterministic:
-                num_tokens -= (sequence.num_computed + num_tokens) % PROMPT_BLOCK
-            if num_tokens <= 0:
-                break
-            prefills.append(Chunk(sequence, num_tokens))
-            budget -= num_tokens
+        decodes, prefills = self._batcher.batch()
         return Schedule(
             running=tuple(self.running.values()),
             decodes=tuple(decodes),
@@ -164,9 +178,7 @@ class Scheduler:
         if sequence.slot is None:
             self.waiting.take(sequence)
         else:
-            del self.running[sequence.slot]
-            self._turns.release(sequence)
-            heapq.heappush(self._free_slots, sequence.slot)
+            self._free_slot(sequence)
             sequence.slot = None
         self.waiting.leave(sequence)
 
@@ -188,21 +200,25 @@ class Scheduler:
         self.waiting.take(sequence)
         sequence.slot = heapq.heappop(self._free_slots)
         self.running[sequence.slot] = sequence
-        sequence.num_computed = self._reuse(sequence)
+        num_known = self.tables.start(sequence)
         if not sequence.num_preempted:  # it pays once
-            num_new = sequence.num_prefill - sequence.num_computed
+            num_new = sequence.num_prefill - num_known
             self.waiting.charge(sequence, PROMPT_COST * num_new)
 
+    def _has_room(self, sequence: Sequence, freed: Sequence | None = None) -> bool:
+        """Return whether there are blocks for a waiting sequence, if `freed` gives up its own."""
+        return self.tables.has_room_for(sequence, self.running.values(), freed)
+
     def _take_slots_back(self, take_turns: bool) -> dict[Sequence, Readiness]:
-        """If no slot is free, take slots from whoever has most for those who have less than
-        their share; return what hinders those that cannot use one yet.
+        """If there is no slot or no room for who is next, take slots from whoever has most for
+        those who have less than their share; return what hinders those that cannot use one yet.
 
         Args:
             take_turns: adapters do, so none of a tenant's for another of its adapters.
         """
         states: dict[Sequence, Readiness] = {}
         preempted: set[Sequence] = set()
-        while not self._free_slots and len(states) < _LOOK_AHEAD:
+        while len(states) < _LOOK_AHEAD and self._is_full():
             due = self._due_slot(preempted.union(states), take_turns)
             if due is None:
                 break
@@ -235,18 +251,34 @@ class Scheduler:
             for victim in able:
                 if take_turns and victim.tenant == head.tenant and victim.adapter != head.adapter:
                     continue
-                if queue.may_displace(head, victim):
+                if queue.may_displace(head, victim) and self._has_room(head, victim):
                     return head, victim
         return None
 
+    def _is_full(self) -> bool:
+        """Return whether the next in the queue finds no slot, or no room."""
+        if not self._free_slots:
+            return True
+        heads = self.waiting.heads()
+        return bool(heads) and not self._has_room(heads[0])
+
+    def _weakest_first(self) -> list[Sequence]:
+        """Return the running sequences by their claim to room: of whoever has most, the youngest
+        first."""
+        return sorted(reversed(self.running.values()), key=self.waiting.slots_of, reverse=True)
+
     def _preempt(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None
         self._on_preempt(sequence)
+        self._free_slot(sequence)
+        sequence.preempt()
+        self.waiting.requeue(sequence)
+
+    def _free_slot(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self.tables.release(sequence)
         del self.running[sequence.slot]
         self._turns.release(sequence)
         heapq.heappush(self._free_slots, sequence.slot)
-        sequence.preempt()
-        self.waiting.requeue(sequence)
 
     def _next(self, states: dict[Sequence, Readiness]) -> Sequence | None:
         """Return the first in the queue that can use a slot, its adapter held; or one that takes
@@ -263,6 +295,8 @@ class Scheduler:
         for place, head in enumerate([*level, *heads[len(level) :]]):
             if states.get(head) is _FAILED:
                 continue
+            if not self._has_room(head):
+                return None  # nobody else takes what it waits for
             if not self._turns.hold(head):
                 if place >= _LOOK_AHEAD:
                     continue

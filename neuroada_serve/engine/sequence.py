@@ -68,8 +68,9 @@ class Sequence:
     slot: int | None = None  # KV cache slot while running
     has_adapter: bool = False  # running, its adapter held on the device; of the base: running
     parked_at: int = 0  # the step in which it last lost its adapter to another
-    prefix_root: bytes = b""
-    prefix_blocks: list[int] = field(default_factory=list)  # to be copied into the slot
+    blocks: list[int] = field(default_factory=list)  # of the KV cache, while running
+    chain: list[bytes] = field(default_factory=list)  # keys of its whole blocks, as far as known
+    num_registered: int = 0  # of its blocks that others can find
     num_cached: int = 0  # tokens of the prompt that came from the prefix cache
     num_overtaken: int = 0  # later claims that were given a slot since its adapter was not there
     _counts: TokenCounts | None = None  # of the first _num_counted answered tokens
@@ -101,12 +102,14 @@ class Sequence:
         return num_new >= LEAST_PROGRESS << self.num_preempted and num_left > LEAST_PROGRESS
 
     def preempt(self) -> None:
-        """Give up the slot and what is computed in it. Answered tokens are kept, and computed
+        """Give up the slot and what is computed. Answered tokens are kept, and computed
         again like a prompt; draws, counts, text and lease continue as if nothing had been."""
         self.slot = None
         self.num_computed = 0
         self.num_prefill = self.num_tokens
         self.num_preempted += 1
+        if not self.output_token_ids:
+            self.prompt_logprobs.clear()  # the prompt is computed, and scored, from its beginning
 
     @property
     def adapter(self) -> str | None:

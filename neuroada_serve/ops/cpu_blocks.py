@@ -16,6 +16,7 @@ LANES = 16  # tokens that are computed side by side
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # By `bench/choices.py`: so many lanes and fewer are computed one by one, not side by side.
 FEW_LANES = 3
+QUERIES = 4  # tokens of a sequence that attend together
 
 
 def _integers(names: str) -> list[tuple[str, Any]]:
@@ -144,15 +145,70 @@ class ProductBlock(ctypes.Structure):
     )
 
 
+_CACHE = "keys values block_stride block_shift tables table_stride"
+
+
 class AttentionBlock(ctypes.Structure):
-    """ROTATE and ATTEND. window, q_norm, k_norm: 0 for none."""
+    """ROTATE and ATTEND. window, softcap, q_norm, k_norm: 0 for none.
+
+    query: a token's queries lie query_stride apart, and a head's head_stride. Behind a token's
+        queries are its keys and its values, for ROTATE, which has bf16 only.
+    keys, values: addresses of a layer's first ones, [blocks, kv_heads, 1 << block_shift, head_dim]
+        with block_stride between blocks.
+    tables: address of [slots, table_stride] int32, the blocks of each slot's sequence.
+    """
 
     _fields_ = [
-        *_integers("counter qkv qkv_stride out heads kv_heads head_dim window"),
-        *_integers("keys values max_tokens q_norm k_norm"),
+        *_integers("counter kind query query_stride head_stride out"),
+        *_integers(f"heads kv_heads head_dim window {_CACHE} q_norm k_norm"),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("head_eps", ctypes.c_float),
     ]
+
+
+class WriteBlock(ctypes.Structure):
+    """`write_kv_`. positions, slots: addresses of [num_tokens] int64; the rest as in ATTEND."""
+
+    _fields_ = _integers(
+        "counter kind num_tokens positions slots kv_heads head_dim "
+        f"k k_stride k_head_stride v v_stride v_head_stride {_CACHE}"
+    )
+
+
+def set_cache(block: Any, keys: Tensor, values: Tensor, tables: Tensor) -> None:
+    """Say where a layer's keys and values are.
+
+    Args:
+        block: for attention, or to write.
+        keys, values: [num_blocks, kv_heads, block_tokens, head_dim], block_tokens a power of two
+            and at least LANES; a block is contiguous, and blocks lie the same stride apart in both.
+        tables: [slots, blocks of a slot] int32, contiguous rows.
+
+    Raises:
+        ShapeError: names what is otherwise.
+    """
+    _, kv_heads, block_tokens, dim = keys.shape
+    if block_tokens < LANES or block_tokens.bit_count() != 1:
+        raise ShapeError(f"a block must have 16, 32, 64, ... positions, got {block_tokens}")
+    in_block = [(block_tokens * dim, kv_heads), (dim, block_tokens), (1, dim)]
+    for tensor in (keys, values):
+        strides = tensor.stride()
+        if strides[0] != keys.stride(0) or any(
+            own != stride and size > 1
+            for own, (stride, size) in zip(strides[1:], in_block, strict=True)
+        ):
+            raise ShapeError(f"a block must be contiguous, got strides {strides}")
+    if tables.dtype != torch.int32 or tables.stride(1) != 1:
+        raise ShapeError(f"rows of tables must be contiguous int32, got {tables.dtype}")
+    block.keys, block.values = keys.data_ptr(), values.data_ptr()
+    block.block_stride, block.block_shift = keys.stride(0), block_tokens.bit_length() - 1
+    block.tables, block.table_stride = tables.data_ptr(), tables.stride(0)
+
+
+def attention_scratch_bytes(group: int, context_length: int) -> int:
+    """Bytes that a thread needs for ATTEND, with this many query heads to one of keys."""
+    return 4 * QUERIES * group * (context_length + LANES)
 
 
 class ProgramBlock(ctypes.Structure):

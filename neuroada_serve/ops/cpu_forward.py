@@ -94,7 +94,8 @@ class Decoder:
 class Tokens:
     """The tokens of a forward.
 
-    ids, positions, slots: [T] int64; no two of one slot and position.
+    ids, positions, slots: [T] int64; no two of one slot and position. A slot is a row of the block
+        tables.
     context_length: beyond every position.
     """
 
@@ -106,12 +107,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Caches:
-    """Keys and values of every layer, [slots, kv_heads, tokens, head_dim] bf16, contiguous.
+    """Keys and values of every layer, in blocks. Their memory and that of the tables stays.
 
-    version: changes whenever their memory does.
+    tables: [slots, blocks of a slot] int32, contiguous: where a sequence's positions are.
+    block_tokens: positions in a block; a power of two, at least 16.
+    layer: number -> (keys, values), each [blocks, kv_heads, block_tokens, head_dim] bf16, blocks a
+        common stride apart and contiguous in themselves.
     """
 
-    version: int
+    tables: Tensor
+    block_tokens: int
     layer: Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -135,7 +140,7 @@ class CpuForward:
         self._lanes: list[blocks.LanesBlock] = []  # by group of the plan, filled in every step
         self._layout: tuple[int, ...] = ()  # that the blocks are set to
         self._runs: list[Any] = []  # what the blocks hold addresses of, while there are runs
-        self._caches_version: int | None = None
+        self._caches: Caches | None = None  # that the blocks are set to
         self._hidden, self._normed, self._logits = self._set_up()
         self._largest_d_in = max(product.weight.d_in for product, _ in self._products)
         self._group = max(a.heads // a.kv_heads for a, _ in self._attentions)
@@ -148,7 +153,7 @@ class CpuForward:
         Args:
             tokens: at most max_tokens.
             kept: [n] int64, the tokens whose logits are wanted.
-            caches: get the tokens' keys and values.
+            caches: get the tokens' keys and values; the same in every run.
             plan: of the tokens' adapters; without biases.
 
         Returns:
@@ -162,7 +167,7 @@ class CpuForward:
         step.num_tokens, step.num_kept = num_tokens, len(kept)
         step.positions, step.slots = positions.data_ptr(), slots.data_ptr()
         step.kept, step.cos, step.sin = kept.data_ptr(), cos.data_ptr(), sin.data_ptr()
-        if caches.version != self._caches_version:
+        if caches is not self._caches:
             self._set_caches(caches)
         if len(self._logits) < len(kept):
             self._logits = torch.empty(len(kept), self._decoder.head.weight.d_out)
@@ -175,7 +180,7 @@ class CpuForward:
         num_lanes = sum(block.num_lanes + blocks.LANES for block in lanes)
         largest_k = step.largest_k = plan.largest_k
         product_bytes = kernels.scratch_bytes(num_tokens, num_lanes, self._largest_d_in, largest_k)
-        attention_bytes = kernels.attention_scratch_bytes(self._group, tokens.context_length)
+        attention_bytes = blocks.attention_scratch_bytes(self._group, tokens.context_length)
         self._reserve(max(product_bytes, attention_bytes))
         self._run()
         return self._logits[: len(kept)]
@@ -192,9 +197,9 @@ class CpuForward:
     def _set_caches(self, caches: Caches) -> None:
         for attention, block in self._attentions:
             keys, values = caches.layer(attention.layer)
-            block.keys, block.values = keys.data_ptr(), values.data_ptr()
-            block.max_tokens = keys.shape[2]
-        self._caches_version = caches.version
+            assert keys.shape[2] == caches.block_tokens
+            blocks.set_cache(block, keys, values, caches.tables)
+        self._caches = caches
 
     def _set_calls(self, plan: StepPlan) -> None:
         """Hand every product the calls of the plan's layout."""
@@ -301,8 +306,10 @@ class CpuForward:
     def _attention(self, attention: Attention, qkv: Tensor, out: Tensor) -> None:
         for operation in (blocks.ROTATE, blocks.ATTEND):
             block = blocks.AttentionBlock(
-                qkv=qkv.data_ptr(),
-                qkv_stride=qkv.shape[1],
+                kind=blocks.KINDS[qkv.dtype],
+                query=qkv.data_ptr(),
+                query_stride=qkv.shape[1],
+                head_stride=attention.head_dim,
                 out=out.data_ptr(),
                 heads=attention.heads,
                 kv_heads=attention.kv_heads,

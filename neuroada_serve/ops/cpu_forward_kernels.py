@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from neuroada_serve.ops.cpu_attention_kernels import attend, attention_at, rotate
 from neuroada_serve.ops.cpu_blocks import (
     ADD,
     GATE,
@@ -27,7 +28,6 @@ from neuroada_serve.ops.cpu_blocks import (
     PRODUCT,
     ROTATE,
     STORE,
-    AttentionBlock,
     NormBlock,
     ProductBlock,
     ProgramBlock,
@@ -47,7 +47,6 @@ from neuroada_serve.ops.cpu_vectors import (
     concealed,
     constant,
     dot_first,
-    dot_pair,
     dot_rows,
     dot_second,
     draw,
@@ -57,9 +56,6 @@ from neuroada_serve.ops.cpu_vectors import (
     has_feature,
     ints_at,
     kernel_sources,
-    lane_sum,
-    larger,
-    largest_lane,
     load,
     longs_at,
     minus,
@@ -88,13 +84,9 @@ if not has_feature("avx512f"):
     SHAPES = ((1, 2), (2, 2), (4, 1), (6, 1))
 CHUNK = SHAPES[-1][0]  # tokens that are multiplied at once
 AHEAD = 2048  # bytes of weights between those that are used and those that are fetched
-GROUP = 8  # values that are weighted at once by the attention
-QUERIES = 4  # tokens of a sequence that attend together, in a step of more than SINGLE tokens
-SINGLE = 32
 
 _norm_block, _product_block = block_reader(NormBlock), block_reader(ProductBlock)
-_attention_block, _step_block = block_reader(AttentionBlock), block_reader(StepBlock)
-_program_block = block_reader(ProgramBlock)
+_step_block, _program_block = block_reader(StepBlock), block_reader(ProgramBlock)
 
 
 # --- products --------------------------------------------------------------------------------
@@ -490,7 +482,7 @@ def _product(args: Any, step: Any, scratch: int) -> None:
         piece = draw(counter)
 
 
-# --- norms, rotary embedding, attention ------------------------------------------------------
+# --- norms -----------------------------------------------------------------------------------
 
 
 @njit
@@ -512,186 +504,6 @@ def _norm(args: Any, step: Any) -> None:
         norm_row(at, target, weight, width, eps, x, BFLOAT16)
         row = draw(counter)
     x[0] = weight[0] = 0
-
-
-@njit
-def _rotate(args: Any, step: Any) -> None:
-    """Rotary embedding of queries and keys; keys and values go into the cache."""
-    heads, kv_heads, dim = args.heads, args.kv_heads, args.head_dim
-    half = dim // 2
-    positions, slots = longs_at(step.positions), longs_at(step.slots)
-    counter = address_of(args)
-    token = draw(counter)
-    if token >= step.num_tokens:
-        return
-    cos, sin = np.empty(dim, np.float32), np.empty(dim, np.float32)
-    x, turned = np.empty(dim + LANES, np.float32), np.empty(dim, np.float32)
-    norms = np.empty((2, dim), np.float32)
-    if args.q_norm:
-        widen(args.q_norm, address_of(norms[0]), dim, BFLOAT16)
-        widen(args.k_norm, address_of(norms[1]), dim, BFLOAT16)
-    while token < step.num_tokens:
-        widen(step.cos + 2 * dim * token, address_of(cos), dim, BFLOAT16)
-        widen(step.sin + 2 * dim * token, address_of(sin), dim, BFLOAT16)
-        row = args.qkv + 2 * args.qkv_stride * token
-        for head in range(heads + kv_heads):
-            at, is_key = row + 2 * dim * head, head >= heads
-            if args.q_norm:
-                eps = args.head_eps
-                norm_row(at, at, norms[1 if is_key else 0], dim, eps, x, BFLOAT16)
-            widen(at, address_of(x), dim, BFLOAT16)
-            for i in range(half):
-                turned[i] = x[i] * cos[i] - x[half + i] * sin[i]
-                turned[half + i] = x[half + i] * cos[half + i] + x[i] * sin[half + i]
-            if is_key:
-                entry = (slots[token] * kv_heads + head - heads) * args.max_tokens
-                at = args.keys + 2 * dim * (entry + positions[token])
-            narrow(address_of(turned), at, dim, BFLOAT16)
-        for head in range(kv_heads):
-            entry = (slots[token] * kv_heads + head) * args.max_tokens + positions[token]
-            at = row + 2 * dim * (heads + kv_heads + head)
-            widen(at, address_of(x), dim, BFLOAT16)
-            narrow(address_of(x), args.values + 2 * dim * entry, dim, BFLOAT16)
-        token = draw(counter)
-    cos[0] = sin[0] = x[0] = turned[0] = norms[0, 0] = 0
-
-
-def attention_scratch_bytes(group: int, context_length: int) -> int:
-    """Bytes that a thread needs for attention, with this many query heads to one of keys."""
-    return 4 * QUERIES * group * (context_length + LANES)
-
-
-@njit
-def _attend(args: Any, step: Any, scratch: int) -> None:
-    """Softmax attention of each token over its slot's entries up to its own position."""
-    heads, kv_heads, dim = args.heads, args.kv_heads, args.head_dim
-    positions, slots = longs_at(step.positions), longs_at(step.slots)
-    num_tokens = step.num_tokens
-    together = QUERIES if num_tokens > SINGLE else 1
-    pieces = (num_tokens + together - 1) // together * kv_heads
-    counter = address_of(args)
-    piece = draw(counter)
-    if piece >= pieces:
-        return
-    keys = np.empty(dim * LANES // 2, np.int32)  # pairs of 16 positions, turned
-    values = np.empty(GROUP * dim, np.float32)
-    out = np.empty(together * heads // kv_heads * dim, np.float32)
-    while piece < pieces:
-        token = piece // kv_heads * together
-        stop = min(token + together, num_tokens)
-        while token < stop:
-            count = 1
-            while (
-                token + count < stop
-                and slots[token + count] == slots[token]
-                and positions[token + count] == positions[token] + count
-            ):
-                count += 1
-            work = address_of(keys), address_of(values), address_of(out)
-            head, slot, position = piece % kv_heads, slots[token], positions[token]
-            _attend_together(args, token, count, head, slot, position, scratch, work)
-            token += count
-        piece = draw(counter)
-    keys[0] = values[0] = out[0] = 0
-
-
-@njit
-def _attend_together(
-    args: Any,
-    token: int,
-    num_tokens: int,
-    kv_head: int,
-    slot: int,
-    position: int,
-    scratch: int,
-    work: tuple[int, int, int],
-) -> None:
-    """Attention of one head of keys for tokens of one sequence at position and on.
-
-    scratch: num_tokens * group rows of scores.
-    work: addresses of room for 16 keys, for GROUP values, and for what all tokens get.
-    """
-    heads, kv_heads, dim = args.heads, args.kv_heads, args.head_dim
-    group = heads // kv_heads
-    scale = spread(args.scale)
-    keys, values, out = work
-    row_bytes, first = 2 * dim, 0
-    if args.window:
-        first = max(0, position - args.window + 1)
-    count = position + num_tokens - first
-    padded = (count + LANES - 1) // LANES * LANES
-    entry = (slot * kv_heads + kv_head) * args.max_tokens + first
-    keys_at, values_at = args.keys + row_bytes * entry, args.values + row_bytes * entry
-    queries = args.qkv + 2 * (args.qkv_stride * token + kv_head * group * dim)
-
-    # 1. Scores, 16 positions side by side; what stands for missing ones repeats the last.
-    rows = longs_at(values)
-    for start in range(0, count, LANES):
-        for i in range(LANES):
-            rows[i] = keys_at + row_bytes * min(start + i, count - 1)
-        for column in range(0, dim, TILE):
-            read_pairs(values, 2 * column, keys + 2 * LANES * column)
-        for row in range(num_tokens * group):
-            query = queries + 2 * (row // group * args.qkv_stride + row % group * dim)
-            a = spread(np.float32(0))
-            b, c, d = a, a, a
-            for i in range(0, dim, 8):
-                at = keys + 2 * LANES * i
-                a = dot_pair(a, at, query + 2 * i)
-                b = dot_pair(b, at + 4 * LANES, query + 2 * i + 4)
-                c = dot_pair(c, at + 8 * LANES, query + 2 * i + 8)
-                d = dot_pair(d, at + 12 * LANES, query + 2 * i + 12)
-            total = times(plus(plus(a, b), plus(c, d)), scale)
-            put(total, scratch + 4 * (row * padded + start))
-
-    # 2. Their softmax; what a token may not see gets no weight.
-    for row in range(num_tokens * group):
-        weights_at = scratch + 4 * row * padded
-        weights = floats_at(weights_at)
-        own_stop, own_first = position + row // group + 1 - first, 0
-        if args.window:
-            own_first = max(0, own_stop - args.window)
-        for i in range(own_first):
-            weights[i] = weights[own_first]
-        for i in range(own_stop, padded):
-            weights[i] = weights[own_first]
-        most = vector_at(weights_at)
-        for start in range(LANES, padded, LANES):
-            most = larger(most, vector_at(weights_at + 4 * start))
-        largest = spread(largest_lane(most))
-        for start in range(0, padded, LANES):
-            put(exp(minus(vector_at(weights_at + 4 * start), largest)), weights_at + 4 * start)
-        for i in range(own_first):
-            weights[i] = 0
-        for i in range(own_stop, padded):
-            weights[i] = 0
-        total = spread(np.float32(0))
-        for start in range(0, padded, LANES):
-            total = plus(total, vector_at(weights_at + 4 * start))
-        share = spread(np.float32(1) / lane_sum(total))
-        for start in range(0, padded, LANES):
-            at = weights_at + 4 * start
-            put(times(vector_at(at), share), at)
-
-    # 3. The values' weighted sum.
-    for i in range(0, num_tokens * group * dim, LANES):
-        put(spread(np.float32(0)), out + 4 * i)
-    for start in range(0, padded, GROUP):
-        for i in range(GROUP):
-            at = values_at + row_bytes * min(start + i, count - 1)
-            widen(at, values + 4 * dim * i, dim, BFLOAT16)
-        for row in range(num_tokens * group):
-            weights = floats_at(scratch + 4 * (row * padded + start))
-            for column in range(0, dim, LANES):
-                at = out + 4 * (row * dim + column)
-                total = vector_at(at)
-                for i in range(GROUP):
-                    value = vector_at(values + 4 * (i * dim + column))
-                    total = fma(spread(weights[i]), value, total)
-                put(total, at)
-    for i in range(num_tokens):
-        target = args.out + 2 * ((token + i) * heads + kv_head * group) * dim
-        narrow(out + 4 * i * group * dim, target, group * dim, BFLOAT16)
 
 
 # --- the program -----------------------------------------------------------------------------
@@ -723,9 +535,9 @@ def _run(program: Any) -> None:
         elif kind == PRODUCT:
             _product(_product_block(block), step, scratch)
         elif kind == ROTATE:
-            _rotate(_attention_block(block), step)
+            rotate(attention_at(block), step)
         else:
-            _attend(_attention_block(block), step, scratch)
+            attend(attention_at(block), step, scratch)
         if program.barrier:
             _call(program.barrier)
         if thread == 0:  # all are past it, and none draws from it before the next run

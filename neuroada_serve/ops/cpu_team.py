@@ -40,6 +40,16 @@ def forward_kernels() -> Any:
     return cpu_forward_kernels
 
 
+@cache
+def attention_kernels() -> Any:
+    """`cpu_attention_kernels`; None without numba."""
+    try:
+        from neuroada_serve.ops import cpu_attention_kernels
+    except ImportError:
+        return None
+    return cpu_attention_kernels
+
+
 def supports(*tensors: Tensor) -> bool:
     """Tell if kernels can run on these tensors: one known dtype, on the CPU, numba there."""
     dtype = tensors[0].dtype

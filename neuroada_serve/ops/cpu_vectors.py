@@ -376,6 +376,64 @@ def _converter(kind: int, to_float: bool) -> Any:
     return convert_16
 
 
+def _weighted_adder(kind: int) -> Any:
+    @intrinsic
+    def add_weighted(
+        typing: Any,
+        rows: Any,
+        offset: Any,
+        weights: Any,
+        weight_stride: Any,
+        sums: Any,
+        sum_stride: Any,
+        num_sums: Any,
+    ) -> Any:
+        """sums[s] += weights[s, r] * the 16 elements behind rows[r] + offset, for 16 rows r.
+
+        Strides are in bytes. num_sums: at least 1.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            rows, offset, weights, weight_stride, sums, sum_stride, num_sums = args
+            values = []
+            for lane in range(LANES):
+                address = _row(builder, rows, lane, offset)
+                if kind == FLOAT32:
+                    values.append(load(builder, address, F32X16))
+                else:
+                    bits = builder.zext(load(builder, address, _I16X16), I32X16)
+                    values.append(_float_of(builder, bits, kind))
+            before = builder.block
+            loop = builder.append_basic_block("sums")
+            done = builder.append_basic_block("done")
+            builder.branch(loop)
+
+            builder.position_at_end(loop)
+            number = builder.phi(I64)
+            own = builder.add(weights, builder.mul(number, weight_stride))
+            target = builder.add(sums, builder.mul(number, sum_stride))
+            total = load(builder, target, F32X16)
+            for lane, value in enumerate(values):
+                address = builder.add(own, ir.Constant(I64, 4 * lane))
+                weight = same_in_all(builder, load(builder, address, ir.IntType(32)))
+                weight = builder.bitcast(weight, F32X16)
+                total = _multiply_add(builder, [weight, value, total])
+            store(builder, total, target)
+            following = builder.add(number, ir.Constant(I64, 1))
+            number.add_incoming(ir.Constant(I64, 0), before)
+            number.add_incoming(following, loop)
+            builder.cbranch(builder.icmp_signed("<", following, num_sums), loop, done)
+            builder.position_at_end(done)
+            return context.get_dummy_value()
+
+        return types.none(*[types.intp] * 7), generate
+
+    return add_weighted
+
+
+add_weighted_bf16, add_weighted_f16, add_weighted_f32 = map(_weighted_adder, range(3))
+
+
 _read_tile_bf16, _read_tile_f16, _read_tile_f32 = map(_tile_reader, range(3))
 _write_tile_bf16, _write_tile_f16, _write_tile_f32 = map(_tile_writer, range(3))
 _widen_bf16, _widen_f16 = _converter(BFLOAT16, True), _converter(FLOAT16, True)
@@ -662,7 +720,7 @@ def write_tile(tile: int, rows: int, offset: int, kind: int) -> None:
 
 
 @njit
-def _copy_bytes(source: int, target: int, count: int) -> None:
+def copy_bytes(source: int, target: int, count: int) -> None:
     a, b = bytes_at(source), bytes_at(target)
     for i in range(count):
         b[i] = a[i]
@@ -672,7 +730,7 @@ def _copy_bytes(source: int, target: int, count: int) -> None:
 def widen(source: int, target: int, count: int, kind: int) -> None:
     """count elements of a kind at `source` to float32 at `target`."""
     if kind == FLOAT32:
-        _copy_bytes(source, target, 4 * count)
+        copy_bytes(source, target, 4 * count)
         return
     whole = count // 16 * 16
     for i in range(0, whole, 16):
@@ -682,12 +740,12 @@ def widen(source: int, target: int, count: int, kind: int) -> None:
             _widen_f16(source + 2 * i, target + 4 * i)
     if whole < count:
         raw, floats = np.zeros(16, np.uint16), np.empty(16, np.float32)
-        _copy_bytes(source + 2 * whole, address_of(raw), 2 * (count - whole))
+        copy_bytes(source + 2 * whole, address_of(raw), 2 * (count - whole))
         if kind == BFLOAT16:
             _widen_bf16(address_of(raw), address_of(floats))
         else:
             _widen_f16(address_of(raw), address_of(floats))
-        _copy_bytes(address_of(floats), target + 4 * whole, 4 * (count - whole))
+        copy_bytes(address_of(floats), target + 4 * whole, 4 * (count - whole))
         raw[0] = floats[0] = 0  # numba frees an array after its last use: keep both until here
 
 
@@ -695,7 +753,7 @@ def widen(source: int, target: int, count: int, kind: int) -> None:
 def narrow(source: int, target: int, count: int, kind: int) -> None:
     """count float32 at `source`, rounded, to elements of a kind at `target`."""
     if kind == FLOAT32:
-        _copy_bytes(source, target, 4 * count)
+        copy_bytes(source, target, 4 * count)
         return
     whole = count // 16 * 16
     for i in range(0, whole, 16):
@@ -705,10 +763,10 @@ def narrow(source: int, target: int, count: int, kind: int) -> None:
             _narrow_f16(source + 4 * i, target + 2 * i)
     if whole < count:
         raw, floats = np.empty(16, np.uint16), np.zeros(16, np.float32)
-        _copy_bytes(source + 4 * whole, address_of(floats), 4 * (count - whole))
+        copy_bytes(source + 4 * whole, address_of(floats), 4 * (count - whole))
         if kind == BFLOAT16:
             _narrow_bf16(address_of(floats), address_of(raw))
         else:
             _narrow_f16(address_of(floats), address_of(raw))
-        _copy_bytes(address_of(raw), target + 2 * whole, 2 * (count - whole))
+        copy_bytes(address_of(raw), target + 2 * whole, 2 * (count - whole))
         raw[0] = floats[0] = 0

@@ -45,11 +45,12 @@ class ThroughputLog:
             return None
         adapters = self._engine.adapters.memory()["device"]["adapters"]
         found = cached / (prompt + cached) if prompt + cached else 0.0
+        kv = self._engine.metrics.kv
         return (
             f"Prompt throughput: {(prompt + cached) / elapsed_s:.1f} tokens/s, generation "
             f"throughput: {generated / elapsed_s:.1f} tokens/s, running: {running}, waiting: "
-            f"{waiting}, prompt tokens from the cache: {found:.1%}, adapters on the device: "
-            f"{adapters}"
+            f"{waiting}, prompt tokens from the cache: {found:.1%}, KV cache in use: "
+            f"{kv.used / max(kv.blocks, 1):.1%}, adapters on the device: {adapters}"
         )
 
     def _totals(self) -> tuple[int, int, int]:

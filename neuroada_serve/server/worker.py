@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from neuroada_serve.errors import EngineError, NeuroAdaError, Unavailable
+from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import Output, SamplingParams
 from neuroada_serve.server.engine_thread import Adapters, Engine, EngineThread
@@ -108,6 +109,11 @@ class Worker:
     @property
     def base(self) -> BaseModel:
         return self._engine.base
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """Counters of the engine, whose thread goes on counting."""
+        return self._engine.metrics
 
     @property
     def max_model_len(self) -> int:

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
 from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS, PrefixCache, prefix_root
 
 ROOT = prefix_root("base", None, "")

@@ -9,7 +9,7 @@ from torch import nn
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS
+from neuroada_serve.engine.kv_budget import CPU_BLOCK_TOKENS as BLOCK_TOKENS
 from neuroada_serve.errors import ModelError, UsageError
 from neuroada_serve.model.bypass_linear import DECODE_ROWS, PROMPT_ROWS, BypassContext
 from neuroada_serve.model.loader import load_base

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.config import TrainConfig
-from neuroada_serve.engine.prefix_cache import BLOCK_TOKENS
+from neuroada_serve.engine.kv_budget import CPU_BLOCK_TOKENS as BLOCK_TOKENS
 from neuroada_serve.errors import ModelError, UsageError
 from neuroada_serve.model.loader import load_base, with_model_len
 from neuroada_serve.ops import matrix
@@ -162,7 +162,7 @@ def test_cached_beginning_is_turned_as_the_rest(sources, kind):
     (fresh,) = answers(LLM(path, prefix_cache_memory=0), [long])
     answers(llm, [long[: BLOCK_TOKENS + 1]])
     (found,) = llm.generate([long], GREEDY)
-    assert found.num_cached_tokens == BLOCK_TOKENS
+    assert found.num_cached_tokens == BLOCK_TOKENS + 1
     assert list(found.outputs[0].token_ids) == fresh
 
 

@@ -69,8 +69,9 @@ AdapterDir = Annotated[Path, Depends(require_directory)]
 
 @router.get("/v1/adapters")
 async def list_adapters(server: Server) -> dict[str, Any]:
-    """List every adapter with its version, state and place, and the memory they use."""
-    adapters = server.adapters
+    """List every adapter with its version, state and place, the memory they use, and the KV
+    cache."""
+    adapters, metrics = server.adapters, server.worker.metrics
     found = await anyio.to_thread.run_sync(lambda: list(map(asdict, adapters.describe())))
     return {
         "object": "list",
@@ -78,6 +79,11 @@ async def list_adapters(server: Server) -> dict[str, Any]:
         "merge_mode": adapters.merging.mode,
         "merged": adapters.merging.merged,
         "memory": adapters.memory(),
+        "kv_cache": {
+            **asdict(metrics.kv),
+            "free": metrics.kv.free,
+            "preemptions": metrics.num_preemptions,
+        },
     }
 
 

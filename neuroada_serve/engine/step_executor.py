@@ -1,0 +1,107 @@
+"""Running a step: from a schedule to outputs, in smaller parts where memory is short."""
+
+import logging
+import time
+from collections import deque
+
+from neuroada_serve.engine.block_tables import BlockTables
+from neuroada_serve.engine.faults import Faults
+from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.engine.memory import describe_need, is_out_of_memory, most_demanding
+from neuroada_serve.engine.merge_control import MergeControl
+from neuroada_serve.engine.output_processor import OutputProcessor
+from neuroada_serve.engine.pace import StepPace
+from neuroada_serve.engine.runner import ModelRunner, StepLogits
+from neuroada_serve.engine.sampler import Sampled, sample
+from neuroada_serve.engine.scheduler import Schedule
+from neuroada_serve.request import Output
+
+logger = logging.getLogger(__name__)
+
+_FAILED = "the engine failed on this request's step"
+
+
+class StepExecutor:
+    """Run schedules on the engine's model.
+
+    Args:
+        tables: say what changes in the cache before a step.
+        merging: says what is in the weights.
+        pace: learns what steps take.
+        faults: says which failures end the engine.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        cache: KVCache,
+        tables: BlockTables,
+        outputs: OutputProcessor,
+        merging: MergeControl,
+        pace: StepPace,
+        faults: Faults,
+    ) -> None:
+        self._runner = runner
+        self._cache = cache
+        self._tables = tables
+        self._outputs = outputs
+        self._merging = merging
+        self._pace = pace
+        self._faults = faults
+
+    def run(self, schedule: Schedule) -> list[Output]:
+        """Run one step.
+
+        Where memory is short, what is only kept for speed is released, and the step is tried once
+        more in parts. In a part that finds none again, the request that asks for most ends. Any
+        other failure ends the requests of its part.
+        """
+        outputs: list[Output] = []
+        parts = deque([schedule])
+        while parts:
+            part = parts.popleft()
+            if part.is_empty:
+                continue
+            computed = {s: s.num_computed for s in part.scheduled}
+            cost = sum(
+                self._pace.cost(c.sequence.num_computed, c.num_tokens) for c in part.prefills
+            )
+            started = time.perf_counter()
+            try:
+                step, chosen = self._compute(part)
+            except Exception as error:
+                for sequence, num_computed in computed.items():
+                    sequence.num_computed = num_computed
+                self._faults.judge(error)
+                if not is_out_of_memory(error):
+                    self._faults.count(error)
+                    outputs += [self._outputs.fail(sequence, _FAILED) for sequence in computed]
+                    continue
+                self._runner.release()
+                smaller = part.halves() if part is schedule else ()
+                if smaller:
+                    logger.warning("a step found no memory, and runs in parts: %s", error)
+                    parts.extendleft(reversed(smaller))
+                    continue
+                failed = most_demanding(part)
+                logger.warning("a request ends for want of memory: %s", error)
+                need = describe_need(failed)
+                outputs.append(self._outputs.end_with_error(failed, need, may_retry=True))
+                parts.appendleft(part.without(failed))
+                continue
+            outputs += self._outputs.process(part, step, chosen)
+            context = sum(computed[s] for s in part.decodes)
+            seconds = time.perf_counter() - started
+            self._pace.record(len(part.decodes), cost, seconds, context)
+        return outputs
+
+    def _compute(self, schedule: Schedule) -> tuple[StepLogits, list[Sampled | None]]:
+        self._cache.change(self._tables.changes)
+        self._tables.made()
+        step = self._runner.run(schedule, self._merging.version)
+        scores = [self._outputs.score_prompt(prompt) for prompt in step.prompts]
+        chosen = sample(step.logits, step.sequences)
+        self._faults.forget()
+        for prompt, tokens in zip(step.prompts, scores, strict=True):
+            prompt.sequence.prompt_logprobs += tokens
+        return step, chosen
