@@ -5,7 +5,7 @@ do is in `AdapterManager`.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
 from neuroada_serve.config import PROMPT_BLOCK, EngineConfig
@@ -130,6 +130,14 @@ class Engine:
     def merged(self) -> str | None:
         """Name of the adapter that is merged into the weights."""
         return self.adapters.merging.merged
+
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compile and record what steps need, before the first request; on a GPU.
+
+        Args:
+            progress: called with how many graphs are done, and of how many.
+        """
+        self._runner.warm_up(progress)
 
     def base_digest(self) -> str:
         """Return the sha256 of the weights as they are: the base's own while none is merged."""
