@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.engine.adapter_turns import TURN_STEPS
-from neuroada_serve.engine.fairness import OUTPUT_COST, FairQueue
 from neuroada_serve.engine.block_manager import BlockManager
 from neuroada_serve.engine.block_tables import BlockTables
+from neuroada_serve.engine.fairness import OUTPUT_COST, FairQueue
 from neuroada_serve.engine.scheduler import Chunk, Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.request import SamplingParams
