@@ -158,7 +158,9 @@ class FakeCache:
         """Return the cells of all tokens of a sequence."""
         line = self._lines.setdefault(sequence, [])
         if len(line) < sequence.num_tokens:
-            key = b"" if self.tables._root_of is None else self.tables._root_of(sequence)
+            key = (
+                b"" if self.tables._keys._root_of is None else self.tables._keys._root_of(sequence)
+            )
             root = self._roots.setdefault(key, Cell(key=key))
             for token in sequence.token_ids[len(line) :]:
                 line.append((line[-1] if line else root).after(token))
