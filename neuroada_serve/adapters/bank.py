@@ -212,8 +212,12 @@ class AdapterBank:
         in_runs = list(residents)
         for run in long:
             in_runs[run.start : run.stop] = [merged] * (run.stop - run.start)  # nothing to add
-        # The merged adapter's first: a token's sums are in one order, whatever else there is.
-        planes = {r.plane: None for r in (merged, *in_runs) if r is not None}
+        # In one order, whichever tokens come first: equal sets of planes have equal layouts, and a
+        # token's sums do not depend on its neighbours. The merged adapter's plane comes first.
+        planes = sorted(
+            {r.plane for r in (merged, *in_runs) if r is not None},
+            key=lambda plane: (merged is None or plane is not merged.plane, plane.number),
+        )
         layout, groups, of_biases = [self.memory.version], [], []
         for plane in planes:
             slots = tuple(r.slot if r and r.plane is plane else NO_SLOT for r in in_runs)

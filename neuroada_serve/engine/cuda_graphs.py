@@ -3,7 +3,8 @@
 A decode step of a small batch is thousands of launches of a few microseconds each; a graph takes
 them all at once. Graphs have fixed shapes, so a step is padded to the next bucket; everything that
 changes between steps (ids, positions, KV slots, adapter slots) is read from one static tensor that
-is filled before the replay. Padding rows have KV slot -1, which reads and writes nothing.
+is filled before the replay. Padding rows have KV slot -1, which reads and writes nothing. Where a
+graph cannot be captured, its steps run without, and it is tried again later.
 """
 
 import logging
@@ -15,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuroada_serve.engine.faults import raise_device_fault
+from neuroada_serve.engine.memory import is_out_of_memory
+from neuroada_serve.engine.retry import Retry
 from neuroada_serve.ops.bypass import NO_SLOT
 from neuroada_serve.ops.step_plan import StepPlan
 
@@ -27,6 +31,7 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 _MAX_GRAPHS = 96
 _WARM_UPS = 2
+_FIRST_PAUSE, _LONGEST_PAUSE = 64, 4096  # steps without a new graph after a failure
 
 
 def buckets(max_num_seqs: int) -> tuple[int, ...]:
@@ -37,19 +42,31 @@ def buckets(max_num_seqs: int) -> tuple[int, ...]:
 
 def cuda_capture() -> Capture:
     """Captures on a side stream, all graphs in one memory pool."""
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    pool = torch.cuda.graph_pool_handle()
+
+    def new_place() -> tuple[Any, Any]:
+        return torch.cuda.Stream(), torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+
+    stream, pool = new_place()
 
     def capture(launch: Callable[[], None]) -> Callable[[], None]:
-        # Kernels are compiled, and libraries take their workspaces, before anything is recorded.
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
+        nonlocal stream, pool
+        before = torch.cuda.current_stream()
+        try:
+            # Kernels are compiled, and libraries take their workspaces, before it is recorded.
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    launch()
+            before.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 launch()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            launch()
+        except BaseException:
+            # A recording that fails need not end: torch may leave its stream the current one, and
+            # its pool in the middle of a capture.
+            torch.cuda.set_stream(before)
+            stream, pool = new_place()
+            raise
         return graph.replay
 
     return capture
@@ -99,13 +116,18 @@ class DecodeGraphs:
         self._buckets = buckets(max_num_seqs)
         self._capture = capture
         self._max_graphs = max_graphs
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._memory: Hashable = None  # which allocations the graphs read
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()  # the least used first
+        self._memory_version = -1  # of the adapters' memory that the graphs read
         self._logits: Tensor | None = None  # [largest bucket, vocab] float32, shared by all graphs
-        self._failed = False
+        self._retry = Retry(_FIRST_PAUSE, _LONGEST_PAUSE)
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    @property
+    def num_failed_captures(self) -> int:
+        """How often no graph could be captured where one was wanted."""
+        return self._retry.num_failed
 
     def clear(self) -> None:
         """Discard all graphs; needed when the model's own code changes."""
@@ -115,45 +137,108 @@ class DecodeGraphs:
         """The smallest batch size with a graph that holds num_seqs sequences."""
         return next(size for size in self._buckets if size >= num_seqs)
 
-    def run(self, rows: DecodeRows, plan: StepPlan, cache_version: int) -> Tensor | None:
+    def run(self, rows: DecodeRows, plan: StepPlan) -> Tensor | None:
         """Replay one decode step.
 
         Args:
             rows: at most max_num_seqs.
             plan: of `bucket(len(rows))` tokens.
-            cache_version: changes whenever the KV cache moves.
 
         Returns:
-            [len(rows), vocab] float32, valid until the next step; None where this step, or since
-            a failed capture every step, must run without a graph.
-        """
-        if self._failed or plan.runs:  # a run changes the weights, by its length
-            return None
-        bucket = self.bucket(len(rows))
-        version, *groups = plan.layout
-        if (version, cache_version) != self._memory:
-            self._graphs.clear()
-            self._memory = (version, cache_version)
+            [len(rows), vocab] float32, valid until the next step; None where this step must run
+            without a graph.
 
+        Raises:
+            DeviceError: the capture has shown that the device works no more.
+        """
+        if plan.runs:  # a run changes the weights, by its length
+            return None
+        self._retry.pass_turn()
+        bucket = self.bucket(len(rows))
+        key = self._key(plan, bucket)
         host = self._host_inputs(rows, plan, bucket)
-        graph = self._graphs.get((bucket, *groups))
-        if graph is None:
-            try:
-                graph = self._new_graph(host, plan, bucket)
-            except Exception:
-                logger.warning("no CUDA graph can be captured; steps run without", exc_info=True)
-                self._failed = True
-                self._graphs.clear()
-                return None
-            self._graphs[(bucket, *groups)] = graph
-            while len(self._graphs) > self._max_graphs:
-                self._graphs.popitem(last=False)
-        else:
-            self._graphs.move_to_end((bucket, *groups))
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
             graph.inputs.copy_(host, non_blocking=True)
+        elif self._retry.is_due:
+            graph = self._captured(key, host, plan, bucket)
+        if graph is None:
+            return None
         graph.replay()
         assert self._logits is not None
         return self._logits[: len(rows)]
+
+    def capture_all(
+        self,
+        plan_of: Callable[[int], StepPlan],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> int:
+        """Capture a graph of every bucket, the largest first: smaller ones fit into its memory.
+
+        The first failure ends it; what is missing is captured when a step needs it.
+
+        Args:
+            plan_of: a bucket -> the plan of as many tokens, of the base alone.
+            progress: called after each bucket with how many are done, and of how many.
+
+        Returns:
+            The number of buckets that have such a graph now.
+
+        Raises:
+            DeviceError: as `run`.
+        """
+        for done, bucket in enumerate(reversed(self._buckets)):
+            plan = plan_of(bucket)
+            key = self._key(plan, bucket)
+            if key not in self._graphs:
+                host = self._host_inputs(DecodeRows((), (), ()), plan, bucket)
+                if self._captured(key, host, plan, bucket, makes_room=False) is None:
+                    return done
+            progress(done + 1, len(self._buckets))
+        return len(self._buckets)
+
+    def _key(self, plan: StepPlan, bucket: int) -> Hashable:
+        """Which graph is a step's; all graphs go if the adapters' memory has moved."""
+        version, *groups = plan.layout
+        if version != self._memory_version:
+            self._graphs.clear()
+            self._memory_version = version
+        return (bucket, *groups)
+
+    def _captured(
+        self, key: Hashable, host: Tensor, plan: StepPlan, bucket: int, makes_room: bool = True
+    ) -> _Graph | None:
+        """A new graph; None if it cannot be captured now.
+
+        Args:
+            makes_room: without memory for it, the less used half of the others goes.
+        """
+        try:
+            try:
+                graph = self._new_graph(host, plan, bucket)
+            except Exception as error:
+                if not (makes_room and self._graphs and is_out_of_memory(error)):
+                    raise
+                self._evict((len(self._graphs) + 1) // 2)
+                graph = self._new_graph(host, plan, bucket)
+        except Exception as error:
+            raise_device_fault(error, self._device)
+            self._retry.fail()
+            logger.warning(
+                "a CUDA graph of %d rows cannot be captured; such steps run without, and it is "
+                "tried again %s",
+                *(bucket, self._retry),
+                exc_info=True,
+            )
+            return None
+        self._graphs[key] = graph
+        self._evict(len(self._graphs) - self._max_graphs)
+        return graph
+
+    def _evict(self, number: int) -> None:
+        for _ in range(number):
+            self._graphs.popitem(last=False)
 
     def _host_inputs(self, rows: DecodeRows, plan: StepPlan, bucket: int) -> Tensor:
         """[rows, width] int32, pinned where the device is a GPU, so that the copy need not wait."""

@@ -14,13 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from neuroada_serve.engine.faults import is_device_fault
 from neuroada_serve.engine.known_code import GATED_MLP, RMS_NORM, has_code
+from neuroada_serve.engine.memory import is_out_of_memory
+from neuroada_serve.engine.retry import Retry
 from neuroada_serve.ops import cpu_team
 from neuroada_serve.ops.cpu_norm import RmsNorm
 
 logger = logging.getLogger(__name__)
 
 _ROTARY = "apply_rotary_pos_emb"
+_FIRST_PAUSE, _LONGEST_PAUSE = 4096, 1 << 20  # calls; a step makes a few for each layer
 _gates: dict[type, Callable[..., Any]] = {}  # by activation
 
 
@@ -30,63 +34,84 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 class _Fused:
-    """A compiled function that is the plain one again once it cannot be compiled."""
+    """A compiled function; the plain one while it cannot be compiled, which is tried again after a
+    pause."""
 
     def __init__(self, function: Callable[..., Any], compiler: Callable[..., Any]) -> None:
         self._function = function
-        self._run = compiler(function)
+        self._compiled = compiler(function)
+        self.retry = Retry(_FIRST_PAUSE, _LONGEST_PAUSE)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self._run(*args, **kwargs)
-        except Exception:
-            if self._run is self._function:
-                raise
-            name = self._function.__qualname__
-            logger.warning("%s cannot be compiled and runs as it is", name, exc_info=True)
-            self._run = self._function
+        self.retry.pass_turn()
+        if not self.retry.is_due:
             return self._function(*args, **kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except Exception as error:
+            if is_device_fault(error) or is_out_of_memory(error):
+                raise
+            result = self._function(*args, **kwargs)  # if it fails as well, that is the failure
+            self.retry.fail()
+            name = self._function.__qualname__
+            logger.warning(
+                "%s cannot be compiled and runs as it is; it is tried again %s",
+                *(name, self.retry),
+                exc_info=True,
+            )
+            return result
 
 
-def compile_elementwise(
-    model: nn.Module, compiler: Callable[..., Any] = _compiled
-) -> list[nn.Module]:
+class Elementwise:
+    """The parts of a model that have been compiled.
+
+    modules: those that have changed; `del module.forward` undoes one.
+    """
+
+    def __init__(self, compiler: Callable[..., Any]) -> None:
+        self.modules: list[nn.Module] = []
+        self._compiler = compiler
+        self._functions: dict[Any, _Fused] = {}  # one compilation serves all layers
+
+    @property
+    def num_failed_compilations(self) -> int:
+        """How often a part could not be compiled, or failed when it was first run."""
+        return sum(function.retry.num_failed for function in self._functions.values())
+
+    def shared(self, key: Any, function: Callable[..., Any]) -> _Fused:
+        """Return the compiled function of this key."""
+        if key not in self._functions:
+            self._functions[key] = _Fused(function, self._compiler)
+        return self._functions[key]
+
+
+def compile_elementwise(model: nn.Module, compiler: Callable[..., Any] = _compiled) -> Elementwise:
     """Compile the model's norms, rotary embedding and gated activation.
 
     Only the model's own modules change, not their classes, and a module whose code is not of the
     known form stays as it is.
-
-    Returns:
-        The changed modules; `del module.forward` undoes one.
     """
-    fused: dict[Any, _Fused] = {}  # one compilation serves all layers
-    changed: list[nn.Module] = []
-
-    def shared(key: Any, function: Callable[..., Any]) -> _Fused:
-        if key not in fused:
-            fused[key] = _Fused(function, compiler)
-        return fused[key]
-
+    fused = Elementwise(compiler)
     for module in model.modules():
         forward: Any = type(module).forward
         code = getattr(forward, "__code__", None)
         if code is None:
             continue
         if type(module).__name__.endswith("RMSNorm"):
-            new = partial(shared(forward, forward), module)
+            new = partial(fused.shared(forward, forward), module)
         elif has_code(module, GATED_MLP):
             act: Any = module.act_fn
             if any(True for _ in act.parameters()):
                 continue
-            new = partial(_gated_mlp, module, shared(type(act), _gate_of(act)))
+            new = partial(_gated_mlp, module, fused.shared(type(act), _gate_of(act)))
         elif _ROTARY in code.co_names:
             rotary = forward.__globals__[_ROTARY]
-            new = partial(_with_global(forward, _ROTARY, shared(rotary, rotary)), module)
+            new = partial(_with_global(forward, _ROTARY, fused.shared(rotary, rotary)), module)
         else:
             continue
         module.forward = new
-        changed.append(module)
-    return changed
+        fused.modules.append(module)
+    return fused
 
 
 def use_cpu_kernels(model: nn.Module) -> list[nn.Module]:

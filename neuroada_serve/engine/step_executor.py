@@ -18,6 +18,7 @@ from neuroada_serve.request import Output
 
 logger = logging.getLogger(__name__)
 
+_MOST_HALVINGS = 3  # of a step that finds no memory
 _FAILED = "the engine failed on this request's step"
 
 
@@ -52,14 +53,14 @@ class StepExecutor:
     def run(self, schedule: Schedule) -> list[Output]:
         """Run one step.
 
-        Where memory is short, what is only kept for speed is released, and the step is tried once
-        more in parts. In a part that finds none again, the request that asks for most ends. Any
-        other failure ends the requests of its part.
+        Where memory is short, what is only kept for speed is released, and the step is tried again
+        in halves, down to eighths. In one that finds none either, the request that asks for most
+        ends. Any other failure ends the requests of its part.
         """
         outputs: list[Output] = []
-        parts = deque([schedule])
+        parts = deque([(schedule, _MOST_HALVINGS)])
         while parts:
-            part = parts.popleft()
+            part, halvings = parts.popleft()
             if part.is_empty:
                 continue
             computed = {s: s.num_computed for s in part.scheduled}
@@ -78,22 +79,26 @@ class StepExecutor:
                     outputs += [self._outputs.fail(sequence, _FAILED) for sequence in computed]
                     continue
                 self._runner.release()
-                smaller = part.halves() if part is schedule else ()
-                if smaller:
+                if halves := part.halves() if halvings else ():
                     logger.warning("a step found no memory, and runs in parts: %s", error)
-                    parts.extendleft(reversed(smaller))
+                    parts.extendleft((half, halvings - 1) for half in reversed(halves))
                     continue
                 failed = most_demanding(part)
                 logger.warning("a request ends for want of memory: %s", error)
                 need = describe_need(failed)
                 outputs.append(self._outputs.end_with_error(failed, need, may_retry=True))
-                parts.appendleft(part.without(failed))
+                parts.appendleft((part.without(failed), 0))
                 continue
             outputs += self._outputs.process(part, step, chosen)
             context = sum(computed[s] for s in part.decodes)
             seconds = time.perf_counter() - started
             self._pace.record(len(part.decodes), cost, seconds, context)
         return outputs
+
+    def _cost(self, schedule: Schedule) -> float:
+        """Return the cost of the prompts' part of a step, as the pace counts it."""
+        chunks = ((c.sequence.num_computed, c.num_tokens) for c in schedule.prefills)
+        return sum(self._pace.cost(past, num_tokens) for past, num_tokens in chunks)
 
     def _compute(self, schedule: Schedule) -> tuple[StepLogits, list[Sampled | None]]:
         self._cache.change(self._tables.changes)

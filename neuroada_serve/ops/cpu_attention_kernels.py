@@ -29,7 +29,7 @@ from neuroada_serve.ops.cpu_vectors import (
     dot_pair,
     draw,
     exp,
-    fetch,
+    fetch_ahead,
     floats_at,
     fma,
     ints_at,
@@ -52,6 +52,7 @@ from neuroada_serve.ops.cpu_vectors import (
     widen,
 )
 
+AHEAD = 64  # positions between those that are used and those that are fetched
 SINGLE = 32  # in steps of more tokens, QUERIES tokens of a sequence attend together
 
 attention_at, _write_block = block_reader(AttentionBlock), block_reader(WriteBlock)
@@ -286,9 +287,13 @@ def _attend_together(
     # 1. Scores, 16 positions side by side.
     for start in range(0, padded, LANES):
         at = args.keys + size * _cell(args, slot, kv_head, first + start)
-        if start + LANES < padded:
-            coming = _cell(args, slot, kv_head, first + start + LANES)
-            fetch(args.keys + size * coming, row_bytes * LANES)
+        ahead = start + AHEAD
+        if ahead < padded:
+            coming = args.keys + size * _cell(args, slot, kv_head, first + ahead)
+            fetch_ahead(coming, row_bytes * LANES)
+        elif ahead < 2 * padded:
+            coming = args.values + size * _cell(args, slot, kv_head, first + ahead - padded)
+            fetch_ahead(coming, row_bytes * LANES)
         low, high = max(0, seen - first - start), min(LANES - 1, last - first - start)
         _set_rows(rows, at, row_bytes, low, high)
         _turn(rows_at, keys, dim, kind)
@@ -313,9 +318,9 @@ def _attend_together(
         put(spread(np.float32(0)), out + 4 * i)
     for start in range(0, padded, LANES):
         at = args.values + size * _cell(args, slot, kv_head, first + start)
-        if start + LANES < padded:
-            coming = _cell(args, slot, kv_head, first + start + LANES)
-            fetch(args.values + size * coming, row_bytes * LANES)
+        if start + AHEAD < padded:
+            coming = args.values + size * _cell(args, slot, kv_head, first + start + AHEAD)
+            fetch_ahead(coming, row_bytes * LANES)
         low, high = max(0, seen - first - start), min(LANES - 1, last - first - start)
         _set_rows(rows, at, row_bytes, low, high)
         weights = scratch + 4 * start

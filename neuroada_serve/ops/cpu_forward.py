@@ -146,6 +146,7 @@ class CpuForward:
         self._group = max(a.heads // a.kv_heads for a, _ in self._attentions)
         self._step = blocks.StepBlock()
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._nothing = self._logits, self._scratch
         self._program = self._new_program()
 
     def __call__(self, tokens: Tokens, kept: Tensor, caches: Caches, plan: StepPlan) -> Tensor:
@@ -191,8 +192,7 @@ class CpuForward:
 
     def release(self) -> None:
         """Release memory that grows with the tokens of a run and their context."""
-        self._logits = torch.empty(0, self._decoder.head.weight.d_out)
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._logits, self._scratch = self._nothing  # made before: there may be no memory now
 
     def _set_caches(self, caches: Caches) -> None:
         for attention, block in self._attentions:

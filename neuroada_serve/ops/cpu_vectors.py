@@ -440,12 +440,12 @@ _widen_bf16, _widen_f16 = _converter(BFLOAT16, True), _converter(FLOAT16, True)
 _narrow_bf16, _narrow_f16 = _converter(BFLOAT16, False), _converter(FLOAT16, False)
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Begin to fetch the cache line at an address."""
+def prefetch(builder: Any, address: Any, level: int = 1) -> None:
+    """Begin to fetch the cache line at an address, to this level of the cache."""
     byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
     function = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
     begin = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-    read, keep, data = (ir.Constant(word, value) for value in (0, 3, 1))
+    read, keep, data = (ir.Constant(word, value) for value in (0, 4 - level, 1))
     builder.call(begin, [builder.inttoptr(address, byte), read, keep, data])
 
 
@@ -462,20 +462,26 @@ def prefetch_rows(typing: Any, rows: Any, offset: Any) -> Any:
     return types.none(types.intp, types.intp), generate
 
 
-@intrinsic
-def _prefetch_line(typing: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        prefetch(builder, args[0])
-        return context.get_dummy_value()
+def _fetcher(level: int) -> Any:
+    @intrinsic
+    def prefetch_line(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            prefetch(builder, args[0], level)
+            return context.get_dummy_value()
 
-    return types.none(types.intp), generate
+        return types.none(types.intp), generate
+
+    @njit
+    def fetch(address: int, size_bytes: int) -> None:
+        """Begin to fetch the cache lines of a stretch of memory."""
+        for line in range(address // LINE * LINE, address + size_bytes, LINE):
+            prefetch_line(line)
+
+    return fetch
 
 
-@njit
-def fetch(address: int, size_bytes: int) -> None:
-    """Begin to fetch the cache lines of a stretch of memory."""
-    for line in range(address // LINE * LINE, address + size_bytes, LINE):
-        _prefetch_line(line)
+# What is needed at once, and what is needed later: it would drive the first out of a small cache.
+fetch, fetch_ahead = _fetcher(1), _fetcher(2)
 
 
 @intrinsic

@@ -7,10 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from neuroada_serve import SamplingParams
 from neuroada_serve.adapters.format import save_adapter
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine import kv_cache
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.engine.kv_cache import CacheMemoryError, KVCache
 from neuroada_serve.engine.memory import is_out_of_memory
+from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.ops import matrix
 from neuroada_serve.request import FinishReason
@@ -23,116 +22,21 @@ DRAWN = SamplingParams(seed=3, max_tokens=6, ignore_eos=True)
 
 
 class NoMemory(TorchDispatchMode):
-    """The n-th operator that takes memory gets none; each is counted."""
+    """Every n-th operator that takes memory gets none; num_refused counts them."""
 
-    def __init__(self, fails_at: int) -> None:
+    def __init__(self, each: int) -> None:
         super().__init__()
-        self.left = fails_at
+        self._each = each
+        self._num_asked = 0
+        self.num_refused = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not (func._schema.is_mutable or str(func).startswith("aten.view")):
-            self.left -= 1
-            if not self.left:
+            self._num_asked += 1
+            if self._num_asked % self._each == 0:
+                self.num_refused += 1
                 raise RuntimeError(REFUSAL)
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def refuse(monkeypatch):
-    """refuse(n): the n-th memory that the KV cache asks for is not given, nor any after it until
-    refuse(0)."""
-    state = {"left": 0}
-    make = kv_cache._zeros
-
-    def zeros(shape, like):
-        if state["left"]:
-            state["left"] -= 1
-            if state["left"] == 0:
-                state["left"] = 1
-                raise RuntimeError(REFUSAL)
-        return make(shape, like)
-
-    monkeypatch.setattr(kv_cache, "_zeros", zeros)
-    return lambda n: state.update(left=n)
-
-
-def filled_cache(num_layers: int = 3) -> KVCache:
-    cache = KVCache(max_slots=4, max_tokens=512)
-    for layer in range(num_layers):
-        cache.add_layer(layer, kv_heads=2, head_dim=4, dtype=torch.float32)
-    cache.reserve(2, 100)
-    for layer in range(num_layers):
-        for tensor in cache.layer(layer):
-            tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
-    return cache
-
-
-# --- the cache -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", range(1, 7))
-def test_failed_growth_leaves_the_cache_as_it_was(refuse, n):
-    cache, same = filled_cache(), filled_cache()
-    refuse(n)
-    with pytest.raises(CacheMemoryError, match="4 x 300 tokens.*it has 2 x 128"):
-        cache.reserve(3, 300)
-    refuse(0)
-    assert cache.holds(1, 128)
-    assert not cache.holds(2, 1)
-    assert not cache.holds(0, 129)
-    for layer in range(3):
-        ours, before = (c.view(layer, 0, 2, 128) for c in (cache, same))
-        assert torch.equal(ours[0], before[0])
-        assert torch.equal(ours[1], before[1])
-    cache.reserve(3, 300)
-    assert all(k.shape == v.shape == (4, 2, 300, 4) for _, (k, v) in cache.layers())
-    assert torch.equal(cache.view(2, 0, 2, 128)[1], same.view(2, 0, 2, 128)[1])
-
-
-@pytest.mark.parametrize("n", range(1, 7))
-def test_failed_first_growth_leaves_the_cache_empty(refuse, n):
-    cache = KVCache(4, 512)
-    for layer in range(3):
-        cache.add_layer(layer, 2, 4, torch.float32)
-    refuse(n)
-    with pytest.raises(CacheMemoryError):
-        cache.reserve(1, 500)
-    refuse(0)
-    assert not cache.holds(0, 1)
-    assert not list(cache.layers())
-    cache.reserve(1, 10)
-    assert cache.view(2, 0, 1, 10)[0].shape == (1, 2, 10, 4)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_failed_first_write_forgets_the_sizes_it_had_no_memory_for(refuse, n):
-    cache, k = KVCache(4, 512), torch.ones(1, 2, 4)
-    at = torch.zeros(1, dtype=torch.int64)
-    cache.reserve(1, 400)
-    refuse(n)
-
-    def write() -> None:
-        for layer in range(2):
-            cache.write(layer, k, k, at, at)
-
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
-        write()
-    refuse(0)
-    assert not cache.holds(0, 1)
-    cache.reserve(1, 5)
-    write()
-    for layer in range(2):
-        assert torch.equal(cache.view(layer, 0, 1, 1)[1], k.transpose(0, 1)[None])
-
-
-def test_cache_version_changes_with_a_failed_growth(refuse):
-    """Layers that were given back have moved: a kernel that has addresses must ask again."""
-    cache = filled_cache()
-    version = cache.version
-    refuse(4)
-    with pytest.raises(CacheMemoryError):
-        cache.reserve(4, 300)
-    assert cache.version != version
 
 
 @pytest.mark.parametrize(
@@ -195,52 +99,66 @@ def answers(engine: Engine, names=tuple(REQUESTS)) -> dict[str, tuple[list[int],
     return found
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_prompt_without_room_ends_alone(new_engine, refuse, n):
-    engine = new_engine(max_num_batched_tokens=64)
-    expected = answers(engine)
-    for name in ("short", "drawn"):
-        engine.add_request(name, *REQUESTS[name])
-    engine.step()
-    engine.add_request("long", *REQUESTS["long"])
-    found: dict = {name: ([], []) for name in REQUESTS}
-    found["short"][0].append(expected["short"][0][0])
-    found["drawn"][0].append(expected["drawn"][0][0])
-    refuse(n)  # slots are doubled for the third, then tokens: all fail
-    while engine.has_unfinished:
-        for output in engine.step():
-            tokens, finals = found[output.request_id]
-            tokens += output.token_ids
-            finals += [output] if output.finished else []
-    refuse(0)
+def refuse_above(engine: Engine, monkeypatch, num_tokens: int, name: str | None = None) -> list:
+    """Let steps of more tokens find no memory, all or those of one request; return the sizes of
+    those that do."""
+    sizes: list[int] = []
+    run = engine._runner.run
+
+    def limited(schedule: Schedule, merged):
+        size = len(schedule.decodes) + sum(c.num_tokens for c in schedule.prefills)
+        names = {s.request_id for s in schedule.scheduled}
+        if size > num_tokens and (name is None or name in names):
+            raise RuntimeError(REFUSAL)
+        sizes.append(size)
+        return run(schedule, merged)
+
+    monkeypatch.setattr(engine._runner, "run", limited)
+    return sizes
+
+
+def test_step_without_memory_runs_in_parts(new_engine, monkeypatch):
+    expected = answers(new_engine())
+    engine = new_engine()
+    sizes = refuse_above(engine, monkeypatch, 128)
+    found = answers(engine)
+    assert {n: a[0] for n, a in found.items()} == {n: a[0] for n, a in expected.items()}
+    assert not any(final.error for _, (final,) in found.values())
+    assert 64 < max(sizes) <= 128
+
+
+def test_request_that_never_finds_memory_ends_alone(new_engine, monkeypatch):
+    expected = answers(new_engine())
+    engine = new_engine()
+    with monkeypatch.context() as short:
+        refuse_above(engine, short, 0, "long")
+        found = answers(engine)
     (final,) = found["long"][1]
     assert (final.finish_reason, final.may_retry) == (FinishReason.ERROR, True)
     assert "200 prompt tokens" in final.error
-    assert "KV cache of" in final.error
+    assert "found no memory" in final.error
     for name in ("short", "drawn"):
         assert found[name][0] == expected[name][0]
     assert {n: a[0] for n, a in answers(engine).items()} == {n: a[0] for n, a in expected.items()}
 
 
-def test_failure_anywhere_in_a_step_ends_one_request_and_nothing_else(new_engine):
-    """Whatever memory of any step is not given: one request ends, the others' tokens are right,
-    and so are all of the next ones."""
+def test_refusals_anywhere_in_a_step_end_no_more_than_its_requests(new_engine):
+    """Every n-th memory is not given: tokens are right as far as they come, requests that end say
+    why, and all of the next ones are right."""
     expected = {name: tokens for name, (tokens, _) in answers(new_engine()).items()}
     engine = new_engine(max_num_batched_tokens=64)
-    n, num_failed, in_a_row = 1, 0, 0
-    while in_a_row < 2:
-        with NoMemory(n) as mode:
+    num_failed = num_refused = 0
+    for each in range(1, 51):
+        with NoMemory(each) as mode:
             found = answers(engine)
-        failed = [name for name, (_, (final,)) in found.items() if final.error]
-        for name, (tokens, _) in found.items():
+        num_refused += mode.num_refused
+        for name, (tokens, (final,)) in found.items():
             assert tokens == expected[name][: len(tokens)]
-            assert name in failed or tokens == expected[name]
-        assert len(failed) <= 1
-        num_failed += len(failed)
-        in_a_row = in_a_row + 1 if mode.left > 0 else 0
-        n += 1 + n // 12
-    assert num_failed > 20
-    assert {name: tokens for name, (tokens, _) in answers(engine).items()} == expected
+            assert final.may_retry if final.error else tokens == expected[name]
+            num_failed += final.error is not None
+        assert {name: tokens for name, (tokens, _) in answers(engine).items()} == expected
+        assert engine.metrics.kv.used == 0
+    assert num_refused > num_failed > 20
 
 
 @pytest.mark.parametrize("how", ["end", "abort", "error", "abort of a waiting one"])
@@ -248,7 +166,7 @@ def test_memory_is_free_once_the_last_sequence_has_ended(new_engine, how, monkey
     engine = new_engine(max_num_seqs=1)
     engine.add_request("r", *REQUESTS["long"])
     engine.step()
-    assert engine._cache.holds(0, 100)
+    assert engine.metrics.kv.used == 7  # of 32 tokens each
     if how == "error":
         monkeypatch.setattr(engine._runner, "run", lambda *args: 1 / 0)
     elif how == "abort of a waiting one":
@@ -258,33 +176,8 @@ def test_memory_is_free_once_the_last_sequence_has_ended(new_engine, how, monkey
         engine.abort("r")
     while engine.has_unfinished:
         engine.step()
-    assert not engine._cache.holds(0, 1)
-    assert not list(engine._cache.layers())
-
-
-def test_prefix_cache_without_memory_is_none_and_comes_later(new_engine, monkeypatch):
-    engine = new_engine()
-    expected = answers(engine, ["long"])["long"][0]
-    engine = new_engine()
-    with monkeypatch.context() as short:
-        short.setattr(kv_cache.KVBlocks, "_new", lambda *args: torch.empty(1 << 60))
-        assert answers(engine, ["long"])["long"][0] == expected
-    assert engine._prefixes.cache is None
-    for num_cached in (0, 192):
-        tokens, (final,) = answers(engine, ["long"])["long"]
-        assert (tokens, final.num_cached_tokens) == (expected, num_cached)
-
-
-def test_block_that_could_not_be_filled_is_never_found(new_engine, monkeypatch):
-    engine = new_engine()
-    expected = answers(engine, ["short", "long"])["long"][0]
-    engine = new_engine()
-    answers(engine, ["short"])
-    with monkeypatch.context() as short:
-        short.setattr(kv_cache.KVBlocks, "keep", lambda *args: torch.empty(1 << 60))
-        assert answers(engine, ["long"])["long"][0] == expected
-    tokens, (final,) = answers(engine, ["long"])["long"]
-    assert (tokens, final.num_cached_tokens) == (expected, 0)
+    assert engine.metrics.kv.used == 0
+    assert not engine._tables.blocks.take_unused(), "given back already"
 
 
 @pytest.mark.parametrize("place", ["_originals", "add_plane"])

@@ -166,7 +166,7 @@ class FakeCache:
         """Return the cells of all tokens of a sequence."""
         line = self._lines.setdefault(sequence, [])
         if len(line) < sequence.num_tokens:
-            key = b"" if self.tables._root_of is None else self.tables._root_of(sequence)
+            key = root_of(sequence)
             root = self._roots.setdefault(key, Cell(key=key))
             for token in sequence.token_ids[len(line) :]:
                 line.append((line[-1] if line else root).after(token))

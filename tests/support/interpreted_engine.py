@@ -6,7 +6,6 @@ import torch
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.engine import triton_attention
 from neuroada_serve.engine.cuda_graphs import cuda_capture
-from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.runner import ModelRunner
 from neuroada_serve.model import bypass_linear
 from neuroada_serve.ops.triton_bypass import bypass_add_triton_
@@ -46,16 +45,17 @@ def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
 
     monkeypatch.setattr(triton_attention, "_MAX_SPLITS", 2)  # each program is slow interpreted
     monkeypatch.setattr(bypass_linear, "bypass_add_", add_)
-    engine._runner = ModelRunner(
+    runner = ModelRunner(
         engine.base,
         engine.adapters.bank,
         engine._runner._context,
-        KVCache(5, engine.max_model_len, coarse=True),
+        engine._cache,
         engine.adapters.tiers.resident,
         enforce_eager=True,
         capture=record if DEVICE.type == "cpu" else cuda_capture(),
     )
-    graphs = engine._runner.graphs
+    engine._runner = engine._executor._runner = runner
+    graphs = runner.graphs
     assert graphs is not None
     assert [a.token_ids for a in llm.generate(prompts, params, NAMES)] == expected
     captured = len(graphs)
@@ -66,5 +66,5 @@ def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
     known = len(graphs)
     assert [a.token_ids for a in llm.generate(prompts, params, NAMES)] == expected
     assert len(graphs) == known, "the last round met nothing new"
-    assert not graphs._failed
+    assert not graphs.num_failed_captures
     assert not torch.cuda.is_available() or engine.base.device.type == "cuda"
