@@ -213,8 +213,8 @@ class FakeEngine:
         assert not self.scheduler.waiting._accounts.root.num_present
         assert sorted(self.scheduler._free_slots) == list(range(self.scheduler.max_num_seqs))
         assert not self.tables.blocks.num_used
-        assert not self.tables._coming
-        assert not self.tables._announced
+        assert not self.tables._coming._owners
+        assert not self.tables._coming._announced
 
     def step(self, fault: Fault | None = None) -> Schedule:
         self.adapters.step()
