@@ -219,11 +219,18 @@ class ServerConfig:
     drain_timeout_s: float = option(
         10.0, "Seconds that running requests may take to finish after a stop signal.", "HTTP"
     )
+    # The first step may compile kernels for minutes. vLLM and SGLang give a step as long.
+    step_timeout_s: float = option(
+        300.0,
+        "Seconds after which a step of the engine counts as hanging: until it ends, /health and "
+        "new requests get HTTP 503.",
+        "HTTP",
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port must be within 0..65535, got {self.port}")
-        at_least(self, max_waiting=1, drain_timeout_s=0, max_connections=1)
+        at_least(self, max_waiting=1, drain_timeout_s=0, max_connections=1, step_timeout_s=1)
         if self.log_level not in LOG_LEVELS:
             raise UsageError(
                 f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"

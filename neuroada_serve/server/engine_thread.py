@@ -19,10 +19,12 @@ from typing import Any, Protocol, TypeVar
 from neuroada_serve.adapters.directory import Rescan
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.adapter_manager import AdapterInfo
+from neuroada_serve.engine.faults import raise_device_fault
 from neuroada_serve.errors import EngineError, NeuroAdaError
 from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import Output, SamplingParams
+from neuroada_serve.server.heartbeat import Heartbeat
 from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -124,6 +126,7 @@ class EngineThread:
     Args:
         deliver: gets the outputs of a step, on the event loop.
         on_death: called once on the event loop when the engine has failed.
+        heartbeat: entered for every step.
 
     dead: the engine has failed.
     """
@@ -134,8 +137,10 @@ class EngineThread:
         loop: asyncio.AbstractEventLoop,
         deliver: Callable[[Sequence[Output]], None],
         on_death: Callable[[], None],
+        heartbeat: Heartbeat,
     ) -> None:
         self.dead = False
+        self.heartbeat = heartbeat
         self._engine = engine
         self._loop = loop
         self._deliver = deliver
@@ -152,12 +157,14 @@ class EngineThread:
 
     def start(self) -> None:
         self._thread.start()
+        self._watching = self._loop.create_task(self.heartbeat.watch())
 
     async def stop(self) -> None:
         """End after the current step, or leave a long one behind."""
         self._closing = True
         self._engine.wakeup.notify()
         await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
+        self._watching.cancel()
         if self._thread.is_alive():
             logger.error("the engine is still in a step after %s s; left behind", JOIN_TIMEOUT_S)
 
@@ -197,12 +204,14 @@ class EngineThread:
     def _main(self) -> None:
         try:
             while (commands := self._take()) is not None:
-                self._execute(commands)
-                outputs = self._engine.step()
+                with self.heartbeat:
+                    self._execute(commands)
+                    outputs = self._engine.step()
                 if outputs:
                     self._post(self._deliver, outputs)
-        except BaseException:
-            logger.critical("the engine failed; the server stops", exc_info=True)
+        except BaseException as error:
+            cause = f"{type(error).__name__}: {error}"
+            logger.critical("the engine failed and the server stops: %s", cause, exc_info=True)
             self.dead = True
             self._post(self._on_death)
 
@@ -222,6 +231,7 @@ class EngineThread:
             except EngineError:
                 raise
             except Exception as error:
+                raise_device_fault(error)
                 if command.reply is None:
                     raise
                 replies.append((command.reply, None, error))

@@ -57,7 +57,8 @@ def serve(
         limits: time limits for clients.
 
     Returns:
-        The process's exit code: 0 after a signal, 70 after the engine's death.
+        The process's exit code: 0 after a signal, 70 after the engine's death, or where it was
+        left behind in a step that hangs.
 
     Raises:
         UsageError: the address cannot be listened on.
@@ -92,7 +93,7 @@ async def _serve(
             await server.serve(sockets=[bound])
         finally:
             log.cancel()
-    return os.EX_SOFTWARE if server.worker.dead else os.EX_OK
+    return os.EX_SOFTWARE if server.worker.dead or server.worker.hangs else os.EX_OK
 
 
 class _Server(uvicorn.Server):
@@ -107,7 +108,7 @@ class _Server(uvicorn.Server):
         max_connections: int,
         on_ready: Callable[[], None],
     ) -> None:
-        self.worker = Worker(engine, config.max_waiting, on_death=self.stop)
+        self.worker = Worker(engine, config.max_waiting, self.stop, config.step_timeout_s)
         rescans = Rescans(self.worker.adapters)
         super().__init__(
             uvicorn.Config(

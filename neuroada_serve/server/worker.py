@@ -4,6 +4,7 @@ Call methods of `Worker` only on the event loop that entered it.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from neuroada_serve.errors import EngineError, NeuroAdaError, Unavailable
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import Output, SamplingParams
 from neuroada_serve.server.engine_thread import Adapters, Engine, EngineThread
+from neuroada_serve.server.heartbeat import Heartbeat
 
 
 class Stream:
@@ -71,6 +73,7 @@ class Worker:
         max_waiting: once this many choices wait for a place in the batch, requests of callers
             that have their share of the queue are refused; at twice as many, all are.
         on_death: called once on the event loop if the engine dies, after its requests have failed.
+        step_timeout_s: while a step takes longer, requests are refused.
     """
 
     def __init__(
@@ -78,12 +81,14 @@ class Worker:
         engine: Engine,
         max_waiting: int = 256,
         on_death: Callable[[], None] = lambda: None,
+        step_timeout_s: float = math.inf,
     ) -> None:
         self._engine = engine
         self._max_waiting = max_waiting
         self._on_death = on_death
         loop = asyncio.get_running_loop()
-        self._thread = EngineThread(engine, loop, self._deliver, self._die)
+        heartbeat = Heartbeat(step_timeout_s)
+        self._thread = EngineThread(engine, loop, self._deliver, self._die, heartbeat)
         self._streams: dict[str, Stream] = {}  # by engine request id
         self._arriving: set[asyncio.Task[Any]] = set()  # of requests that come before `submit`
         self._draining = False
@@ -122,9 +127,14 @@ class Worker:
         return self._thread.dead
 
     @property
+    def hangs(self) -> bool:
+        """True while a step takes too long."""
+        return self._thread.heartbeat.hangs_s is not None
+
+    @property
     def ready(self) -> bool:
         """True while requests are accepted, unless the queue is full."""
-        return self._thread.takes_commands and not self._draining
+        return self._thread.takes_commands and not self._draining and not self.hangs
 
     @property
     def idle(self) -> bool:
@@ -208,14 +218,22 @@ class Worker:
             task.cancel()
 
     def require_ready(self) -> None:
-        """Refuse everything once the engine has failed or the server is shutting down.
+        """Refuse everything once the engine has failed or the server is shutting down, and while
+        a step hangs.
 
         Raises:
             Unavailable
         """
-        if not self.ready:
-            reason = "its engine failed" if self.dead else "it is shutting down"
-            raise Unavailable(f"the server takes no requests: {reason}")
+        hangs_s = self._thread.heartbeat.hangs_s
+        if self.dead:
+            reason = "its engine failed"
+        elif self._draining or not self._thread.takes_commands:
+            reason = "it is shutting down"
+        elif hangs_s is not None:
+            reason = f"a step of its engine has taken {hangs_s:.0f} s so far"
+        else:
+            return
+        raise Unavailable(f"the server takes no requests: {reason}")
 
     def _abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:

@@ -4,6 +4,7 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
+import torch
 
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import (
@@ -127,3 +128,15 @@ async def test_refused_prompt_takes_its_siblings_with_it(client: Client) -> None
     error_of(await client.complete(["fine", "x" * 101], **ENDLESS), 400)
     assert client.engine.requests == []
     assert client.worker.idle
+
+
+async def test_device_that_fails_between_two_steps_ends_the_engine_too() -> None:
+    async with serving() as client:
+
+        def fail(*args: object) -> None:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        client.engine.add_requests = fail
+        error_of(await client.complete(), 500)
+        await until(client.died.is_set)
+        assert "its engine failed" in error_of(await client.get("/health"), 503)["message"]

@@ -60,7 +60,8 @@ async def serving(engine: FakeEngine | None = None, **config: Any) -> AsyncItera
     engine = engine or FakeEngine()
     settings = ServerConfig(**config)
     died = asyncio.Event()
-    async with Worker(engine, settings.max_waiting, on_death=died.set) as worker:
+    limit_s = settings.step_timeout_s
+    async with Worker(engine, settings.max_waiting, died.set, limit_s) as worker:
         app = create_app(worker, settings)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with Client(

@@ -11,8 +11,9 @@ router = APIRouter(route_class=BoundedRoute)
 
 @router.get("/health")
 async def health(server: Server) -> Response:
-    """Return 200 while requests are accepted, else 503; no body."""
-    return Response(status_code=200 if server.worker.ready else 503)
+    """Return 200 without a body while requests are accepted, else 503 with the reason."""
+    server.worker.require_ready()
+    return Response()
 
 
 @router.get("/version")
