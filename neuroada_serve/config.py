@@ -212,9 +212,7 @@ class ServerConfig:
     )
     log_level: str = option("info", "debug, info, warning, error or critical.", "Log")
     enable_log_requests: bool = option(
-        False,
-        "Log a line for every request: client, status, time, model, tokens; no prompts.",
-        "Log",
+        False, "Log a line for a request: client, status, time, model, tokens; no prompts.", "Log"
     )
     drain_timeout_s: float = option(
         10.0, "Seconds that running requests may take to finish after a stop signal.", "HTTP"
