@@ -65,7 +65,7 @@ class EngineConfig:
         None,
         "Milliseconds between two tokens of an answer to keep while prompts are prefilled beside "
         "it: chunks get smaller until steps take less. Default: a step with prompts may take twice "
-        "as long as one without, or 50 ms.",
+        "as long as one without.",
         "Scheduling",
     )
     enforce_eager: bool = option(
