@@ -94,9 +94,9 @@ def kv_budget(base: BaseModel, config: EngineConfig, max_model_len: int) -> KVBu
     idle_blocks = idle_bytes // size
     most = config.max_num_seqs * -(-max_model_len // block_tokens) + idle_blocks
     num_blocks = min(max(num_bytes, 0) // size, most)
-    needed = -(-(config.max_model_len or 1) // block_tokens)
-    if num_blocks < max(needed, 1):
-        needed_bytes = max(needed, 1) * size
+    needed = -(-(max_model_len if config.max_model_len else 1) // block_tokens)
+    if num_blocks < needed:
+        needed_bytes = needed * size
         larger = "--kv-cache-memory" if is_cpu else "--gpu-memory-utilization or --kv-cache-memory"
         raise UsageError(
             f"one sequence of {needed * block_tokens:,} tokens needs {needed_bytes / 2**20:,.0f} "

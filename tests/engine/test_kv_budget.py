@@ -163,6 +163,12 @@ def test_refusal_names_the_shares_of_a_gpu(base, monkeypatch):
         kv_budget(Gpu(), EngineConfig(), 256)
 
 
+def test_length_beyond_the_models_own_needs_no_more_room_than_that(base, size):
+    """The engine bounds max_model_len by the model's."""
+    config = EngineConfig(max_model_len=10_000, max_num_seqs=1, kv_cache_memory=8 * size)
+    assert kv_budget(base, config, 256).num_blocks == 8
+
+
 def test_engine_bounds_the_length_that_nobody_asked_for(source, size):
     engine = Engine(load_base(source), EngineConfig(kv_cache_memory=3 * size))
     assert engine.max_model_len == 3 * CPU_BLOCK_TOKENS
