@@ -163,6 +163,12 @@ def test_copies_are_made_in_order_and_may_be_made_again():
         assert_same(read(cache, 2, 3), written)
 
 
+def test_of_two_blocks_for_one_place_the_last_counts():
+    cache = new_cache()
+    cache.change(Changes(entries=[(1, 0, 4), (1, 1, 2), (1, 0, 6)]))
+    assert cache.tables[1, :2].tolist() == [6, 2]
+
+
 def test_nothing_moves():
     cache = new_cache()
     places = [part.data_ptr() for layer in UNEVEN for part in cache.layer(layer)]
