@@ -199,15 +199,15 @@ class FakeEngine:
     def run(self, num_steps: int) -> list[Schedule]:
         return [self.step() for _ in range(num_steps)]
 
-    def run_until(self, holds: Callable[[], bool]) -> None:
+    def run_until(self, holds: Callable[[], bool], most_steps: int = 3000) -> None:
         start = self.steps
         while not holds():
-            assert self.steps < start + 3000
+            assert self.steps < start + most_steps
             self.step()
 
-    def drain(self) -> None:
+    def drain(self, most_steps: int = 3000) -> None:
         """Until all have ended; nothing may be left of them."""
-        self.run_until(lambda: not self.scheduler.has_unfinished)
+        self.run_until(lambda: not self.scheduler.has_unfinished, most_steps)
         assert not self.adapters.holders
         assert not self.scheduler._turns._begun
         assert not self.scheduler.waiting._accounts.root.num_present
