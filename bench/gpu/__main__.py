@@ -3,15 +3,18 @@
 First the kernels are checked against the reference, replayed decode steps against eager ones and
 unmerging against the bits it must restore. Then, each beside the floor (bytes that must move over
 the measured copy bandwidth): decode steps by batch, distinct adapters and k; the same steps with a
-batched LoRA r=16; prefill by gather and with the values written into the weights; the swap of a
-merged adapter; batches drawn from 10,000 adapters on the device; and the kernels' tiles. Every part
-stops at the time limit and says what it left out. Needs torch, transformers, triton and rich.
+batched LoRA r=16; chunks of prompts beside decodes, launches a layer and the warm-up; prefill by
+gather and with the values written into the weights; the swap of a merged adapter; batches drawn
+from 10,000 adapters on the device; the attention kernels beside a contiguous cache and SDPA; a card
+filled with requests; and the tiles of the op. Every part stops at the time limit and says what it
+left out. Needs torch, transformers, triton and rich.
 
     python -m bench.gpu [--minutes 8.5] [--out FILE] [--tiny --device cpu]
 
 Not measured: HTTP, sampling other than greedy, other models.
 """
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +23,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bench.gpu.attention import LLAMA_ATTENTION, TINY_ATTENTION, measure_attention
 from bench.gpu.checks import check_classifier, check_engine, check_entries, check_kernels
 from bench.gpu.model import (
     LLAMA_8B,
@@ -27,11 +31,13 @@ from bench.gpu.model import (
     TINY,
     Shape,
     add_adapters,
+    cache_bytes,
     new_runner,
     random_base,
     run_tokens,
 )
 from bench.gpu.report import Report, copy_bandwidth, met_targets, show
+from bench.gpu.serving import measure_filled, measure_mixed, measure_warm_up
 from bench.gpu.steps import (
     measure_decode,
     measure_lora,
@@ -81,33 +87,14 @@ def measure(report: Report, shape: Shape) -> None:
         report.facts["multiprocessors"] = chip.multi_processor_count
     bandwidth = copy_bandwidth(device, shape.copy_bytes)
     report.facts["copy_bytes_per_s"] = bandwidth * 1000
-    engine: Engine | None = None
-    with report.part("build model"), run_tokens(NO_RUNS):
-        largest = max(shape.batches)
-        config = EngineConfig(
-            max_num_seqs=largest,
-            max_num_batched_tokens=shape.prefill_tokens,
-            adapter_memory=adapter_bytes(shape),
-            adapter_host_memory=1 << 30,
-            prefix_cache_memory=0,
-        )
-        engine = Engine(random_base(shape, device, torch.bfloat16), config)
-        add_adapters(engine, shape.ks, max(4, *shape.distinct))
-    if engine is None:
-        return
-    runner = new_runner(engine, largest, shape.context + 8)
-    runner.cache.reserve(largest, shape.context)
-    for batch in shape.batches:
-        with report.part(f"decode, batch {batch}"), run_tokens(NO_RUNS):
-            measure_decode(report, engine, shape, bandwidth, runner, batch)
-    with report.part("prefill"):
-        measure_prefill(report, engine, shape)
-    with report.part("swap"):
-        measure_swap(report, engine, shape)
-    with report.part("residents"), run_tokens(NO_RUNS):
-        measure_residents(report, engine, shape, runner)
-    with report.part("lora"), run_tokens(NO_RUNS):
-        measure_lora(report, engine, shape, runner)
+    with report.part("attention kernels"):
+        measure_attention(report, LLAMA_ATTENTION if shape is LLAMA_8B else TINY_ATTENTION)
+    with report.part("steps"):
+        measure_steps(report, shape, bandwidth)
+    release_memory(device)
+    with report.part("filled card"):
+        measure_filled(report, shape)
+    release_memory(device)
 
     # 3. Which tiles?
     if on_gpu:
@@ -115,6 +102,50 @@ def measure(report: Report, shape: Shape) -> None:
             check_early(report)
         with report.part("tiles"):
             measure_tiles(report)
+
+
+def measure_steps(report: Report, shape: Shape, bandwidth: float) -> None:
+    """Run the parts that take steps of one engine."""
+    largest = max(shape.batches)
+    config = EngineConfig(
+        max_num_seqs=largest,
+        max_num_batched_tokens=shape.prefill_tokens,
+        adapter_memory=adapter_bytes(shape),
+        adapter_host_memory=1 << 30,
+        kv_cache_memory=cache_bytes(shape),
+        prefix_cache_memory=0,
+    )
+    with run_tokens(NO_RUNS):
+        engine = Engine(random_base(shape, report.device, torch.bfloat16), config)
+        add_adapters(engine, shape.ks, max(4, *shape.distinct))
+    try:
+        runner = new_runner(engine, largest, shape.context)
+        for batch in shape.batches:
+            with report.part(f"decode, batch {batch}"), run_tokens(NO_RUNS):
+                measure_decode(report, engine, shape, bandwidth, runner, batch)
+        with report.part("mixed steps"):
+            measure_mixed(report, engine, shape, runner)
+        with report.part("warm-up"):
+            measure_warm_up(report, engine, shape)
+        with report.part("prefill"):
+            measure_prefill(report, engine, shape)
+        with report.part("swap"):
+            measure_swap(report, engine, shape)
+        runner = new_runner(engine, largest, shape.context)
+        with report.part("residents"), run_tokens(NO_RUNS):
+            measure_residents(report, engine, shape, runner)
+        with report.part("lora"), run_tokens(NO_RUNS):
+            measure_lora(report, engine, shape, runner)
+    finally:
+        engine.adapters.tiers.close()
+
+
+def release_memory(device: torch.device) -> None:
+    """Give the memory of an engine that is gone back to the device."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

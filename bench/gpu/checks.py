@@ -18,8 +18,9 @@ from bench.gpu.report import Report
 from neuroada_serve.adapters.format import Adapter
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine.batcher import Chunk
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.engine.scheduler import Chunk, Schedule
+from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.ops.bypass import (
     BypassTable,
     TokenSlots,

@@ -14,17 +14,35 @@ from neuroada_serve.adapters.format import Adapter, AdapterConfig, BaseSpec, Mod
 from neuroada_serve.adapters.residency import Reading, Resident, Writing
 from neuroada_serve.adapters.select import magnitude_index
 from neuroada_serve.adapters.store import AdapterVersion
+from neuroada_serve.engine.batcher import Chunk
+from neuroada_serve.engine.cuda_graphs import Capture
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.engine.kv_cache import KVCache
+from neuroada_serve.engine.kv_budget import CPU_BLOCK_TOKENS
 from neuroada_serve.engine.runner import ModelRunner
 from neuroada_serve.engine.sampler import sample
-from neuroada_serve.engine.scheduler import Chunk, Schedule
+from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.engine.sequence import Sequence as EngineSequence
 from neuroada_serve.model.loader import BaseModel, adaptable_modules, matrix_shape
 from neuroada_serve.request import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=1 << 20, ignore_eos=True)
 NO_RUNS = 1 << 30
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Requests that want more room than the cache has.
+
+    prompt_tokens: fewest and most.
+    cache_memory: its bytes; None: as the engine measures.
+    """
+
+    requests: int = 320
+    prompt_tokens: tuple[int, int] = (2000, 5000)
+    answer_tokens: int = 256
+    max_num_seqs: int = 256
+    step_tokens: int = 4096
+    cache_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,7 @@ class Shape:
     prefill_tokens: int = 4096
     residents: tuple[int, int] = (64, 10_000)  # adapters on the device, few and many
     resident_batch: int = 64
+    filled: Filled = Filled()
     samples: int = 5
     steps: int = 5  # per sample, launched without waiting in between
     copy_bytes: int = 4 << 30
@@ -65,7 +84,7 @@ TINY = Shape(
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
+        "head_dim": 16,
         "max_position_embeddings": 256,
         "initializer_range": 0.3,
         "tie_word_embeddings": False,
@@ -77,6 +96,7 @@ TINY = Shape(
     prefill_tokens=64,
     residents=(4, 40),
     resident_batch=4,
+    filled=Filled(8, (20, 40), 60, max_num_seqs=6, step_tokens=64, cache_memory=9 << 13),
     samples=2,
     steps=1,
     copy_bytes=1 << 20,
@@ -155,11 +175,29 @@ def run_tokens(number: int) -> Iterator[None]:
         bank_module.RUN_TOKENS = before
 
 
+def cache_bytes(shape: Shape) -> int:
+    """Bytes of keys and values of the largest batch, with the token that each gets."""
+    config = shape.model
+    heads, dim = config["num_key_value_heads"], config["head_dim"]
+    token = 2 * config["num_hidden_layers"] * heads * dim * 2  # bytes, of a 16-bit type
+    return int(max(shape.batches) * (shape.context + CPU_BLOCK_TOKENS) * token * 1.02) + (1 << 20)
+
+
 def new_runner(
-    engine: Engine, num_seqs: int, num_tokens: int, enforce_eager: bool = False
+    engine: Engine,
+    num_seqs: int,
+    num_tokens: int,
+    enforce_eager: bool = False,
+    capture: Capture | None = None,
 ) -> ModelRunner:
-    """Runner of the engine's model with a cache of its own."""
-    cache = KVCache(num_seqs, num_tokens, coarse=True)
+    """Runner of the engine's model on the engine's cache, in which every slot gets blocks for
+    num_tokens in shuffled order."""
+    cache = engine._cache
+    blocks = -(-num_tokens // cache.block_tokens)
+    assert num_seqs * blocks <= cache.num_blocks, (num_seqs, num_tokens, cache.num_blocks)
+    order = torch.randperm(cache.num_blocks)[: num_seqs * blocks].view(num_seqs, blocks)
+    with torch.inference_mode():
+        cache.tables[:num_seqs, :blocks] = order.to(cache.tables)
     return ModelRunner(
         engine.base,
         engine.adapters.bank,
@@ -167,6 +205,7 @@ def new_runner(
         cache,
         engine.adapters.tiers.resident,
         enforce_eager=enforce_eager,
+        capture=capture,
     )
 
 

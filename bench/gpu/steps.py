@@ -10,10 +10,11 @@ from torch import Tensor
 
 from bench.gpu.model import NO_RUNS, Shape, add_on_device, new_runner, run_tokens, sequences
 from bench.gpu.report import Report, time_ms
+from neuroada_serve.engine.batcher import Chunk
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.runner import ModelRunner
 from neuroada_serve.engine.sampler import sample
-from neuroada_serve.engine.scheduler import Chunk, Schedule
+from neuroada_serve.engine.scheduler import Schedule
 
 RANK = 16  # of the LoRA beside
 

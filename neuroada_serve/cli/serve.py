@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,6 +86,7 @@ def _load_and_serve(
                 on_progress=_shown_in(progress),
                 **vars(engine),
             )
+            llm.engine.warm_up(partial(_shown_in(progress), "Recording decode steps"))
 
     notify(f"{llm.engine.kv_budget.describe(llm.engine.max_model_len)}.")
 

@@ -6,6 +6,7 @@ most are parked and the one that has had least comes in; but first any sequence 
 Adapters are so small that a turn of a few steps repays the upload many times over.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
@@ -79,6 +80,7 @@ class AdapterTurns:
         self._can_leave = can_leave
         self._step = 0
         self._begun: dict[Hashable, int] = {}  # version in use -> step in which its turn began
+        self._num_holders: Counter[Hashable] = Counter()  # sequences, of each version in use
         self._first_in_need: Sequence | None = None  # in this step, the first that found no room
         self._need: tuple[Hashable, int] | None = None  # its version, and the step since when
 
@@ -153,6 +155,7 @@ class AdapterTurns:
             if not self._adapters.hold(sequence.version):
                 return False
             self._begun.setdefault(sequence.version, self._step)
+            self._num_holders[sequence.version] += 1
         sequence.has_adapter = True
         return True
 
@@ -164,8 +167,9 @@ class AdapterTurns:
         version = sequence.version
         if version is not None:
             self._adapters.release(version)
-            if not any(s.has_adapter and s.version is version for s in self._running.values()):
-                self._begun.pop(version, None)
+            self._num_holders[version] -= 1
+            if not self._num_holders[version]:
+                del self._num_holders[version], self._begun[version]
 
     def _is_kept_from(self, sequence: Sequence) -> bool:
         first = self._first_in_need

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.triton_attention import decode_attention, fits_decode, runs_on
+from neuroada_serve.engine.triton_prefill import Tiles, cut, prefill_attention, tile_tokens
 from neuroada_serve.errors import ModelError
 from neuroada_serve.ops import cpu_attention
 
@@ -44,7 +45,9 @@ class PackedStep:
     prefills: Sequence[PrefillSpan]
     one_by_one: bool = False  # no decode may be computed in a shape that depends on the others
     is_static: bool = False  # recorded in a CUDA graph: lengths are known on the device only
-    _masks: dict[Any, Tensor] = field(default_factory=dict)  # made once per step, not per layer
+    # made once per step, not per layer
+    _masks: dict[Any, Tensor] = field(default_factory=dict)
+    _tiles: dict[int, Tiles] = field(default_factory=dict)
 
     def decode_mask(self, window: int | None) -> Tensor:
         """[num_decodes, 1, 1, longest context] bool, True where a decode may look."""
@@ -53,6 +56,12 @@ class PackedStep:
             own = self.positions[: self.num_decodes, None]
             self._masks[window] = _visible(columns, own, window)[:, None, None]
         return self._masks[window]
+
+    def tiles(self, tokens: int) -> Tiles:
+        """Return the chunks of prompts, cut into tiles of so many tokens."""
+        if tokens not in self._tiles:
+            self._tiles[tokens] = cut(self.prefills, tokens, self.positions.device)
+        return self._tiles[tokens]
 
     def prefill_mask(self, span: PrefillSpan, window: int | None) -> Tensor:
         """[tokens, num_past + tokens] bool."""
@@ -117,10 +126,13 @@ def attend(
     parts = []
     if n := step.num_decodes:
         parts.append(_decode(module, query[0, :, :n].transpose(0, 1), step, layer))
-    for span in step.prefills:
-        rows = slice(span.start, span.stop)
-        new = query[:, :, rows], key[:, :, rows], value[:, :, rows]
-        parts.append(_prefill(*new, step, span, layer)[0].transpose(0, 1))
+    if step.prefills and _fits_prefill(query, step, layer):
+        parts.append(_prefill_paged(query[0, :, n:].transpose(0, 1), step, layer))
+    else:
+        for span in step.prefills:
+            rows = slice(span.start, span.stop)
+            new = query[:, :, rows], key[:, :, rows], value[:, :, rows]
+            parts.append(_prefill(*new, step, span, layer)[0].transpose(0, 1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
 
 
@@ -132,9 +144,10 @@ def _decode(module: Any, query: Tensor, step: PackedStep, layer: _Layer) -> Tens
     kv_heads = keys.shape[1]
     where = cache.tables, step.slots[:n], step.positions[:n]
     kinds = layer.scaling, layer.window, layer.softcap
-    if runs_on(query) and fits_decode(dim, heads // kv_heads):
+    is_alike = keys.shape == values.shape
+    if is_alike and runs_on(query) and fits_decode(dim, heads // kv_heads):
         return decode_attention(query, keys, values, *where, *kinds)
-    if keys.shape == values.shape and cpu_attention.fits(query):
+    if is_alike and cpu_attention.fits(query):
         return cpu_attention.decode_attention(query, keys, values, *where, *kinds)
     if step.is_static:
         raise ModelError(f"{type(module).__name__} has no decode kernel that a graph can replay")
@@ -154,6 +167,29 @@ def _decode(module: Any, query: Tensor, step: PackedStep, layer: _Layer) -> Tens
     # What nobody has written may be no number: no weight of 0 would hide it.
     keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
     return _attention(grouped, keys, values, mask, layer).reshape(n, heads, -1)
+
+
+def _fits_prefill(query: Tensor, step: PackedStep, layer: _Layer) -> bool:
+    """Return whether chunks of prompts are better computed by the kernel that reads the cache's
+    blocks: on a GPU, unless all are beginnings, for which torch's own kernel is faster."""
+    _, heads, _, dim = query.shape
+    keys, values = step.cache.layer(layer.number)
+    if not (
+        runs_on(query) and keys.shape == values.shape and fits_decode(dim, heads // keys.shape[1])
+    ):
+        return False
+    is_plain = layer.window is None and layer.softcap is None
+    return not is_plain or any(span.num_past for span in step.prefills)
+
+
+def _prefill_paged(query: Tensor, step: PackedStep, layer: _Layer) -> Tensor:
+    """Attention of all chunks of prompts, [tokens, heads, head_dim] for query of that shape."""
+    keys, values = step.cache.layer(layer.number)
+    _, heads, dim = query.shape
+    tokens = tile_tokens(heads, keys.shape[1], dim, query.element_size())
+    tiles = step.tiles(tokens)
+    kinds = layer.scaling, layer.window, layer.softcap
+    return prefill_attention(query, keys, values, step.cache.tables, tiles, *kinds)
 
 
 def _prefill(

@@ -8,7 +8,8 @@ copied where another block begins with them; so whoever writes to a block is its
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from neuroada_serve.engine.block_manager import BlockManager, chain_key
+from neuroada_serve.engine.block_keys import Announcements, BlockKeys
+from neuroada_serve.engine.block_manager import BlockManager
 from neuroada_serve.engine.sequence import Sequence
 
 
@@ -48,10 +49,10 @@ class BlockTables:
         self.num_hits = 0  # of them, those found
         self.changes = Changes()
         self._size = blocks.block_tokens
-        self._root_of = root_of
+        self._keys = BlockKeys(root_of, blocks.block_tokens)
+        self._coming = Announcements(blocks, self._keys, deterministic)
+        self._shares = root_of is not None
         self._deterministic = deterministic
-        self._coming: dict[bytes, Sequence] = {}  # key -> who is computing that block
-        self._announced: dict[Sequence, list[bytes]] = {}
 
     # --- room --------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class BlockTables:
             sequence.num_cached = 0
         if self._may_reuse(sequence):
             self.num_queries += sequence.num_prefill
-            self._announced[sequence] = []
+            self._coming.open(sequence)
         self.advance(sequence)
         if self._deterministic:
             whole = self.reserve(sequence, self._num_most(sequence) - sequence.num_computed)
@@ -126,28 +127,28 @@ class BlockTables:
             at = sequence.num_computed // self._size
             number = None
             if sequence.num_computed + self._size <= last:
-                number = self.blocks.find(self._key(sequence, at))
+                number = self.blocks.find(self._keys.key(sequence, at))
             if number is None:
                 break
             self.blocks.share([number])
             self._put(sequence, at, number)
             sequence.num_computed += self._size
             sequence.num_registered = at + 1
-        if self._is_coming(sequence):
+        if self._coming.is_coming(sequence):
             self._count_hits(sequence, before)
             return None
         at, within = divmod(sequence.num_computed, self._size)
         if not within:
             if not self._deterministic:
                 self._copy_common(sequence, last)
-            self._announce(sequence, at)
+            self._coming.announce(sequence, at)
         self._count_hits(sequence, before)
         return sequence.num_computed - before
 
     def computed(self, sequence: Sequence) -> None:
         """Make the blocks that a sequence has filled findable, and its prompt's last one once the
         prompt is computed."""
-        if self._root_of is None:
+        if not self._shares:
             return
         most = sequence.num_computed
         if self._deterministic:
@@ -156,11 +157,11 @@ class BlockTables:
         token_ids = sequence.token_ids if num_full > sequence.num_registered else []
         for at in range(sequence.num_registered, num_full):
             ids = token_ids[at * self._size : (at + 1) * self._size]
-            self.blocks.register(sequence.blocks[at], self._parent(sequence, at), ids)
+            self.blocks.register(sequence.blocks[at], self._keys.parent(sequence, at), ids)
         sequence.num_registered = max(sequence.num_registered, num_full)
-        if sequence in self._announced and sequence.num_computed >= sequence.num_prefill:
+        if self._coming.is_open(sequence) and sequence.num_computed >= sequence.num_prefill:
             self._register_rest(sequence)
-            self._retract(sequence)
+            self._coming.close(sequence)
 
     def release(self, sequence: Sequence, forget: bool = False) -> None:
         """Take all blocks from a sequence. What is known of them stays findable.
@@ -168,13 +169,13 @@ class BlockTables:
         Args:
             forget: what it has computed may be wrong.
         """
-        self._retract(sequence)
+        self._coming.close(sequence)
         self._drop_copy(sequence)
         blocks, sequence.blocks = sequence.blocks, []
         self.changes.entries = [e for e in self.changes.entries if e[0] != sequence.slot]
         if forget:
             self.blocks.forget(blocks)
-        elif self._root_of is not None and blocks:
+        elif self._shares and blocks:
             sequence.blocks = blocks
             self.computed(sequence)
             self._register_rest(sequence)
@@ -206,7 +207,7 @@ class BlockTables:
             return 0
         num = 0
         while (num + 1) * self._size < sequence.num_prefill:
-            number = self.blocks.find(self._key(sequence, num))
+            number = self.blocks.find(self._keys.key(sequence, num))
             if number is None or self.blocks.is_idle(number):
                 break
             num += 1
@@ -214,7 +215,7 @@ class BlockTables:
 
     def _may_reuse(self, sequence: Sequence) -> bool:
         is_scored = sequence.params.prompt_logprobs is not None and not sequence.output_token_ids
-        return self._root_of is not None and not is_scored
+        return self._shares and not is_scored
 
     def _count_hits(self, sequence: Sequence, before: int) -> None:
         num = sequence.num_computed - before
@@ -222,38 +223,11 @@ class BlockTables:
         if not sequence.output_token_ids:
             sequence.num_cached += num
 
-    def _announce(self, sequence: Sequence, first: int) -> None:
-        """Say which blocks from one on a sequence is going to compute that nobody else does."""
-        is_last_token = sequence.num_computed >= sequence.num_prefill - 1
-        if is_last_token or self._key(sequence, first) in self._coming:
-            return
-        for at in range(first, -(-sequence.num_prefill // self._size)):
-            key = self._key(sequence, at)
-            if key not in self._coming and self.blocks.find(key) is None:
-                self._coming[key] = sequence
-                self._announced[sequence].append(key)
-
-    def _retract(self, sequence: Sequence) -> None:
-        for key in self._announced.pop(sequence, ()):
-            del self._coming[key]
-
-    def _is_coming(self, sequence: Sequence) -> bool:
-        """Return whether another sequence is computing the block that comes next."""
-        at, within = divmod(sequence.num_computed, self._size)
-        least = self._size if self._deterministic else 1  # tokens that could be shared
-        if within or sequence.num_computed + least >= sequence.num_prefill:
-            return False
-        owner = self._coming.get(self._key(sequence, at))
-        if owner is None or owner is sequence:
-            return False
-        # It may have computed the block, and others have made it unfindable since.
-        return owner.num_computed < sequence.num_computed + self._size
-
     def _copy_common(self, sequence: Sequence, last: int) -> None:
         """Begin a sequence's next block with a copy of one that has tokens in common with it."""
         at, start = sequence.num_computed // self._size, sequence.num_computed
         ids = sequence.token_ids[start : min(start + self._size, last)]
-        common = self.blocks.find_common(self._parent(sequence, at), ids) if ids else None
+        common = self.blocks.find_common(self._keys.parent(sequence, at), ids) if ids else None
         if common is None:
             return
         source, num = common
@@ -276,7 +250,7 @@ class BlockTables:
         at, num = divmod(sequence.num_computed, self._size)
         if num and not self._deterministic:
             ids = sequence.token_ids[at * self._size : sequence.num_computed]
-            self.blocks.register(sequence.blocks[at], self._parent(sequence, at), ids)
+            self.blocks.register(sequence.blocks[at], self._keys.parent(sequence, at), ids)
 
     def _put(self, sequence: Sequence, at: int, number: int) -> None:
         """Put a block at a place of a sequence's table, behind the others or for one of them."""
@@ -294,24 +268,3 @@ class BlockTables:
     def _note(self, sequence: Sequence, at: int) -> None:
         assert sequence.slot is not None
         self.changes.entries.append((sequence.slot, at, sequence.blocks[at]))
-
-    def _parent(self, sequence: Sequence, at: int) -> bytes:
-        return self._key(sequence, at - 1)
-
-    def _key(self, sequence: Sequence, at: int) -> bytes:
-        """Return the key of a sequence's block; -1 stands for what comes before its tokens. The
-        last block of a prompt may have fewer tokens."""
-        assert self._root_of is not None
-        chain = sequence.chain
-        if not chain:
-            chain.append(self._root_of(sequence))
-        if at + 1 < len(chain):
-            return chain[at + 1]
-        token_ids = sequence.token_ids
-        while len(chain) <= at + 1:
-            start = (len(chain) - 1) * self._size
-            key = chain_key(chain[-1], token_ids[start : start + self._size])
-            if start + self._size > len(token_ids):
-                return key
-            chain.append(key)
-        return chain[at + 1]

@@ -5,12 +5,12 @@ do is in `AdapterManager`.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
 from neuroada_serve.config import PROMPT_BLOCK, EngineConfig
 from neuroada_serve.engine.adapter_manager import AdapterManager
-from neuroada_serve.engine.block_manager import prefix_root
+from neuroada_serve.engine.block_keys import roots
 from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import FairQueue
 from neuroada_serve.engine.faults import Faults
@@ -77,7 +77,7 @@ class Engine:
         self.metrics.kv = self.kv_budget.new_blocks().usage
         self._tables = BlockTables(
             self.kv_budget.new_blocks(),
-            None if config.prefix_cache_memory == 0 else self._prefix_root,
+            None if config.prefix_cache_memory == 0 else roots(base.spec.fingerprint),
             config.deterministic,
         )
         self._runner = ModelRunner(
@@ -130,6 +130,14 @@ class Engine:
     def merged(self) -> str | None:
         """Name of the adapter that is merged into the weights."""
         return self.adapters.merging.merged
+
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compile and record what steps need, before the first request; on a GPU.
+
+        Args:
+            progress: called with how many graphs are done, and of how many.
+        """
+        self._runner.warm_up(progress)
 
     def base_digest(self) -> str:
         """Return the sha256 of the weights as they are: the base's own while none is merged."""
@@ -273,13 +281,6 @@ class Engine:
 
     def _on_preempt(self, sequence: Sequence) -> None:
         self.metrics.num_preemptions += 1
-
-    def _prefix_root(self, sequence: Sequence) -> bytes:
-        """Return a digest of everything that a sequence's KV depends on except its tokens."""
-        version = sequence.version
-        salt = f"{len(sequence.tenant)} {sequence.tenant} {sequence.cache_salt}"
-        digest = None if version is None else version.digest
-        return prefix_root(self.base.spec.fingerprint, digest, salt)
 
     def _loads(self) -> Iterable[Load]:
         """Yield the most tokens that each request may still get, for the merge policy."""

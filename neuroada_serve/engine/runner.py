@@ -190,6 +190,20 @@ class ModelRunner:
         hidden = seen[0][0, : len(sampled)] if pools else None
         return StepLogits(sampled, logits[: len(sampled)], hidden, prompts)
 
+    @torch.inference_mode()
+    def warm_up(self, progress: Callable[[int, int], None]) -> None:
+        """Compile and capture what steps of the base need, so that no request waits for it.
+
+        Args:
+            progress: called with how many graphs are done, and of how many.
+        """
+        if self.graphs is not None:
+            in_weights = self._resident(None)
+            self.graphs.capture_all(
+                lambda bucket: self._bank.plan([in_weights] * bucket, in_weights, runs=False),
+                progress,
+            )
+
     def release(self) -> None:
         """Release memory that grows with requests; only while no sequence runs."""
         if self._cpu_decoder is not None:

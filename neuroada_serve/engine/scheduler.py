@@ -170,7 +170,7 @@ class Scheduler:
             decodes=tuple(decodes),
             prefills=tuple(prefills),
             failed=tuple(s for s, state in states.items() if state is Readiness.FAILED),
-            starved=tuple(starved),
+            starved=tuple(s for s in starved if s.slot is not None),  # it may just have lost it
         )
 
     def remove(self, sequence: Sequence) -> None:

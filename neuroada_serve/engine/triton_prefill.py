@@ -168,6 +168,29 @@ def prefill_attention(
     return out
 
 
+def warm_up(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Compile the kernel for every number of splits that a step may use; changes nothing.
+
+    Args:
+        query: [1, heads, head_dim], of any values, as those of a step lie in memory.
+        keys, values, tables, scaling, window, softcap: as in `prefill_attention`.
+    """
+    _, heads, dim = query.shape
+    tokens = tile_tokens(heads, keys.shape[1], dim, keys.element_size())
+    rows = torch.tensor([[0, 1, 0, 0]], dtype=torch.int32, device=query.device)
+    for longest in (_SPLIT_COLUMNS << i for i in range(_MAX_SPLITS.bit_length())):
+        tiles = Tiles(rows, num_tokens=1, tile_tokens=tokens, longest=longest)
+        prefill_attention(query, keys, values, tables, tiles, scaling, window, softcap)
+
+
 def num_splits(num_programs: int, longest: int) -> int:
     """Return how many programs share a tile's context: enough to fill the GPU, where the longest
     context is worth it; a power of two."""

@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench.gpu import __main__ as gpu
 from bench.gpu.model import LLAMA_8B, TINY
 from bench.gpu.report import Report, met_targets
+from bench.gpu.serving import count_launches
 from bench.gpu.steps import floor_ms
 from bench.gpu.tiles import candidates
 from neuroada_serve.adapters.format import BaseSpec
 from neuroada_serve.model.loader import BaseModel
+from tests.support.python import needs_triton, run_interpreted
 
 CPU = torch.device("cpu")
 
@@ -29,12 +31,18 @@ def test_tiny_run_measures_every_part(tmp_path, capsys):
     result = json.loads(out.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert result["errors"] == {}
-    assert result["skipped"] == []
+    assert result["skipped"] == ["attention kernels"]  # where is no GPU, only interpreted
     assert all(result["checks"].values())
-    for name in ("decode/1/base", "decode/4/k2/4", "prefill/k1/4/gather", "swap/k1", "lora/4/4"):
+    names = ["decode/1/base", "decode/4/k2/4", "prefill/k1/4/gather", "swap/k1", "lora/4/4"]
+    for name in [*names, "mixed/base/both", "mixed/k1/one after the other"]:
         assert len(result["samples_ms"][name]) == TINY.samples, name
     assert result["facts"]["adapters resident"] == 40
     assert len(result["samples_ms"]["resident/many"]) == 2 * TINY.samples
+    assert result["facts"]["warm-up"]["graphs"] == 3
+    assert result["facts"]["launches"]["mixed/k1/both"]["a layer"] > 10
+    filled = result["facts"]["filled card"]
+    assert filled["preemptions"] > 0
+    assert filled["most blocks used, of all"] > 0.7
     assert result["floors_ms"]["floor/4/k2/4"] > result["floors_ms"]["floor/4/base"]
 
 
@@ -91,6 +99,17 @@ def test_floor_counts_the_bytes_of_llama_8b():
     assert base == pytest.approx(15.0e9 + 1024 * 131072, rel=0.01)
     mixed = floor_ms(Meta(), LLAMA_8B, 1.0, 1, 64 * 1376256, 0)
     assert mixed - base == 64 * 1376256 * 2
+
+
+@needs_triton
+def test_attention_kernels_are_measured_in_the_interpreter():
+    run_interpreted("gpu_bench")
+
+
+def test_launches_are_counted_by_name():
+    x = torch.ones(4)
+    launches = count_launches(lambda: [torch.mul(x, x) for _ in range(3)], CPU)
+    assert launches["aten::mul"] == 3
 
 
 def test_candidate_tiles_differ():

@@ -70,9 +70,7 @@ class Run:
         sequence.preempt()
 
     def check(self) -> None:
-        for sequence in self.running:
-            self.cache.check(sequence)
-        self.cache.check_blocks(self.running)
+        self.cache.check(self.running)
 
 
 # --- what is shared --------------------------------------------------------------------------

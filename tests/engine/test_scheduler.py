@@ -10,11 +10,9 @@ from hypothesis import strategies as st
 from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.engine.adapter_turns import TURN_STEPS
 from neuroada_serve.engine.fairness import AFFINITY, OUTPUT_COST, PROMPT_COST, FairQueue
-from neuroada_serve.engine.scheduler import (
-    _MOST_OVERTAKEN,
-    Scheduler,
-)
+from neuroada_serve.engine.scheduler import _MOST_OVERTAKEN, Scheduler
 from neuroada_serve.engine.sequence import LEAST_PROGRESS, Sequence
+from tests.support.blocks import new_tables
 from tests.support.scheduling import Clients, FakeAdapters, FakeEngine, Version, new_sequence
 
 
@@ -58,7 +56,7 @@ def test_any_traffic_keeps_slots_budget_cache_and_holds(data):
             scheduler.remove(aborted)
             expected.discard(aborted)
             assert aborted.slot is None
-            engine.check_slots()
+            engine.check_state()
     engine.drain()
     ended = [*engine.finished, *engine.failed]
     assert expected <= set(ended)
@@ -79,7 +77,7 @@ def draw_engine(data) -> tuple[FakeEngine, list[Version | None]]:
         data.draw(st.integers(max_num_seqs, 20), "budget"),
         FakeAdapters(room, *data.draw(st.tuples(st.integers(0, 4), st.integers(0, 2)), "steps")),
         FairQueue({"gold": 3.0}, {"a1": 0.5}),
-        data.draw(st.integers(0, 8), "reuse"),
+        data.draw(st.sampled_from([None, new_tables(30, 2), new_tables(1000, 3)]), "tables"),
     )
     return engine, [None, *versions]
 
@@ -142,12 +140,15 @@ def test_decodes_run_in_every_step():
 
 
 def test_prompt_tokens_at_hand_are_neither_computed_nor_charged():
-    engine = FakeEngine(1, reuse=6)
+    engine = FakeEngine(1, tables=new_tables(20, 2))
+    engine.add(new_sequence("before", 6, max_tokens=1))
+    engine.drain()
     sequence = new_sequence("a", 10, max_tokens=2)
     engine.add(sequence)
+    before = engine.scheduler.waiting.rank(sequence)[0]
     (chunk,) = engine.step().prefills
     assert chunk.num_tokens == 4
-    assert engine.scheduler.waiting.rank(sequence)[0] == 4 * PROMPT_COST + OUTPUT_COST
+    assert engine.scheduler.waiting.rank(sequence)[0] - before == 4 * PROMPT_COST + OUTPUT_COST
 
 
 def test_nothing_to_do_is_an_empty_schedule():
@@ -510,3 +511,17 @@ def test_slot_is_given_only_to_whom_has_its_adapter():
     assert not any(s.num_preempted for s in engine.added)
     engine.run(6)
     assert late in engine.finished
+
+
+@pytest.mark.parametrize("num_steps", [4, 8, 12])
+def test_turn_goes_on_when_a_slot_goes_to_another_of_the_same_adapter(num_steps):
+    one, other = Version("one"), Version("other")
+    engine = FakeEngine(2, budget=64, adapters=FakeAdapters(room=1, load_steps=0))
+    engine.add(new_sequence("r0", 1, 60, one))
+    engine.run(LEAST_PROGRESS + 2)
+    engine.add(new_sequence("r1", 3, 60, other))
+    engine.run(num_steps)
+    late = new_sequence("r2", 1, 2, one, tenant="late")
+    engine.add(late)
+    engine.drain()
+    assert engine.finished[0] is late

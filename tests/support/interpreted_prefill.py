@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuroada_serve.engine import triton_prefill
-from neuroada_serve.engine.triton_prefill import cut, prefill_attention, tile_tokens
+from neuroada_serve.engine.triton_prefill import cut, prefill_attention, tile_tokens, warm_up
 from tests.support.interpreted_attention import DTYPES, EXTRAS, HEADS, TOLERANCES
 from tests.support.kv_blocks import Blocks, new_blocks
 from tests.support.triton_interpreter import DEVICE
@@ -87,6 +87,21 @@ def test_output_is_written_where_it_is_wanted():
     prefill_attention(query, blocks.keys, blocks.values, blocks.tables, tiles, out=out[2:])
     torch.testing.assert_close(out[2:], expected_chunk(query, blocks, span), atol=1e-5, rtol=1e-5)
     assert not out[:2].any()
+
+
+def test_warm_up_launches_every_number_of_splits(monkeypatch):
+    splits = []
+    buffers = triton_prefill.split_buffers
+
+    def noted(*sizes):
+        splits.append(sizes[2])
+        return buffers(*sizes)
+
+    monkeypatch.setattr(triton_prefill, "split_buffers", noted)
+    blocks = new_blocks([20], 2, 16, torch.float32, device=DEVICE)
+    pools = blocks.keys, blocks.values, blocks.tables
+    warm_up(torch.randn(1, 4, 16, device=DEVICE), *pools, window=7)
+    assert splits == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 from neuroada_serve.adapters.readiness import Readiness
 from neuroada_serve.engine.adapter_turns import TURN_STEPS
+from neuroada_serve.engine.block_manager import BlockManager
+from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import OUTPUT_COST, FairQueue
-from neuroada_serve.engine.scheduler import (
-    Chunk,
-    Schedule,
-    Scheduler,
-)
+from neuroada_serve.engine.scheduler import Chunk, Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.request import SamplingParams
+from tests.support.blocks import FakeCache
 
 
 @dataclass(eq=False)
@@ -133,12 +132,28 @@ def new_sequence(
     )
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A step that fails.
+
+    places: in the step's work, of the sequences that end.
+    is_raised: before anything was computed; otherwise their own logits were not finite.
+    num_copies: raised while the cache is changed, after so many copies; None: later.
+    forgets: nothing of those that end is kept.
+    """
+
+    places: frozenset[int] = frozenset()
+    is_raised: bool = False
+    num_copies: int | None = None
+    forgets: bool = True
+
+
 class FakeEngine:
-    """Runs schedules on a cache that only remembers what was written: (sequence, position). Checks
-    in every step what must always hold.
+    """Runs schedules on a cache that only remembers what was written. Checks in every step what
+    must always hold.
 
     Args:
-        reuse: of every prompt, so many tokens are in the prefix cache.
+        tables: default: as many blocks as are wanted, and nobody shares any.
     """
 
     def __init__(
@@ -147,21 +162,21 @@ class FakeEngine:
         budget: int = 16,
         adapters: FakeAdapters | None = None,
         queue: FairQueue[Sequence] | None = None,
-        reuse: int = 0,
+        tables: BlockTables | None = None,
     ) -> None:
         self.adapters = FakeAdapters(room=100, load_steps=0) if adapters is None else adapters
+        self.has_any_room = tables is None
+        self.tables = BlockTables(BlockManager(1 << 40, 32)) if tables is None else tables
         self.scheduler = Scheduler(
-            max_num_seqs, budget, queue, self.adapters, self.adapters.can_leave, self._reuse
+            max_num_seqs, budget, queue, self.adapters, self.adapters.can_leave, self.tables
         )
-        self.cache: dict[tuple[int, int], tuple[Sequence, int]] = {}
+        self.cache = FakeCache(self.tables)
         self.steps = 0
         self.finished: list[Sequence] = []
         self.failed: list[Sequence] = []
         self.added: dict[Sequence, int] = {}  # -> step
         self.first_token: dict[Sequence, int] = {}  # -> step
         self.served: Counter[str | None] = Counter()  # tokens, by adapter
-        self._num_reused = reuse
-        self._reused: set[Sequence] = set()
         self._before: dict[Sequence, tuple[int | None, int, bool]] = {}
         self._turns: dict[Version, int] = {}  # version in use -> step in which it began to be
 
@@ -186,8 +201,11 @@ class FakeEngine:
         assert not self.scheduler._turns._begun
         assert not self.scheduler.waiting._accounts.root.num_present
         assert sorted(self.scheduler._free_slots) == list(range(self.scheduler.max_num_seqs))
+        assert not self.tables.blocks.num_used
+        assert not self.tables._coming
+        assert not self.tables._announced
 
-    def step(self) -> Schedule:
+    def step(self, fault: Fault | None = None) -> Schedule:
         self.adapters.step()
         schedule = self.scheduler.schedule()
         self.steps += 1
@@ -196,29 +214,56 @@ class FakeEngine:
             self.scheduler.remove(sequence)
             self.failed.append(sequence)
         work = [*(Chunk(s, 1) for s in schedule.decodes), *schedule.prefills]
-        for chunk in work:
-            self.compute(chunk)
-        for chunk in work:
-            if chunk.sequence.is_decoding:
-                self.answer(chunk.sequence)
-        self.check_slots()
+        if work and fault is not None and fault.is_raised:
+            self.raise_fault(work, fault)
+        else:
+            self.compute(work)
+            self.answer_all(work, fault)
+        self.check_state()
+        if not self.scheduler.running:
+            self.cache.give_back()
         self._before = {
             s: (s.slot, s.num_computed, s.has_adapter) for s in self.scheduler.running.values()
         }
         return schedule
 
-    def compute(self, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        for position in range(sequence.num_computed):
-            assert self.cache[sequence.slot, position] == (sequence, position)
-        for position in range(sequence.num_computed, sequence.num_computed + chunk.num_tokens):
-            self.cache[sequence.slot, position] = (sequence, position)
-        assert len(sequence.next_tokens(chunk.num_tokens)) == chunk.num_tokens
-        sequence.num_computed += chunk.num_tokens
-        self.served[sequence.adapter] += chunk.num_tokens
+    def compute(self, work: list[Chunk]) -> None:
+        if work:
+            self.cache.change()
+        for chunk in work:
+            sequence, num_tokens = chunk.sequence, chunk.num_tokens
+            assert len(sequence.next_tokens(num_tokens)) == num_tokens
+            self.cache.write(sequence, num_tokens)
+        for chunk in work:
+            chunk.sequence.num_computed += chunk.num_tokens
+            self.tables.computed(chunk.sequence)
+            self.served[chunk.sequence.adapter] += chunk.num_tokens
+
+    def answer_all(self, work: list[Chunk], fault: Fault | None) -> None:
+        for place, chunk in enumerate(work):
+            if fault is not None and place in fault.places:
+                self.fail(chunk.sequence)
+            elif chunk.sequence.is_decoding:
+                self.answer(chunk.sequence)
+
+    def raise_fault(self, work: list[Chunk], fault: Fault) -> None:
+        """Do what a step does that raises on its way: computed tokens stay as many as before."""
+        self.cache.change(fault.num_copies)
+        if fault.num_copies is None:
+            for chunk in work:
+                self.cache.write(chunk.sequence, chunk.num_tokens, junk=True)
+        for place, chunk in enumerate(work):
+            if place in fault.places:
+                self.fail(chunk.sequence, forget=fault.forgets)
+
+    def fail(self, sequence: Sequence, forget: bool = True) -> None:
+        if forget:
+            self.tables.release(sequence, forget=True)
+        self.scheduler.remove(sequence)
+        self.failed.append(sequence)
 
     def answer(self, sequence: Sequence) -> None:
-        sequence.output_token_ids.append(7)
+        sequence.output_token_ids.append(7 + sequence.index % 2)
         self.scheduler.waiting.charge(sequence, OUTPUT_COST)
         self.first_token.setdefault(sequence, self.steps)
         if len(sequence.output_token_ids) == sequence.max_tokens:
@@ -230,7 +275,7 @@ class FakeEngine:
         return [self.first_token.get(s, self.steps) - step for s, step in self.added.items()]
 
     def check(self, schedule: Schedule) -> None:
-        self.check_slots()
+        self.check_state()
         self.check_work(schedule)
         self.check_turns()
         running = list(self.scheduler.running.values())
@@ -239,9 +284,16 @@ class FakeEngine:
         assert all(s.slot is not None and not s.has_adapter for s in schedule.starved)
         for sequence, (slot, num_computed, _) in self._before.items():
             if sequence.slot is not None:
-                assert (sequence.slot, sequence.num_computed) == (slot, num_computed)
-        if len(running) < self.scheduler.max_num_seqs:
+                assert sequence.slot == slot
+                assert sequence.num_computed >= num_computed
+        if self.has_any_room and len(running) < self.scheduler.max_num_seqs:
             assert all(s.version is not None for s in self.scheduler.waiting)
+
+    def check_state(self) -> None:
+        """Check slots, holds and blocks, between any two operations."""
+        self.check_slots()
+        assert not any(sequence.blocks for sequence in self.scheduler.waiting)
+        self.cache.check(self.scheduler.running.values())
 
     def check_slots(self) -> None:
         running = self.scheduler.running
@@ -252,7 +304,8 @@ class FakeEngine:
         assert holders == self.adapters.holders
 
     def check_work(self, schedule: Schedule) -> None:
-        """All decodes, and as much prefill as the budget has, of those whose adapter is held."""
+        """All decodes, and as much prefill as the budget has, of those whose adapter is held. Where
+        there is not room for all, or one waits for another, at least something."""
         active = [s for s in self.scheduler.running.values() if s.has_adapter]
         assert all(s.version is None or self.adapters.holders[s.version] for s in active)
         slots = [s.slot for s in schedule.decodes]
@@ -262,7 +315,9 @@ class FakeEngine:
         assert len(chunks) == len(schedule.prefills)
         assert all(0 < num_tokens <= left[s] for s, num_tokens in chunks.items())
         budget = self.scheduler.max_num_batched_tokens - len(slots)
-        assert sum(chunks.values()) == min(budget, sum(left.values()))
+        assert sum(chunks.values()) <= min(budget, sum(left.values()))
+        if self.has_any_room:
+            assert sum(chunks.values()) == min(budget, sum(left.values()))
         assert schedule.is_empty == (not active)
 
     def check_turns(self) -> None:
@@ -272,15 +327,6 @@ class FakeEngine:
                 assert self.steps - self._turns[sequence.version] >= TURN_STEPS
                 assert not sequence.version.is_pinned
         self._turns = {v: self._turns.get(v, self.steps) for v in self.adapters.holders}
-
-    def _reuse(self, sequence: Sequence) -> int:
-        assert sequence.slot is not None
-        assert (sequence in self._reused) == (sequence.num_preempted > 0)
-        self._reused.add(sequence)
-        num_tokens = min(self._num_reused, len(sequence.prompt_token_ids) - 1)
-        for position in range(num_tokens):
-            self.cache[sequence.slot, position] = (sequence, position)
-        return num_tokens
 
 
 class Clients:
