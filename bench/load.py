@@ -1,9 +1,11 @@
 """Put one long prompt beside many short streams: their gaps, and the memory of keys and values.
 
-Every round runs three ways, in turn: the streams alone (as many steps as --steps says), the same
-with a prompt of --prompt-len tokens until its first token comes, and that prompt alone. A gap is
-the time between two tokens of one stream. Where there is a prompt, each step compares the bytes of
-all KV blocks in use with the bytes that the computed tokens need.
+Every round runs three ways, in turn: the streams alone, the same with a prompt of --prompt-len
+tokens until its first token comes, and that prompt alone. A gap is the time between two tokens of
+one stream. Both ways begin with new streams, and the streams alone are timed for as many steps as
+the last prompt took, so that their contexts are alike: a step grows with them by itself. Where
+there is a prompt, each step compares the bytes of all KV blocks in use with the bytes that the
+computed tokens need.
 
 Then the memory of a process before the streams and the prompt come, with them, and 5 s after they
 have left, each way by itself: they end, they are aborted (in this process), and their clients
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--stream-prompt-len", type=int, default=16)
     parser.add_argument("--prompt-len", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=200, help="of the streams alone")
+    parser.add_argument("--steps", type=int, default=200, help="of the first streams alone")
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)
     parser.add_argument("--target-itl-ms", type=float, help="as the server's; default: none")
     parser.add_argument("--memory-rounds", type=int, default=3, help="of every way to leave")

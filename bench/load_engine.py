@@ -15,7 +15,7 @@ class Load:
 
     Args:
         stream_len, prompt_len: tokens of their prompts.
-        steps: to time of the streams alone.
+        steps: to time of the streams alone, until it is known how many the prompt takes.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Load:
         self.add_streams(number)
         self.add_prompt(number)
         found = self._gaps(None)
+        self.steps = len(found["step_end_ms"])
         self.abort()
         return found
 

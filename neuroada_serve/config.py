@@ -65,7 +65,7 @@ class EngineConfig:
         None,
         "Milliseconds between two tokens of an answer to keep while prompts are prefilled beside "
         "it: chunks get smaller until steps take less. Default: a step with prompts may take twice "
-        "as long as one without, or 50 ms.",
+        "as long as one without.",
         "Scheduling",
     )
     enforce_eager: bool = option(
@@ -242,19 +242,13 @@ class ServerConfig:
     )
     log_level: str = option("info", "debug, info, warning, error or critical.", "Log")
     enable_log_requests: bool = option(
-        False,
-        "Log a line for every request: client, status, time, model, tokens; no prompts.",
-        "Log",
+        False, "Log a line for a request: client, status, time, model, tokens; no prompts.", "Log"
     )
     drain_timeout_s: float = option(
         10.0, "Seconds that running requests may take to finish after a stop signal.", "HTTP"
     )
-    # The first step may compile kernels for minutes. vLLM and SGLang give a step as long.
-    step_timeout_s: float = option(
-        300.0,
-        "Seconds after which a step of the engine counts as hanging: until it ends, /health and "
-        "new requests get HTTP 503.",
-        "HTTP",
+    step_timeout_s: float = option(  # as in vLLM and SGLang: a first step may compile for minutes
+        300.0, "Seconds after which a step hangs: /health and new requests get HTTP 503.", "HTTP"
     )
 
     def __post_init__(self) -> None:

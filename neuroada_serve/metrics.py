@@ -38,6 +38,7 @@ class EngineMetrics:
     num_finished: dict[FinishReason, int] = field(
         default_factory=lambda: dict.fromkeys(FinishReason, 0)
     )
+    num_failed_compilations: int = 0  # of CUDA graphs and elementwise parts; tried again later
     num_merges: int = 0
     num_unmerges: int = 0
 

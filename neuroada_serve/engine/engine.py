@@ -242,6 +242,7 @@ class Engine:
                 self._runner.release()
                 self._cache.give_back(self._tables.blocks.take_unused())
         self.metrics.kv = self._tables.blocks.usage
+        self.metrics.num_failed_compilations = self._runner.num_failed_compilations
         return outputs
 
     def _advance(self) -> list[Output]:

@@ -95,7 +95,7 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Store k and v [tokens, kv_heads, head_dim] of one layer at (slot, position) per token."""
         keys, values = self._layers[layer]
-        if runs_on(k):
+        if runs_on(k) and k.shape == v.shape:
             write_kv_(keys, values, k, v, self.tables, slots, positions)
             return
         if k.shape == v.shape and cpu_attention.fits(k):
@@ -124,8 +124,10 @@ class KVCache:
         for source, target in changes.copies:
             self._pool[target].copy_(self._pool[source])
         if changes.entries:
-            device = self.tables.device
-            slots, places, blocks = torch.tensor(changes.entries, device=device).unbind(1)
+            # Of two entries of one place the last counts, which a GPU would not promise.
+            last = {(slot, place): block for slot, place, block in changes.entries}
+            entries = [(slot, place, block) for (slot, place), block in last.items()]
+            slots, places, blocks = torch.tensor(entries, device=self.tables.device).unbind(1)
             self.tables[slots, places] = blocks.int()
 
     def give_back(self, blocks: Iterable[int]) -> None:

@@ -2,8 +2,8 @@
 
 A step that computes part of a prompt beside the next tokens of running answers takes longer, and
 every stream waits for it. `StepPace` learns what steps take and bounds the prompts' part: without a
-target, a step takes about twice as long as it would without prompts, or LEAST_S if that is more;
-with one, a little less than the target. `divide` says which prompts get that part.
+target, a step takes about twice as long as it would without prompts; with one, a little less than
+the target. `divide` says which prompts get that part.
 
 The unit is the cost of a prompt's first token. A token at position p costs 1 + p / context_scale,
 since attention reads all tokens before it.
@@ -17,10 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 LEAST_COST = 16.0  # of prompts beside decodes, however slow the step is
-# A step with prompts may take so many times what it takes without, where there is no target; and
-# so many seconds in any case: a few streams would make prompts crawl otherwise.
-STRETCH = 2.0
-LEAST_S = 0.05
+STRETCH = 2.0  # a step with prompts against the same one without, where there is no target
 AIM = 0.9  # of the target, since steps vary
 FIRST_SHARE = 0.25  # of a step's prompts for the one that was admitted first
 
@@ -50,8 +47,8 @@ class StepPace:
     """The pace of an engine's steps.
 
     Args:
-        target_itl_s: wanted seconds between two tokens of a stream; None: as STRETCH and LEAST_S
-            say; math.inf: prompts take all the tokens that they can.
+        target_itl_s: wanted seconds between two tokens of a stream; None: as STRETCH says;
+            math.inf: prompts take all the tokens that they can.
         most_tokens: of a step, decodes included.
         context_scale: position at which a token costs twice as much as the first one.
         multiple: prompts are cut at positions that are multiples of it.
@@ -96,7 +93,7 @@ class StepPace:
         if alone is None:
             return self.least_cost
         if self.target_itl_s is None:
-            added = max(STRETCH * alone, LEAST_S) - alone
+            added = (STRETCH - 1) * alone
         else:
             added = AIM * self.target_itl_s - alone
         seconds_per_cost = self._seconds_per_cost()

@@ -15,7 +15,7 @@ from neuroada_serve.config import PROMPT_BLOCK
 from neuroada_serve.engine.attention import ATTENTION, PackedStep, PrefillSpan
 from neuroada_serve.engine.cpu_decoder import cpu_decoder
 from neuroada_serve.engine.cuda_graphs import Capture, DecodeGraphs, DecodeRows, cuda_capture
-from neuroada_serve.engine.fused import compile_elementwise, use_cpu_kernels
+from neuroada_serve.engine.fused import Elementwise, compile_elementwise, use_cpu_kernels
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.scheduler import Schedule
 from neuroada_serve.engine.sequence import Sequence
@@ -87,8 +87,9 @@ class ModelRunner:
         base.model.set_attn_implementation(ATTENTION)
         if base.device.type == "cpu":
             use_cpu_kernels(base.model)
+        self._elementwise: Elementwise | None = None
         if base.device.type == "cuda" and HAS_TRITON and not enforce_eager:
-            compile_elementwise(base.model)
+            self._elementwise = compile_elementwise(base.model)
             capture = capture or cuda_capture()
         self.graphs = (
             None
@@ -189,6 +190,14 @@ class ModelRunner:
             row += len(tokens)
         hidden = seen[0][0, : len(sampled)] if pools else None
         return StepLogits(sampled, logits[: len(sampled)], hidden, prompts)
+
+    @property
+    def num_failed_compilations(self) -> int:
+        """How often a decode step could not be captured, or an elementwise part not compiled; both
+        are tried again later."""
+        captures = 0 if self.graphs is None else self.graphs.num_failed_captures
+        parts = 0 if self._elementwise is None else self._elementwise.num_failed_compilations
+        return captures + parts
 
     @torch.inference_mode()
     def warm_up(self, progress: Callable[[int, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""How long the engine's thread has been in its current turn."""
+"""The time that the engine's thread has been in its current step."""
 
 import asyncio
 import logging

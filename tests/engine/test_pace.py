@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import example, given
@@ -258,7 +258,8 @@ class Machine:
         return took
 
 
-CPU = dict(base=0.012, sequence=0.001, context=2e-6, token=0.0006, lanes=16)
+# CPU: the demo base, fitted to measurements, for two threads. GPU: estimates.
+CPU = dict(base=0.009, sequence=0.0007, context=1.9e-6, token=0.0007, scale=1100, lanes=16)
 GPU = dict(base=0.010, sequence=0.00003, context=30e-9, token=40e-6, scale=28_600, mixed=0.004)
 
 
@@ -270,11 +271,14 @@ def run(
     arrive: Callable[[int], Sequence[Prompt]] = lambda step: (),
     steps: int = 100_000,
 ) -> tuple[list[float], list[float], float]:
-    """Gaps of streams alone and beside a prompt of 8,000 tokens, and the prompt's seconds."""
+    """Gaps of streams beside a prompt of 8,000 tokens, after some steps alone; what they are with
+    the same contexts without it; and the prompt's seconds."""
     contexts = [16] * num_streams
     prompts: list[Prompt] = []
     long = Prompt(8000)
-    gaps: dict[bool, list[float]] = {False: [], True: []}
+    other = replace(machine, draw=random.Random(1), _seen=set(), compiles=False)
+    gaps: list[float] = []
+    without: list[float] = []
     for step in range(steps):
         prompts += [long] if step == alone else arrive(step)
         given = pace.divide(prompts, len(contexts), sum(contexts))
@@ -282,14 +286,16 @@ def run(
         took = machine.seconds(contexts, chunks)
         spent = sum(pace.cost(*chunk) for chunk in chunks)
         pace.record(len(contexts), spent, took, sum(contexts))
-        gaps[step >= alone].append(took)
+        if step >= alone:
+            gaps.append(took)
+            without.append(other.seconds(contexts, []))
         contexts = [context + 1 for context in contexts]
         for prompt, num in given:
             prompt.num_computed += num
         prompts = [prompt for prompt in prompts if prompt.left]
         if step >= alone and long not in prompts:
             break
-    return gaps[False], gaps[True], sum(gaps[True])
+    return without, gaps, sum(gaps)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -319,13 +325,23 @@ def test_steps_that_are_held_up_do_not_change_the_pace(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "target"), [(CPU, 0.18), (CPU, 0.3), (GPU, 0.02), (GPU, 0.05)], ids=str
+    ("kind", "target"), [(CPU, 0.25), (CPU, 0.4), (GPU, 0.02), (GPU, 0.05)], ids=str
 )
 def test_gaps_keep_to_the_target(kind, target):
     machine = Machine(**kind)
     _, beside, took = run(machine, StepPace(target, 2048, machine.scale))
     assert percentile(beside, 99) <= 1.5 * target
     assert statistics.median(beside) >= 0.75 * target or len(beside) < 20  # and it is used
+
+
+@pytest.mark.parametrize("factor", [0.25, 4])
+def test_promises_hold_where_contexts_cost_more_or_less_than_is_said(factor):
+    machine = Machine(**CPU)
+    alone, beside, _ = run(machine, StepPace(None, 2048, factor * machine.scale))
+    assert statistics.median(beside) <= 2.5 * statistics.median(alone)
+    assert max(beside) <= 5 * max(alone)
+    _, beside, _ = run(machine, StepPace(0.4, 2048, factor * machine.scale))
+    assert percentile(beside, 99) <= 1.5 * 0.4
 
 
 def test_target_that_decodes_alone_exceed_leaves_prompts_the_least():
@@ -347,8 +363,8 @@ def test_machine_that_slows_down_is_followed():
 def test_decodes_are_measured_even_if_there_are_always_prompts():
     machine = Machine(**CPU)
     pace = StepPace(None, 2048, SCALE)
-    _, beside, _ = run(machine, pace, alone=0, arrive=lambda step: [Prompt(40)])
-    assert statistics.median(beside) <= 2.5 * machine.seconds([16] * 64, [])
+    alone, beside, _ = run(machine, pace, alone=0, arrive=lambda step: [Prompt(40)])
+    assert statistics.median(beside) <= 2.5 * statistics.median(alone)
 
 
 def test_short_prompts_pass_a_long_one_beside_decodes():

@@ -120,6 +120,7 @@ class FakeCache:
         positions. All this once the changes are made."""
         running = list(running)
         self._check_use(running)
+        self._check_changes(running)
         blocks, entries = self._blocks_after(), self._entries_after(self.tables.changes)
         for sequence in running:
             line, left = self._line(sequence), sequence.num_computed
@@ -152,15 +153,20 @@ class FakeCache:
         assert sorted(parts) == list(range(blocks._num_fresh))
         assert blocks._num_fresh <= blocks.num_blocks
 
+    def _check_changes(self, running: list[Sequence]) -> None:
+        """Check that all that is to be changed belongs to running sequences."""
+        changes, by_slot = self.tables.changes, {s.slot: s for s in running}
+        assert all(by_slot[slot].blocks[at] == number for slot, at, number in changes.entries)
+        own = {number for sequence in running for number in sequence.blocks}
+        assert {target for _, target in changes.copies} <= own
+
     # --- parts -------------------------------------------------------------------------------
 
     def _line(self, sequence: Sequence) -> list[Cell]:
         """Return the cells of all tokens of a sequence."""
         line = self._lines.setdefault(sequence, [])
         if len(line) < sequence.num_tokens:
-            key = (
-                b"" if self.tables._keys._root_of is None else self.tables._keys._root_of(sequence)
-            )
+            key = root_of(sequence)
             root = self._roots.setdefault(key, Cell(key=key))
             for token in sequence.token_ids[len(line) :]:
                 line.append((line[-1] if line else root).after(token))

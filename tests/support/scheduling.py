@@ -1,16 +1,19 @@
 """An engine that only schedules, on a cache that remembers what was written."""
 
+import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 from neuroada_serve.adapters.readiness import Readiness
+from neuroada_serve.config import PROMPT_BLOCK
 from neuroada_serve.engine.adapter_turns import TURN_STEPS
 from neuroada_serve.engine.block_manager import BlockManager
 from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import OUTPUT_COST, FairQueue
+from neuroada_serve.engine.pace import StepPace
 from neuroada_serve.engine.scheduler import Chunk, Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.request import SamplingParams
@@ -163,12 +166,20 @@ class FakeEngine:
         adapters: FakeAdapters | None = None,
         queue: FairQueue[Sequence] | None = None,
         tables: BlockTables | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.adapters = FakeAdapters(room=100, load_steps=0) if adapters is None else adapters
         self.has_any_room = tables is None
         self.tables = BlockTables(BlockManager(1 << 40, 32)) if tables is None else tables
         self.scheduler = Scheduler(
-            max_num_seqs, budget, queue, self.adapters, self.adapters.can_leave, self.tables
+            max_num_seqs,
+            budget,
+            queue,
+            self.adapters,
+            self.adapters.can_leave,
+            self.tables,
+            StepPace(math.inf, budget, math.inf, PROMPT_BLOCK if deterministic else 1),
+            deterministic=deterministic,
         )
         self.cache = FakeCache(self.tables)
         self.steps = 0
@@ -217,8 +228,9 @@ class FakeEngine:
         if work and fault is not None and fault.is_raised:
             self.raise_fault(work, fault)
         else:
-            self.compute(work)
-            self.answer_all(work, fault)
+            places = frozenset() if fault is None else fault.places
+            self.compute(work, places)
+            self.answer_all(work, places)
         self.check_state()
         if not self.scheduler.running:
             self.cache.give_back()
@@ -227,21 +239,21 @@ class FakeEngine:
         }
         return schedule
 
-    def compute(self, work: list[Chunk]) -> None:
+    def compute(self, work: list[Chunk], failing: Collection[int]) -> None:
         if work:
             self.cache.change()
-        for chunk in work:
+        for place, chunk in enumerate(work):
             sequence, num_tokens = chunk.sequence, chunk.num_tokens
             assert len(sequence.next_tokens(num_tokens)) == num_tokens
-            self.cache.write(sequence, num_tokens)
+            self.cache.write(sequence, num_tokens, junk=place in failing)
         for chunk in work:
             chunk.sequence.num_computed += chunk.num_tokens
             self.tables.computed(chunk.sequence)
             self.served[chunk.sequence.adapter] += chunk.num_tokens
 
-    def answer_all(self, work: list[Chunk], fault: Fault | None) -> None:
+    def answer_all(self, work: list[Chunk], failing: Collection[int]) -> None:
         for place, chunk in enumerate(work):
-            if fault is not None and place in fault.places:
+            if place in failing:
                 self.fail(chunk.sequence)
             elif chunk.sequence.is_decoding:
                 self.answer(chunk.sequence)
