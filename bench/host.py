@@ -22,7 +22,7 @@ from neuroada_serve.benchmark.adapters import magnitude_indices, random_adapter
 from neuroada_serve.benchmark.measure import percentile
 from neuroada_serve.benchmark.workload import random_prompts
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine import engine as engine_module
+from neuroada_serve.engine import step_executor
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import resolve_model
@@ -106,7 +106,7 @@ def timed_steps(
     with (
         patch.object(CpuForward, "_run", timed("forward", CpuForward._run)),
         patch.object(model, "forward", timed("forward", model.forward)),
-        patch.object(engine_module, "sample", timed("sampling", engine_module.sample)),
+        patch.object(step_executor, "sample", timed("sampling", step_executor.sample)),
     ):
         while engine.has_unfinished:
             spent.update(forward=0.0, sampling=0.0)

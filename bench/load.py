@@ -134,7 +134,7 @@ def to_before(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def promises_of(found: Mapping[str, Any]) -> dict[str, bool]:
-    """Which promises were kept. Those on the gaps are another with a target."""
+    """Say which promises were kept. Those on the gaps are another with a target."""
     gaps = found["gaps"]
     kept = {f"KV at most {MOST_KV} times what tokens need": gaps["kv_used_to_needed"] <= MOST_KV}
     if "p99_to_target" in gaps:

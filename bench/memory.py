@@ -1,10 +1,11 @@
-"""Send a prompt for which there is no memory, again and again, and check all other answers.
+"""Send a prompt whose steps find little memory, again and again, and check all other answers.
 
-One process for each path (the one-kernel step in bfloat16, the modules in float32) gives itself a
-limit on its address space (RLIMIT_AS) in which short requests fit, then runs --tries rounds: a
-prompt as long as the model takes beside three short streams, until it ends; then --requests short
-requests, whose tokens are compared with those of the same requests before there was a limit. The
-room above differs from try to try, so that growth fails in other places. A process that crashes is
+One process for each path (the one-kernel step in bfloat16, the modules in float32) runs --tries
+rounds: it gives itself a limit on its address space (RLIMIT_AS), the KV cache's pool within it;
+then a prompt as long as the model takes runs beside three short streams until it ends, and after it
+--requests short requests, whose tokens are compared with those of the same requests before there
+was a limit. The room for steps differs from try to try, so that memory is missing in other places.
+A step that finds none runs in parts; the number of those is told. A process that crashes is
 counted. Not measured: HTTP, a limit of a control group, where the kernel kills instead of refusing.
 
     python -m bench.memory [MODEL] [--tries 20] [--requests 200]
@@ -16,22 +17,24 @@ import random
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from bench.harness import ROOT, new_parser, result_of, settings_of, write
 from neuroada_serve.config import EngineConfig
+from neuroada_serve.engine import step_executor
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.engine.kv_cache import _FIRST_TOKENS
+from neuroada_serve.engine.memory import is_out_of_memory
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.model.source import resolve_model
 from neuroada_serve.ops import matrix
 from neuroada_serve.request import FinishReason, Output, SamplingParams
 
 PATHS = {"kernel": "bfloat16", "modules": "float32"}
-LEAST_ROOM, MOST_ROOM = 1.5, 4.0  # times what the short requests' keys and values take
+LEAST_ROOM, MOST_ROOM = 2 << 20, 64 << 20  # bytes beyond what the process has before
 _SHORT = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 _STREAM = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
@@ -56,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths[path] = {"exit_code": done.returncode, "tries": tries}
         good = sum(t["alone"] and t["right"] == args.requests for t in tries)
         promised = f"{good} of {args.tries} tries as promised"
-        print(f"{path}: exit code {done.returncode}, {promised}", flush=True)
+        refused = f"{sum(t['refused'] for t in tries)} steps without memory"
+        print(f"{path}: exit code {done.returncode}, {refused}, {promised}", flush=True)
     write(result_of("memory", settings_of(args), {"paths": paths}), args.out)
 
 
@@ -69,22 +73,20 @@ def _run_path(model: str, path: str, tries: int, num_requests: int) -> None:
     assert (engine._runner._cpu_decoder is not None) == (path == "kernel")
     expected = _short_requests(engine, num_requests)
     streams = _streams(engine, long=False)
-    engine.add_request("one", [100, 5, 300, 11], _SHORT)
-    engine.step()  # the cache is there while something runs
-    needed = engine._cache.bytes_per_token * engine.config.max_num_seqs * _FIRST_TOKENS
-    _run(engine)
     draw = random.Random(0)
     for number in range(tries):
         share = (number + draw.random()) / tries
-        room = int(needed * LEAST_ROOM * (MOST_ROOM / LEAST_ROOM) ** share)
+        room = int(LEAST_ROOM * (MOST_ROOM / LEAST_ROOM) ** share)
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (_address_space() + room, hard))
-        found = _streams(engine, long=True)
-        long = found.pop("long")
-        again = _short_requests(engine, num_requests)
+        with _refusals() as refused:
+            found = _streams(engine, long=True)
+            long = found.pop("long")
+            again = _short_requests(engine, num_requests)
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         said = {
             "room_mb": room >> 20,
+            "refused": sum(refused),
             "long_ended": str(long[0]),
             "long_error": long[2],
             "alone": all(found[name][0] is not FinishReason.ERROR for name in found),
@@ -92,6 +94,19 @@ def _run_path(model: str, path: str, tries: int, num_requests: int) -> None:
             "right": sum(again[name] == tokens for name, tokens in expected.items()),
         }
         print(json.dumps(said), flush=True)
+
+
+@contextmanager
+def _refusals() -> Iterator[list[bool]]:
+    """Note of every step that fails whether it found no memory."""
+    refused: list[bool] = []
+
+    def judge(error: BaseException) -> bool:
+        refused.append(is_out_of_memory(error))
+        return refused[-1]
+
+    with patch.object(step_executor, "is_out_of_memory", judge):
+        yield refused
 
 
 def _streams(engine: Engine, long: bool) -> dict[str, tuple[FinishReason, list[int], str | None]]:

@@ -2,24 +2,27 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 from neuroada_serve.errors import UsageError
 from neuroada_serve.options import (
+    above_0,
     at_least,
     check_words,
     columns,
     k_by_module,
     number_or_auto,
+    one_of,
     option,
     parse_bytes,
     redefined,
     weights,
     words,
 )
+from neuroada_serve.row_source import RowSource
 from neuroada_serve.tasks import TaskType, task_of
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -151,18 +154,11 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        one_of(self, dtype=DTYPES)
         at_least(self, max_num_seqs=1, max_model_len=1, max_num_batched_tokens=1)
-        at_least(self, adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
-        at_least(self, kv_cache_memory=1)
-        if self.target_itl_ms is not None and not 0 < self.target_itl_ms < math.inf:
-            raise UsageError(f"target_itl_ms must be above 0, got {self.target_itl_ms}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise UsageError(
-                "gpu_memory_utilization must be above 0 and at most 1, got "
-                f"{self.gpu_memory_utilization}"
-            )
+        at_least(self, adapter_memory=1, adapter_host_memory=0)
+        at_least(self, kv_cache_memory=1, prefix_cache_memory=0)
+        above_0(self, target_itl_ms=None, gpu_memory_utilization=1)
         if self.deterministic and self.merge == "auto":
             raise UsageError(
                 "deterministic and merge=auto exclude each other: answers would depend on the load"
@@ -255,29 +251,11 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port must be within 0..65535, got {self.port}")
         at_least(self, max_waiting=1, drain_timeout_s=0, max_connections=1, step_timeout_s=1)
-        if self.log_level not in LOG_LEVELS:
-            raise UsageError(
-                f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
-            )
+        one_of(self, log_level=LOG_LEVELS)
         if not all(self.served_model_name):
             raise UsageError("served_model_name must not be empty")
         if self.preload and self.adapter_dir is None:
             raise UsageError("--preload needs --adapter-dir, whose adapters it reads")
-
-
-class RowSource(Protocol):
-    """Rows to train or score on that do not come from a file of the user's, see `train.hub`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def classes(self) -> Mapping[str, tuple[str, ...]]:
-        """Label names by column, in their order, for columns that have them."""
-        ...
-
-    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the rows with their numbers, from 1."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -467,8 +445,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.epochs is not None and self.max_steps is not None:
             raise UsageError("give --epochs or --max-steps, not both")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        one_of(self, dtype=DTYPES)
         check_words(self)
         for pattern, k in self.k_pattern.items():
             try:
@@ -477,39 +454,27 @@ class TrainConfig:
                 raise UsageError(f"k of {pattern!r}: no regular expression: {error}") from error
             if k < 0:
                 raise UsageError(f"k of {pattern!r} must be at least 0, got {k}")
-        at_least(self, k=0 if self.k_pattern else 1)
-        at_least(
-            self, max_steps=1, max_model_len=1, batch_size=1, max_length=2, seed=0, warmup_ratio=0
-        )
+        at_least(self, k=0 if self.k_pattern else 1, max_steps=1, max_model_len=1, batch_size=1)
+        at_least(self, max_length=2, seed=0, warmup_ratio=0, weight_decay=0, max_grad_norm=0)
         if (self.selection == "custom") != (self.index_file is not None):
             raise UsageError("--selection custom and --index-file belong together")
         if self.selection == "gradient" and self.quantize != "none":
             raise UsageError(
                 "a quantized base has no gradient to select by; take another selection"
             )
-        if not 0 < self.coverage <= 1:
-            raise UsageError(f"coverage must be above 0 and at most 1, got {self.coverage}")
-        if not 0 < self.recompute_share <= 1:
-            raise UsageError(
-                f"recompute_share must be above 0 and at most 1, got {self.recompute_share}"
-            )
-        at_least(self, selection_rows=1)
+        above_0(self, coverage=1, recompute_share=1, head_lr=1, epochs=None)
         at_least(self, gradient_accumulation=1, eval_steps=1, patience=1, save_steps=0, samples=0)
-        at_least(self, weight_decay=0, max_grad_norm=0)
+        at_least(self, selection_rows=1)
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
         if self.warmup_ratio >= 1:
             raise UsageError(f"warmup_ratio must be below 1, got {self.warmup_ratio}")
         if self.labels and not task_of(self.task_type, self.labels).pools:
             raise UsageError("labels are a classifier's; give --task-type SEQ_CLS too")
-        if not 0 < self.head_lr <= 1:
-            raise UsageError(f"head_lr must be above 0 and at most 1, got {self.head_lr}")
         if isinstance(self.lr, str) and self.lr != "auto":
             raise UsageError(f"lr must be a number or auto, got {self.lr!r}")
-        if isinstance(self.lr, float | int) and not 0 < self.lr <= 1:
-            raise UsageError(f"lr must be above 0 and at most 1, got {self.lr}")
-        if self.epochs is not None and not self.epochs > 0:
-            raise UsageError(f"epochs must be above 0, got {self.epochs}")
+        if self.lr != "auto":
+            above_0(self, lr=1)
         if not 0 <= self.eval_fraction < 1:
             raise UsageError(f"eval_fraction must be within [0, 1), got {self.eval_fraction}")
 

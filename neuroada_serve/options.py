@@ -4,6 +4,7 @@ A field `max_num_seqs` is the flag `--max-num-seqs`, the key `max-num-seqs` of a
 and the environment variable `NEUROADA_MAX_NUM_SEQS`; see `cli/flags.py`.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, field, fields
@@ -164,14 +165,37 @@ def at_least(config: object, **minimums: float) -> None:
             raise UsageError(f"{name} must be at least {minimum}, got {value}")
 
 
+def above_0(config: object, **most: float | None) -> None:
+    """Refuse fields that are not finite numbers above 0, or are above their maximum, if they have
+    one; None passes.
+
+    Raises:
+        UsageError: names the field.
+    """
+    for name, maximum in most.items():
+        value = getattr(config, name)
+        if value is None or (0 < value < math.inf if maximum is None else 0 < value <= maximum):
+            continue
+        bound = "" if maximum is None else f" and at most {maximum}"
+        raise UsageError(f"{name} must be above 0{bound}, got {value}")
+
+
+def one_of(config: object, **allowed: Sequence[str]) -> None:
+    """Refuse fields that are none of their words.
+
+    Raises:
+        UsageError: names the field and its words.
+    """
+    for name, words in allowed.items():
+        if (value := getattr(config, name)) not in words:
+            raise UsageError(f"{name} must be one of {', '.join(words)}, got {value!r}")
+
+
 def check_words(config: Any) -> None:
     """Refuse fields of a Literal type that have another value.
 
     Raises:
         UsageError: names the field and its words.
     """
-    for f in fields(config):
-        if get_origin(f.type) is Literal and (value := getattr(config, f.name)) not in (
-            allowed := get_args(f.type)
-        ):
-            raise UsageError(f"{f.name} must be one of {', '.join(allowed)}, got {value!r}")
+    words = {f.name: get_args(f.type) for f in fields(config) if get_origin(f.type) is Literal}
+    one_of(config, **words)

@@ -10,7 +10,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "neuroada_serve"
 # Lower floors first; within a floor a room imports only from rooms earlier in the list.
 # A name stands for a module or for all modules of a package that are not listed themselves.
 FLOORS: list[list[str]] = [
-    ["errors", "tasks", "options", "config", "request", "metrics", "intervals", "wakeup"],
+    [
+        "errors",
+        "tasks",
+        "options",
+        "row_source",
+        "config",
+        "request",
+        "metrics",
+        "intervals",
+        "wakeup",
+    ],
     [
         "plots",
         "ops",
@@ -94,10 +104,12 @@ TORCH_FREE = (
     "adapters.readiness",
     "engine.accounts",
     "engine.adapter_turns",
+    "engine.batcher",
+    "engine.block_manager",
+    "engine.block_tables",
     "engine.fairness",
     "engine.merge_policy",
     "engine.pace",
-    "engine.prefix_cache",
     "engine.scheduler",
     "engine.sequence",
 )

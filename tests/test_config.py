@@ -50,6 +50,14 @@ def test_unknown_setting_is_refused(config):
         (EngineConfig, {"adapter_memory": 0}, "adapter_memory must be at least 1, got 0"),
         (EngineConfig, {"adapter_host_memory": -1}, "adapter_host_memory must be at least 0"),
         (EngineConfig, {"prefix_cache_memory": -1}, "prefix_cache_memory must be at least 0"),
+        (EngineConfig, {"kv_cache_memory": 0}, "kv_cache_memory must be at least 1, got 0"),
+        (EngineConfig, {"target_itl_ms": 0}, "target_itl_ms must be above 0, got 0"),
+        (
+            EngineConfig,
+            {"gpu_memory_utilization": 0},
+            "gpu_memory_utilization must be above 0 and at most 1, got 0",
+        ),
+        (EngineConfig, {"gpu_memory_utilization": 1.01}, "at most 1, got 1.01"),
         (
             EngineConfig,
             {"tenant_weights": {"a": 1, "b": 0}},
@@ -87,6 +95,9 @@ def test_wrong_setting_is_refused_by_name(config, values, message):
 @pytest.mark.parametrize(
     ("config", "values"),
     [
+        (EngineConfig, {"target_itl_ms": math.nan}),
+        (EngineConfig, {"target_itl_ms": math.inf}),
+        (EngineConfig, {"gpu_memory_utilization": math.nan}),
         (TrainConfig, {"lr": math.nan}),
         (TrainConfig, {"lr": math.inf}),
         (TrainConfig, {"epochs": math.nan}),
@@ -111,6 +122,7 @@ def test_weight_that_is_none_is_refused_by_whose_it_is(weights, weight):
 def test_limits_of_settings_are_allowed():
     EngineConfig(max_num_seqs=512, max_num_batched_tokens=512, max_model_len=None)
     EngineConfig(adapter_memory=1, adapter_host_memory=0, prefix_cache_memory=0)
+    EngineConfig(kv_cache_memory=1, gpu_memory_utilization=1, target_itl_ms=1e-9)
     EngineConfig(tenant_weights={"a": 1e-9, "": 1e9}, adapter_weights={"fr": 2})
     ServerConfig(port=0, drain_timeout_s=0, adapter_dir=Path("x"))
     ServerConfig(allow_runtime_adapters=True, adapter_dir=None)  # to pin, merge and unload

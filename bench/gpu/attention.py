@@ -19,7 +19,7 @@ from neuroada_serve.engine.triton_prefill import cut, prefill_attention, tile_to
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """What is measured.
+    """The case that is measured.
 
     layers: parts of a block, each launched once a sample, so that no cache holds them.
     decodes: (requests, tokens of each context).

@@ -1,4 +1,4 @@
-"""What serving adds to single steps: launches, the warm-up, chunks beside decodes, a full card."""
+"""Costs of serving beside single steps: launches, warm-up, chunks beside decodes, a full card."""
 
 import random
 import time

@@ -81,7 +81,7 @@ def _visible(columns: Tensor, own: Tensor, window: int | None) -> Tensor:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What one layer's attention computes with.
+    """The parameters of one layer's attention.
 
     window: a token sees this many, itself included; None for all.
     softcap: of the scores (Gemma 2); None for none.

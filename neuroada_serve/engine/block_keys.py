@@ -58,7 +58,7 @@ class BlockKeys:
 
 
 class Announcements:
-    """Which blocks running sequences are going to compute, so that others wait for them.
+    """The blocks that running sequences are going to compute, so that others wait for them.
 
     Args:
         deterministic: only whole blocks can be shared.

@@ -126,7 +126,7 @@ class DecodeGraphs:
 
     @property
     def num_failed_captures(self) -> int:
-        """How often no graph could be captured where one was wanted."""
+        """Times that no graph could be captured where one was wanted."""
         return self._retry.num_failed
 
     def clear(self) -> None:
@@ -199,7 +199,7 @@ class DecodeGraphs:
         return len(self._buckets)
 
     def _key(self, plan: StepPlan, bucket: int) -> Hashable:
-        """Which graph is a step's; all graphs go if the adapters' memory has moved."""
+        """The key of a step's graph; all graphs go if the adapters' memory has moved."""
         version, *groups = plan.layout
         if version != self._memory_version:
             self._graphs.clear()

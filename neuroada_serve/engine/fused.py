@@ -75,7 +75,7 @@ class Elementwise:
 
     @property
     def num_failed_compilations(self) -> int:
-        """How often a part could not be compiled, or failed when it was first run."""
+        """Times that a part could not be compiled, or failed when it was first run."""
         return sum(function.retry.num_failed for function in self._functions.values())
 
     def shared(self, key: Any, function: Callable[..., Any]) -> _Fused:

@@ -28,7 +28,7 @@ _PROBE = "neuroada-probe"
 
 @dataclass(frozen=True)
 class KVBudget:
-    """What the KV cache of one engine has room for.
+    """The room in the KV cache of one engine.
 
     block_tokens: positions of a block.
     idle_blocks: known blocks that may stay without a user.

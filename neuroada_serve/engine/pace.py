@@ -1,4 +1,4 @@
-"""How much of a step prompts may take, so that streams keep their pace. Pure Python, no torch.
+"""The part of a step that prompts may take, so that streams keep their pace. Pure Python.
 
 A step that computes part of a prompt beside the next tokens of running answers takes longer, and
 every stream waits for it. `StepPace` learns what steps take and bounds the prompts' part: without a
@@ -311,7 +311,7 @@ def divide(
 
 
 class _Division:
-    """What is left of a step, and what was given."""
+    """The rest of a step, and the tokens that were given."""
 
     def __init__(
         self, budget: float, most_tokens: int, context_scale: float, multiple: int

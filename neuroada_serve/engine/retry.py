@@ -18,7 +18,7 @@ class Retry:
 
     @property
     def is_due(self) -> bool:
-        """Whether nothing has failed yet, or the pause is over."""
+        """True if nothing has failed yet, or the pause is over."""
         return not self._left
 
     def pass_turn(self) -> None:

@@ -193,7 +193,7 @@ class ModelRunner:
 
     @property
     def num_failed_compilations(self) -> int:
-        """How often a decode step could not be captured, or an elementwise part not compiled; both
+        """Times that a decode step could not be captured, or an elementwise part not compiled; both
         are tried again later."""
         captures = 0 if self.graphs is None else self.graphs.num_failed_captures
         parts = 0 if self._elementwise is None else self._elementwise.num_failed_compilations

@@ -60,7 +60,7 @@ attention_at, _write_block = block_reader(AttentionBlock), block_reader(WriteBlo
 
 @njit(inline="always")
 def _cell(args: Any, slot: int, kv_head: int, position: int) -> Any:
-    """Where a position's keys or values begin, in elements."""
+    """The place where a position's keys or values begin, in elements."""
     blocks, shift = ints_at(args.tables), args.block_shift
     block = np.int64(blocks[slot * args.table_stride + (position >> shift)])
     row = (kv_head << shift) + (position & ((1 << shift) - 1))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neuroada_serve.config import RowSource
 from neuroada_serve.errors import DataError
+from neuroada_serve.row_source import RowSource
 
 Data = Path | RowSource
 

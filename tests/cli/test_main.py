@@ -144,6 +144,9 @@ def test_eval_table_and_base(model, tmp_path):
         (["serve", "MODEL", "--adapter-memory", "0"], "--adapter-memory must be at least 1"),
         (["serve", "MODEL", "--adapter-host-memory", "-1"], "'-1' is not a size"),
         (["serve", "MODEL", "--prefix-cache-memory", "4XB"], "'4XB' is not a size"),
+        (["serve", "MODEL", "--kv-cache-memory", "0"], "--kv-cache-memory must be at least 1"),
+        (["serve", "MODEL", "--gpu-memory-utilization", "90"], "above 0 and at most 1, got 90"),
+        (["serve", "MODEL", "--target-itl-ms", "-5"], "--target-itl-ms must be above 0"),
         (["serve", "MODEL", "--max-num-seqs", "0"], "--max-num-seqs"),
         (["serve", "MODEL", "--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "at least"),
     ],
@@ -154,6 +157,17 @@ def test_mistake_ends_with_one_sentence_and_code_2(model, args, word):
     assert word in result.stderr
     assert "Traceback" not in result.output
     assert result.stderr.count("Error: ") == 1
+
+
+def test_sequence_that_can_never_fit_is_refused_at_the_start(model):
+    """A token of this model needs 256 bytes."""
+    flags = ["--max-model-len", 256, "--kv-cache-memory", "32KiB"]
+    result = run("serve", model.path, *flags)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    said = " ".join(result.stderr.split())
+    assert "one sequence of 256 tokens needs 0 MiB" in said
+    assert "lower --max-model-len, or raise --kv-cache-memory" in said
 
 
 def test_taken_port_is_found_before_the_model_is_looked_for():
@@ -172,10 +186,15 @@ def test_serve_flags_reach_engine_and_server(model, adapter, monkeypatch):
     flags = ["--adapter-dir", adapter.parent, "--preload", "--tenant-header", "x-tenant"]
     flags += ["--tenant-weight", "big=2", "--tenant-weight", "a=b=0.5", "--adapter-weight", "fr=3"]
     flags += ["--adapter-memory", "4MiB", "--adapter-host-memory", "0"]
+    flags += ["--kv-cache-memory", "128KiB", "--target-itl-ms", 20]
+    flags += ["--gpu-memory-utilization", 0.5]
     flags += ["--prefix-cache-memory", "1.5MB", "--allow-runtime-adapters", "--port", 0]
     flags += ["--max-connections", 9, "--allowed-host", "a", "--allowed-host", "b"]
     flags += ["--served-model-name", "x", "--log-level", "debug", "--enable-log-requests"]
-    assert run("serve", model.path, *flags).exit_code == 0
+    result = run("serve", model.path, *flags)
+    assert result.exit_code == 0
+    said = " ".join(result.stderr.split())
+    assert "KV cache: 512 tokens in 0.00 GiB, or 2.0 sequences of 256 tokens." in said
     (engine, config, *_), settings = served[0], served[0][0].config
     assert config == ServerConfig(
         adapter_dir=adapter.parent,
@@ -192,7 +211,8 @@ def test_serve_flags_reach_engine_and_server(model, adapter, monkeypatch):
     assert settings.tenant_weights == {"big": 2, "a=b": 0.5}
     assert settings.adapter_weights == {"fr": 3}
     assert (settings.adapter_memory, settings.adapter_host_memory) == (4 << 20, 0)
-    assert settings.prefix_cache_memory == 1_500_000
+    assert (settings.kv_cache_memory, settings.prefix_cache_memory) == (128 << 10, 1_500_000)
+    assert (settings.target_itl_ms, settings.gpu_memory_utilization) == (20, 0.5)
     assert engine.adapters.describe_one("fr").tier == "device"  # preloaded
 
 

@@ -1,6 +1,7 @@
 """Memory that is not there, as clients of a real engine see it over a socket."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine import kv_cache
 from neuroada_serve.engine.engine import Engine
+from neuroada_serve.engine.kv_budget import CPU_BLOCK_TOKENS
 from neuroada_serve.model.loader import load_base
 from neuroada_serve.ops import matrix
 from tests.support.serving import serve_while
@@ -20,31 +21,53 @@ pytestmark = pytest.mark.timeout(120)
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 512}
 REFUSAL = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"
-MOST_TOKENS = 256  # that a KV cache finds memory for
+MOST_TOKENS = 256  # of a sequence, for which steps find memory
 SHORT = {"prompt": "abc", "temperature": 0, "max_tokens": 6, "ignore_eos": True}
 STEADY = {**SHORT, "max_tokens": 200, "stream": True}
 LONG = {**SHORT, "prompt": "x" * 300}
 GROWING = {**SHORT, "prompt": "y" * 200, "max_tokens": 100, "stream": True}
+FEW_BLOCKS = 12  # a steady stream needs seven
 
 
-@pytest.fixture(params=["bfloat16", "float32"])  # as one kernel, and as modules
-def engine(request, tmp_path, monkeypatch):
+@pytest.fixture
+def new_engine(tmp_path, monkeypatch):
     weight = torch.randn(64, 64).bfloat16()
     if matrix.packs_faster(weight) and not matrix.packed_matrix(weight).in_blocks_of_64:
         monkeypatch.setattr(matrix, "_onednn_packs", lambda: False)
     monkeypatch.setitem(FAMILIES, "llama", FAMILIES["llama"] | SIZES)
     source = save_tiny_model(tmp_path, "llama", torch.bfloat16)
-    engine = Engine(load_base(source, request.param), EngineConfig(max_num_seqs=8))
-    assert (engine._runner._cpu_decoder is None) is (request.param == "float32")
-    make = kv_cache._zeros
 
-    def zeros(shape, like):
-        if shape[2] > MOST_TOKENS:
+    def make(dtype: str, **config: Any) -> Engine:
+        engine = Engine(load_base(source, dtype), EngineConfig(max_num_seqs=8, **config))
+        assert (engine._runner._cpu_decoder is None) is (dtype == "float32")
+        return engine
+
+    return make
+
+
+def refuse_long_sequences(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every step that computes a token beyond MOST_TOKENS find no memory."""
+    run = engine._runner.run
+
+    def limited(schedule, merged):
+        lengths = [s.num_computed + 1 for s in schedule.decodes]
+        lengths += [c.sequence.num_computed + c.num_tokens for c in schedule.prefills]
+        if max(lengths) > MOST_TOKENS:
             raise RuntimeError(REFUSAL)
-        return make(shape, like)
+        return run(schedule, merged)
 
-    monkeypatch.setattr(kv_cache, "_zeros", zeros)
-    return engine
+    monkeypatch.setattr(engine._runner, "run", limited)
+
+
+def visit(engine: Engine, see: Callable[[httpx.Client], None]) -> None:
+    """Serve an engine while a client sees it; nothing is held at the end."""
+
+    def come(url: str) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            see(client)
+
+    assert serve_while(engine, come) == 0
+    assert engine.metrics.kv.used == 0
 
 
 def post(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:
@@ -68,13 +91,13 @@ def streamed(reply: httpx.Response) -> tuple[str, dict[str, Any] | None]:
 def check_refusal(error: dict[str, Any], num_prompt_tokens: int) -> None:
     assert (error["code"], error["type"]) == (503, "ServiceUnavailableError")
     assert f"{num_prompt_tokens} prompt tokens" in error["message"]
-    assert "no memory for a KV cache" in error["message"]
+    assert "found no memory" in error["message"]
 
 
-def test_request_without_memory_fails_alone_and_says_why(engine) -> None:
-    def visit(url: str) -> None:
-        with httpx.Client(base_url=url, timeout=60) as client:
-            see(client)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])  # as one kernel, and as modules
+def test_request_without_memory_fails_alone_and_says_why(new_engine, dtype, monkeypatch) -> None:
+    engine = new_engine(dtype)
+    refuse_long_sequences(engine, monkeypatch)
 
     def see(client: httpx.Client) -> None:
         right = text(post(client, SHORT))
@@ -97,5 +120,22 @@ def test_request_without_memory_fails_alone_and_says_why(engine) -> None:
             assert client.get("/health").status_code == 200
             assert {text(one.result()) for one in after} == {right}
 
-    assert serve_while(engine, visit) == 0
-    assert not list(engine._cache.layers())
+    visit(engine, see)
+
+
+def test_streams_of_a_pool_that_is_too_small_for_them_all_end_right(new_engine) -> None:
+    def see(client: httpx.Client) -> None:
+        bodies = [STEADY | {"prompt": f"{i}{i}"} for i in range(6)]
+        expected = [streamed(post(client, body)) for body in bodies]
+        kv_cache = client.get("/v1/adapters").json()["kv_cache"]
+        assert (kv_cache["blocks"], kv_cache["preemptions"]) == (FEW_BLOCKS, 0)
+        with ThreadPoolExecutor(6) as pool:
+            replies = [pool.submit(post, client, body) for body in bodies]
+            assert [streamed(reply.result()) for reply in replies] == expected
+        kv_cache = client.get("/v1/adapters").json()["kv_cache"]
+        assert kv_cache["preemptions"] > 0
+        assert (kv_cache["used"], kv_cache["shared"]) == (0, 0)
+        assert kv_cache["free"] + kv_cache["cached"] == FEW_BLOCKS
+
+    token_bytes = 1024  # two layers of two heads, keys and values, in float32
+    visit(new_engine("float32", kv_cache_memory=FEW_BLOCKS * CPU_BLOCK_TOKENS * token_bytes), see)

@@ -11,8 +11,8 @@ from neuroada_serve.engine.sequence import Sequence
 
 @dataclass(eq=False)
 class Cell:
-    """What the KV of a token depends on: the root, and all tokens up to its own. There is one cell
-    for each, so that cells are compared by identity.
+    """All that the KV of a token depends on: the root, and all tokens up to its own. There is one
+    cell for each, so that cells are compared by identity.
 
     before: of the token before; None for the root's own, before all tokens.
     key: of the block that ends here, once it is known; the root's own.

@@ -73,7 +73,7 @@ def attention_of(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """What one token sees: [heads, head_dim] float32 of query [heads, head_dim]."""
+    """The attention of one token, [heads, head_dim] float32 of query [heads, head_dim]."""
     heads, dim = query.shape
     first = 0 if window is None else max(0, position + 1 - window)
     keys, values = (

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from neuroada_serve.adapters.format import CONFIG_FILE
+from neuroada_serve.metrics import KVUsage
 from tests.support.fake_engine import BASE, SINCE, FakeEngine, digest_of
 from tests.support.serving import (
     ENDLESS,
@@ -182,7 +183,7 @@ async def test_slow_load_holds_up_nobody(tmp_path: Path) -> None:
         assert (await client.complete(model="sql")).status_code == 200
         assert (await client.load("de", "new")).status_code == 200
         assert (await client.unload("de")).status_code == 200
-        assert "fr" not in (await client.get("/v1/adapters")).text
+        assert '"fr"' not in (await client.get("/v1/adapters")).text
         assert not slow.done()
         client.engine.adapters.may_read.set()
         assert (await slow).status_code == 200
@@ -204,6 +205,8 @@ async def test_many_waiting_unloads_hold_up_nobody(tmp_path: Path) -> None:
 
 async def test_adapters_are_described(client: Client) -> None:
     client.engine.adapters.merging.set_mode("pirate")
+    client.engine.metrics.kv = KVUsage(32, 40, used=5, shared=2, cached=3)
+    client.engine.metrics.num_preemptions = 7
     await until(lambda: client.engine.adapters.merging.merged)
     async with busy(client, 2, model="sql"):
         body = (await client.get("/v1/adapters")).json()
@@ -213,6 +216,15 @@ async def test_adapters_are_described(client: Client) -> None:
             "merge_mode": "pirate",
             "merged": "pirate",
             "memory": {"device": {"used": 1, "size": 2, "adapters": 2}},
+            "kv_cache": {
+                "block_tokens": 32,
+                "blocks": 40,
+                "used": 5,
+                "shared": 2,
+                "cached": 3,
+                "free": 32,
+                "preemptions": 7,
+            },
         }
         assert sql == {
             "name": "sql",
