@@ -12,7 +12,8 @@ from neuroada_serve.ops import cpu_blocks, cpu_team
 from neuroada_serve.ops.cpu_blocks import AttentionBlock, ProgramBlock, StepBlock, WriteBlock
 
 _ALIGNMENT = 64  # bytes
-_THREADED = 1 << 15  # numbers of keys and fewer are not worth waking a second thread
+_COPIED_AT_ONCE = 32  # entries, in the time that another kernel takes for one
+_THREADED = 1 << 17  # numbers of keys; fewer are not worth waking a second thread
 
 
 def fits(query: Tensor) -> bool:
@@ -66,7 +67,7 @@ def write_kv_(
         v_head_stride=v.stride(1),
     )
     cpu_blocks.set_cache(block, keys, values, tables)
-    _write()(block, k.numel())
+    _write()(block, k.numel() // _COPIED_AT_ONCE)
 
 
 def decode_attention(

@@ -83,7 +83,7 @@ SHAPES = ((1, 2), (4, 2), (8, 2), (12, 2))
 if not has_feature("avx512f"):
     SHAPES = ((1, 2), (2, 2), (4, 1), (6, 1))
 CHUNK = SHAPES[-1][0]  # tokens that are multiplied at once
-AHEAD = 2048  # bytes of weights between those that are used and those that are fetched
+AHEAD = 16384  # bytes of weights between those that are used and those that are fetched
 
 _norm_block, _product_block = block_reader(NormBlock), block_reader(ProductBlock)
 _step_block, _program_block = block_reader(StepBlock), block_reader(ProgramBlock)
@@ -123,7 +123,7 @@ def _tile_product(num_tokens: int, vectors: int) -> Any:
                     address = builder.add(start, ir.Constant(I64, 4 * LANES * part))
                     weights.append(step.take(builder, load(builder, address, I32X16)))
                     if number == 0:
-                        prefetch(builder, builder.add(address, ir.Constant(I64, AHEAD)))
+                        prefetch(builder, builder.add(address, ir.Constant(I64, AHEAD)), level=2)
                 for t in range(num_tokens):
                     address = builder.add(rows[t], offset)
                     both = same_in_all(builder, load(builder, address, ir.IntType(32)))
