@@ -163,7 +163,7 @@ class DeterministicLoad(Load):
         assert not self.engine.cache.num_copies
 
 
-@pytest.mark.parametrize("num_examples", [20, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_examples", [100, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("load", [Load, DeterministicLoad])
 def test_any_load_keeps_blocks_and_ends_every_request_once(load, num_examples):
     run_state_machine_as_test(
