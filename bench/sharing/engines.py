@@ -16,9 +16,10 @@ TURN_PROMPT, TURN_OUTPUT = 24, 32
 
 def new_engine(source: ModelSource, count: int, **config: Any) -> Engine:
     """Engine with adapters a0, a1, ... of k=1."""
-    base = load_base(source)
+    settings = EngineConfig(**{"max_num_seqs": BATCH, **config})
+    base = load_base(source, settings.dtype)
     indices = magnitude_indices(base, [1])[1]
-    engine = Engine(base, EngineConfig(**{"max_num_seqs": BATCH, **config}))
+    engine = Engine(base, settings)
     for number in range(count):
         adapter = random_adapter(base.spec, indices, number)
         engine.adapters.add_resident(f"a{number}", adapter)

@@ -6,7 +6,18 @@ import shutil
 import pytest
 import torch
 
-from bench import choices, harness, memory, prefix_answers, redraw, scaling, startup, stops
+from bench import (
+    choices,
+    harness,
+    memory,
+    pool,
+    prefix_answers,
+    prefix_hits,
+    redraw,
+    scaling,
+    startup,
+    stops,
+)
 from bench.adapters import __main__ as adapters
 from bench.merge import __main__ as merge
 from bench.merge import modes
@@ -140,3 +151,24 @@ def test_answers_from_the_prefix_cache_are_counted(tmp_path, run, monkeypatch):
         assert 0 < found["with_cached_tokens"] <= 6
     assert result["answers"]["deterministic"]["changed_by_the_cache"] == 0
     assert result["cost"].keys() == {"prompt of 16", "step of 2 decodes"}
+
+
+def test_requests_in_a_tenth_of_their_room_are_answered_as_alone(model, run):
+    result = run(pool, model, "--requests", 40, "--alone", 20)
+    assert all(result["promises"].values()), result["promises"]
+    assert result["requests"] == {"asked": 40, "ended_once": 40}
+    assert result["preemptions"] > 0
+    assert result["alone"]["preempted"] > 0
+    assert result["alone"]["logprob_difference"] < 1e-3
+    assert 1 <= result["pool"]["cells_to_tokens_median"] < 1.5
+    assert 0 < result["recomputed_share"] < 0.5
+
+
+def test_system_prompt_is_held_once_for_each_adapter_and_tenant(model, run):
+    result = run(prefix_hits, model, "--rounds", 1)
+    promises = {name: kept for name, kept in result["promises"].items() if "hit" not in name}
+    assert len(promises) == 3
+    assert all(promises.values()), promises
+    assert result["time"]["hit_to_miss"] > 0
+    assert (result["adapters"]["requests"], result["adapters"]["groups"]) == (64, 8)
+    assert (result["others"]["requests"], result["others"]["groups"]) == (16, 8)
