@@ -120,7 +120,7 @@ class Engine:
             self._tables,
             self._outputs,
             self.adapters.merging,
-            self._scheduler.pace,
+            self.pace,
             self._faults,
         )
         self._step = 0
@@ -130,6 +130,11 @@ class Engine:
     def merged(self) -> str | None:
         """Name of the adapter that is merged into the weights."""
         return self.adapters.merging.merged
+
+    @property
+    def pace(self) -> StepPace:
+        """How much prompts may add to a step."""
+        return self._scheduler.pace
 
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compile and record what steps need, before the first request; on a GPU.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.progress import Progress, UseTqdm
@@ -33,13 +33,16 @@ def run_batch(
     try:
         for request in requests:
             engine.add_request(*request)
-        while engine.has_unfinished:
-            outputs = engine.step()
-            progress.see(outputs)
-            for output in outputs:
-                collected[output.request_id].append(output)
-                if on_output is not None:
-                    on_output(output)
+        with ExitStack() as stack:
+            if on_output is None:
+                stack.enter_context(engine.pace.unbounded())
+            while engine.has_unfinished:
+                outputs = engine.step()
+                progress.see(outputs)
+                for output in outputs:
+                    collected[output.request_id].append(output)
+                    if on_output is not None:
+                        on_output(output)
     except BaseException:
         for request_id in collected:
             engine.abort(request_id)

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -70,6 +71,16 @@ class StepPace:
         # Cost of the prompts of recent steps, and the seconds that they added to the decodes.
         self._added: deque[tuple[float, float]] = deque(maxlen=_NUM_RECENT)
         self._since_probe = _PROBE_STEPS
+
+    @contextmanager
+    def unbounded(self) -> Iterator[None]:
+        """Let prompts take all the tokens that they can until the block ends: nobody reads the
+        answers as they come, and how prompts are cut shall not depend on time."""
+        before, self.target_itl_s = self.target_itl_s, math.inf
+        try:
+            yield
+        finally:
+            self.target_itl_s = before
 
     def budget(self, num_decodes: int, context: int = 0) -> float:
         """Return the cost that prompts may have in the next step. To be called once a step that has

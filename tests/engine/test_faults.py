@@ -8,7 +8,7 @@ import torch
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.adapters.bank import AdapterBank
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine import engine as engine_module
+from neuroada_serve.engine import step_executor
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.faults import (
     MAX_FAILED_STEPS,
@@ -134,7 +134,7 @@ def steps(engine: Engine) -> None:
 
 PLACES = {
     "run": (ModelRunner, "run"),
-    "sample": (engine_module, "sample"),
+    "sample": (step_executor, "sample"),
     "schedule": (Scheduler, "schedule"),
     "process": (OutputProcessor, "process"),
     "release": (ModelRunner, "release"),

@@ -101,7 +101,7 @@ def check_nothing_is_held(engine: Engine) -> None:
     assert (engine.metrics.kv.used, engine.metrics.kv.shared) == (0, 0)
     tables = engine._tables
     assert tables.changes == Changes()
-    assert not tables._coming
+    assert not tables._coming._owners
     assert not tables._announced
     assert not tables.blocks.take_unused(), "given back already"
 

@@ -127,9 +127,10 @@ def test_adapters_of_every_kind_share_one_batch(served):
     engine = served.engine(served.made, max_num_seqs=16, max_num_batched_tokens=2048)
     for name in (None, *served.made):
         add(engine, str(name), name)
-    outputs = engine.step() + engine.step()
-    while len({o.request_id for o in outputs}) < len(served.answers):
-        outputs += engine.step()
+    with engine.pace.unbounded():
+        outputs = engine.step() + engine.step()
+        while len({o.request_id for o in outputs}) < len(served.answers):
+            outputs += engine.step()
     assert engine.num_running == len(served.answers), "all of them at once"
     tokens = run(engine)
     for name, answer in served.answers.items():
@@ -214,7 +215,9 @@ def test_reload_under_the_same_name_never_meets_the_old_ones_prefixes(served):
         engine.adapters.load("x", served.folder / name, replace=True)
         assert ask(engine, "x") == served.answers[name]
         assert ask(engine, "x") == served.answers[name]
-    assert engine.metrics.num_cached_tokens == 64 * 4, "each hits its own, and the last the first's"
+    assert engine.metrics.num_cached_tokens == (len(PROMPT) - 1) * 4, (
+        "each hits its own, and the last the first's"
+    )
 
 
 def test_prefixes_never_cross_adapters_tenants_or_salts(served):
@@ -228,7 +231,7 @@ def test_prefixes_never_cross_adapters_tenants_or_salts(served):
     assert ask(engine, "k1", cache_salt="t") == served.answers["k1"]
     assert engine.metrics.num_cached_tokens == 0
     assert ask(engine, "k1") == served.answers["k1"]
-    assert engine.metrics.num_cached_tokens == 64
+    assert engine.metrics.num_cached_tokens == len(PROMPT) - 1
 
 
 def test_prefixes_are_reused_with_adapters(served):
@@ -237,7 +240,7 @@ def test_prefixes_are_reused_with_adapters(served):
     assert ask(engine, "k20") == served.answers["k20"]
     computed = engine.metrics.num_prompt_tokens
     assert ask(engine, "k20") == served.answers["k20"]
-    assert engine.metrics.num_prompt_tokens - computed == len(PROMPT) - 64
+    assert engine.metrics.num_prompt_tokens - computed == 1
 
 
 def test_running_requests_keep_their_version_through_a_replacement(served):
