@@ -105,7 +105,7 @@ def comparison(run: Run, alone: dict[str, list[Token]]) -> dict[str, Any]:
 
 
 def figures(engine: Engine, requests: Sequence[Asked], run: Run) -> dict[str, Any]:
-    """What happened to the requests, the blocks and the time."""
+    """Figures of the requests, the blocks and the time."""
     kv = engine.metrics.kv
     ratios = [used * kv.block_tokens / tokens for used, tokens in run.held if tokens]
     ended = [asked for asked in requests if run.reasons.get(asked.name) == [LENGTH]]
@@ -133,7 +133,7 @@ def figures(engine: Engine, requests: Sequence[Asked], run: Run) -> dict[str, An
 
 
 def promises_of(found: dict[str, Any]) -> dict[str, bool]:
-    """Which promises were kept."""
+    """Promises, and if they were kept."""
     requests, alone = found["requests"], found["alone"]
     return {
         "every request ends exactly once, at its full length": (

@@ -124,7 +124,7 @@ def counted(engine: Engine) -> dict[str, Any]:
 
 
 def promises_of(found: dict[str, Any]) -> dict[str, bool]:
-    """Which promises were kept."""
+    """Promises, and if they were kept."""
     adapters, others = found["adapters"], found["others"]
     whole = SYSTEM_TOKENS // adapters["block_tokens"]
     return {

@@ -133,15 +133,11 @@ class Engine:
 
     @property
     def pace(self) -> StepPace:
-        """How much prompts may add to a step."""
+        """The bound of what prompts add to a step."""
         return self._scheduler.pace
 
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compile and record what steps need, before the first request; on a GPU.
-
-        Args:
-            progress: called with how many graphs are done, and of how many.
-        """
+        """Record what decode steps need before the first request; see `ModelRunner.warm_up`."""
         self._runner.warm_up(progress)
 
     def base_digest(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.progress import Progress, UseTqdm
@@ -33,9 +33,7 @@ def run_batch(
     try:
         for request in requests:
             engine.add_request(*request)
-        with ExitStack() as stack:
-            if on_output is None:
-                stack.enter_context(engine.pace.unbounded())
+        with engine.pace.unbounded():
             while engine.has_unfinished:
                 outputs = engine.step()
                 progress.see(outputs)

@@ -11,7 +11,7 @@ since attention reads all tokens before it.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,8 +74,8 @@ class StepPace:
 
     @contextmanager
     def unbounded(self) -> Iterator[None]:
-        """Let prompts take all the tokens that they can until the block ends: nobody reads the
-        answers as they come, and how prompts are cut shall not depend on time."""
+        """Let prompts take all the tokens that they can until the block ends: for batches, whose
+        prompts shall be cut alike in every run."""
         before, self.target_itl_s = self.target_itl_s, math.inf
         try:
             yield

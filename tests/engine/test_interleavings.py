@@ -102,7 +102,7 @@ def check_nothing_is_held(engine: Engine) -> None:
     tables = engine._tables
     assert tables.changes == Changes()
     assert not tables._coming._owners
-    assert not tables._announced
+    assert not tables._coming._announced
     assert not tables.blocks.take_unused(), "given back already"
 
 
