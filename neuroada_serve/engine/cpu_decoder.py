@@ -47,7 +47,8 @@ class CpuDecoder:
 
     def __init__(self, decoder: Decoder, bank: AdapterBank, cache: KVCache) -> None:
         self._bank = bank
-        self._cache = cache
+        # One for all steps: the kernels' arguments are set by it once.
+        self._caches = Caches(cache.tables, cache.block_tokens, cache.layer)
         self._forward = CpuForward(decoder, MAX_TOKENS)
 
     def takes(self, num_tokens: int) -> bool:
@@ -73,9 +74,7 @@ class CpuDecoder:
             [n, vocab] float32, valid until the next step.
         """
         plan = self._bank.plan(residents, merged, shortest=RUN_TOKENS)
-        cache = self._cache
-        caches = Caches(cache.tables, cache.block_tokens, cache.layer)
-        return self._forward(tokens, kept, caches, plan)
+        return self._forward(tokens, kept, self._caches, plan)
 
     def release(self) -> None:
         """Release memory that grows with requests."""
