@@ -10,6 +10,7 @@ from bench.harness import ratio
 from bench.sharing.engines import greedy, new_engine
 from neuroada_serve.benchmark.report import progress_bar
 from neuroada_serve.benchmark.workload import random_prompts
+from neuroada_serve.engine.kv_budget import CPU_BLOCK_TOKENS
 from neuroada_serve.model.source import ModelSource
 
 SYSTEM_TOKENS, USER_TOKENS = 400, 24
@@ -36,7 +37,8 @@ def prefix(source: ModelSource, rounds: int, console: Console) -> dict[str, Any]
                 ttft[name].append(1000 * (time.perf_counter() - started))
                 cached[name].append(outputs[-1].num_cached_tokens)
             progress.update(task, completed=number + 1, refresh=True)
-    assert set(cached["miss"]) == set(cached["another adapter"]) == {0}
+    # Less than a block: a few tokens at the beginning are the same by chance or by the template.
+    assert max(cached["miss"] + cached["another adapter"]) < CPU_BLOCK_TOKENS
     return {
         "ttft_ms": {name: statistics.median(times) for name, times in ttft.items()},
         "hit_to_miss": ratio(ttft["hit"], ttft["miss"]),
