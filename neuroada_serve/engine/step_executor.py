@@ -64,9 +64,7 @@ class StepExecutor:
             if part.is_empty:
                 continue
             computed = {s: s.num_computed for s in part.scheduled}
-            cost = sum(
-                self._pace.cost(c.sequence.num_computed, c.num_tokens) for c in part.prefills
-            )
+            cost = self._cost(part)
             started = time.perf_counter()
             try:
                 step, chosen = self._compute(part)
