@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
 
 from neuroada_serve.config import PROMPT_BLOCK
 from neuroada_serve.engine.block_tables import BlockTables
@@ -26,7 +25,6 @@ class Batcher:
         running: sequences with a slot, by slot, in the order of admission; the scheduler's own.
         tables: their blocks.
         pace: bounds the tokens of a step.
-        rank: of a sequence among those whose prompts share a step; lower goes first.
         weakest_first: returns the running sequences by their claim to room.
         preempt: takes slot and blocks from a sequence.
         deterministic: prompts are cut at multiples of PROMPT_BLOCK.
@@ -37,7 +35,6 @@ class Batcher:
         running: Mapping[int, Sequence],
         tables: BlockTables,
         pace: StepPace,
-        rank: Callable[[Sequence], Any],
         weakest_first: Callable[[], Seq[Sequence]],
         preempt: Callable[[Sequence], None],
         deterministic: bool,
@@ -45,7 +42,6 @@ class Batcher:
         self._running = running
         self._tables = tables
         self._pace = pace
-        self._rank = rank
         self._weakest_first = weakest_first
         self._preempt = preempt
         self._deterministic = deterministic
@@ -77,7 +73,7 @@ class Batcher:
         able = [s for s in waiting if self._tables.advance(s) is not None]
         context = sum(s.num_computed for s in decodes)
         prefills = []
-        for sequence, num_tokens in self._pace.divide(able, len(decodes), context, self._rank):
+        for sequence, num_tokens in self._pace.divide(able, len(decodes), context, self._ranks()):
             left = sequence.num_prefill - sequence.num_computed
             num_tokens = min(num_tokens, self._tables.room_of(sequence))
             if num_tokens < left and self._deterministic:
@@ -86,6 +82,19 @@ class Batcher:
                 self._tables.reserve(sequence, num_tokens)
                 prefills.append(Chunk(sequence, num_tokens))
         return prefills
+
+    def _ranks(self) -> Callable[[Sequence], tuple[bool, int]]:
+        """Return what ranks prompts: those that fit into a step before longer ones, then the
+        parties as they were admitted, by whose claims that was."""
+        parties: dict[tuple[str, str | None, str], int] = {}
+        for s in self._running.values():
+            parties.setdefault((s.tenant, s.adapter, s.client), len(parties))
+
+        def rank(s: Sequence) -> tuple[bool, int]:
+            is_long = s.num_prefill - s.num_computed > self._pace.most_tokens
+            return is_long, parties[s.tenant, s.adapter, s.client]
+
+        return rank
 
     def _first_without_room(self) -> Sequence | None:
         """Return the strongest claim among those that could compute a part of their prompt if there

@@ -135,7 +135,6 @@ class Scheduler:
             self.running,
             self.tables,
             self.pace,
-            self.waiting.rank,
             self._weakest_first,
             self._preempt,
             deterministic,

@@ -26,7 +26,6 @@ class Running:
             self.sequences,
             self.tables,
             StepPace(math.inf, budget, math.inf, PROMPT_BLOCK if deterministic else 1),
-            rank=lambda sequence: 0,
             weakest_first=lambda: list(reversed(self.sequences.values())),
             preempt=self.preempt,
             deterministic=deterministic,

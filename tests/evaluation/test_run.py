@@ -306,12 +306,7 @@ def test_command_writes_scores_predictions_and_plots(source, folder, write, tmp_
     assert "choice likelihood" in result.stdout
     found = json.loads(out.read_text())
     assert list(found["scores"]) == ["base", "fr", "again"]
-    fr, again, base = (found["scores"][name] for name in ("fr", "again", "base"))
-    assert fr.keys() == again.keys()
-    for figure, score in fr.items():  # one shares what the other has computed: rounded otherwise
-        assert score["value"] == pytest.approx(again[figure]["value"], rel=1e-5)
-        assert score["rows"] == again[figure]["rows"]
-    assert fr != base
+    assert found["scores"]["fr"] == found["scores"]["again"] != found["scores"]["base"]
     assert found["scores"]["fr"]["exact_match"].keys() == {
         "value", "low", "high", "rows", "interval"
     }  # fmt: skip
