@@ -84,15 +84,13 @@ class Batcher:
         return prefills
 
     def _ranks(self) -> Callable[[Sequence], tuple[bool, int]]:
-        """Return what ranks prompts: those that fit into a step before longer ones, then the
-        parties as they were admitted, by whose claims that was."""
-        parties: dict[tuple[str, str | None, str], int] = {}
-        for s in self._running.values():
-            parties.setdefault((s.tenant, s.adapter, s.client), len(parties))
+        """Return what ranks prompts: those that fit into a step, as they were admitted, before
+        longer ones, which are alike."""
+        places = {sequence: place for place, sequence in enumerate(self._running.values())}
 
-        def rank(s: Sequence) -> tuple[bool, int]:
-            is_long = s.num_prefill - s.num_computed > self._pace.most_tokens
-            return is_long, parties[s.tenant, s.adapter, s.client]
+        def rank(sequence: Sequence) -> tuple[bool, int]:
+            is_long = sequence.num_prefill - sequence.num_computed > self._pace.most_tokens
+            return is_long, 0 if is_long else places[sequence]
 
         return rank
 
