@@ -23,6 +23,7 @@ GPU_BLOCK_TOKENS = 16
 _MOST_BYTES_CPU = 8 << 30
 _CPU_SHARE = 4  # of the free memory, one part in so many
 _IDLE_BYTES_CPU = 512 << 20  # of known blocks without a user
+_CPU_ATTENTION = 2.0  # times the seconds of as many multiplications with weights (bench/LOG.md)
 _PROBE = "neuroada-probe"
 
 
@@ -112,9 +113,10 @@ def context_scale(base: BaseModel) -> float:
     config = base.model.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    embedding = base.model.get_input_embeddings().weight
-    num_weights = sum(p.numel() for p in base.model.parameters()) - embedding.numel()
-    return float(num_weights / (2 * width * config.num_hidden_layers))
+    # By the shapes: a model that was packed for its kernels has hardly any parameters left.
+    num_weights = sum(d_out * d_in for d_out, d_in in base.spec.shapes.values())
+    slower = _CPU_ATTENTION if base.device.type == "cpu" else 1.0
+    return num_weights / (2 * width * config.num_hidden_layers * slower)
 
 
 # --- what a token needs ----------------------------------------------------------------------
