@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import scaling
+from bench import contexts, scaling
 from bench.adapters import report as adapters
 from bench.harness import RESULTS
 from bench.merge import report as merge
@@ -30,7 +30,9 @@ def main(folder: Path) -> None:
             sharing.plot(found, png)
         elif name in ("adapters", "merge"):
             {"adapters": adapters, "merge": merge}[name].plot(found, png)
-        elif name == "scaling":
+        elif name == "contexts":
+            contexts.plot(found, png)
+        elif name.startswith("scaling"):
             scaling.plot(found, png)
         elif name.startswith("training"):
             training.plot(found, png)

@@ -10,9 +10,10 @@
 
 Every round runs each point between two runs of its base, since the machine drifts by more than an
 adapter costs; the base's step is the mean of the two, a point the median over the rounds of the
-median step. Writes scaling.json and one scaling_NAME.png per series. Not measured: prefill, HTTP.
+median step. Writes scaling.json and one scaling_NAME.png per series; of one series alone,
+scaling_NAME.json. Not measured: prefill, HTTP.
 
-    python -m bench.scaling [MODEL] [--rounds 7] [--steps 24] [--max-batch 64]
+    python -m bench.scaling [MODEL] [--series NAME] [--rounds 7] [--steps 24] [--max-batch 64]
 """
 
 import statistics
@@ -36,7 +37,7 @@ from neuroada_serve.model.source import resolve_model
 from neuroada_serve.plots import BLUE, GREY, RED, new_figure, png
 
 PROMPT_LEN = 16
-CONTEXTS = (16, 64, 256, 512)
+CONTEXTS = (16, 64, 256, 1024)
 KS = (1, 2, 4, 8, 16, 32)
 NNZ_KS = (1, 4, 8)
 LABELS = {
@@ -87,6 +88,7 @@ class Measured:
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the points, run the rounds, fit and draw."""
     parser = new_parser("scaling", __doc__)
+    parser.add_argument("--series", choices=list(LABELS), help="default: all")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--max-batch", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
@@ -136,6 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for k in NNZ_KS:
             nnz, names = add(f"{ending}-k{k}", k, quarter, part)
             points.append(Point("nnz", quarter * nnz / 1e6, tuple(names)))
+    if args.series is not None:
+        wanted = {args.series} | ({"k"} if args.series == "nnz" else set())
+        points = [point for point in points if point.series in wanted]
 
     # 2. The rounds.
     measured = Measured(points)
@@ -158,18 +163,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 progress.advance(task)
 
     # 3. The result.
-    series: dict[str, Any] = {
-        name: [measured.entry(point) for point in points if point.series == name] for name in LABELS
-    }
-    all_nnz = sum(d_out for d_out, _ in base.spec.shapes.values())
-    of_all = [each | {"x": quarter * each["x"] * all_nnz / 1e6} for each in series["k"]]
-    series["nnz"] += of_all
-    fit = linear_fit(
-        [each["x"] for each in series["nnz"]], [each["sparse_ms"] for each in series["nnz"]]
-    )
-    found = {"series": series, "nnz_fit": fit, "not_measured": ["prefill", "HTTP"]}
+    series: dict[str, Any] = {}
+    for point in points:
+        series.setdefault(point.series, []).append(measured.entry(point))
+    found = {"series": series, "not_measured": ["prefill", "HTTP"]}
+    if "nnz" in series:
+        all_nnz = sum(d_out for d_out, _ in base.spec.shapes.values())
+        series["nnz"] += [each | {"x": quarter * each["x"] * all_nnz / 1e6} for each in series["k"]]
+        x, sparse_ms = ([each[name] for each in series["nnz"]] for name in ("x", "sparse_ms"))
+        found["nnz_fit"] = linear_fit(x, sparse_ms)
     settings = settings_of(args, dtype=str(base.dtype), device=str(base.device))
-    write(result_of("scaling", settings, found), args.out, plot)
+    out = args.out
+    if args.series is not None:
+        out = out.with_stem(f"{out.stem}_{args.series}")
+    write(result_of("scaling", settings, found), out, plot)
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -189,17 +196,23 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Draw every series into a PNG file of its own: PATH's stem, then the series."""
+    """Draw every series into a PNG file of its own: PATH's stem, then the series if there are
+    several."""
     for name, entries in result["series"].items():
-        drawn = plot_series(name, entries, result["nnz_fit"])
-        path.with_name(f"{path.stem}_{name}.png").write_bytes(drawn)
+        drawn = plot_series(name, entries, result.get("nnz_fit"))
+        only = len(result["series"]) == 1
+        target = path if only else path.with_name(f"{path.stem}_{name}.png")
+        target.write_bytes(drawn)
 
 
-def plot_series(name: str, entries: Sequence[dict[str, Any]], fit: dict[str, float]) -> bytes:
+def plot_series(
+    name: str, entries: Sequence[dict[str, Any]], fit: Mapping[str, float] | None
+) -> bytes:
     """PNG of one series: steps with and without adapters, or the sparse part and its fit."""
     figure, axes = new_figure(6, 4)
     x = [each["x"] for each in entries]
     if name == "nnz":
+        assert fit is not None
         axes.plot(x, [each["sparse_ms"] for each in entries], "o", color=BLUE)
         ends = [0, max(x)]
         line = [fit["slope_ms_per_million"] * each + fit["intercept_ms"] for each in ends]

@@ -59,9 +59,10 @@ class EngineConfig:
         "short ones.",
         "Model",
     )
-    max_num_batched_tokens: int = option(
-        512,
-        "Maximum number of tokens computed in one step; longer prompts are prefilled in chunks.",
+    max_num_batched_tokens: int | None = option(
+        None,
+        "Maximum number of tokens computed in one step; longer prompts are prefilled in chunks. "
+        "Default: 512 on the CPU, 2048 on a GPU.",
         "Scheduling",
     )
     target_itl_ms: float | None = option(
@@ -163,7 +164,8 @@ class EngineConfig:
             raise UsageError(
                 "deterministic and merge=auto exclude each other: answers would depend on the load"
             )
-        if self.deterministic and self.max_num_batched_tokens < self.max_num_seqs + PROMPT_BLOCK:
+        most = self.max_num_batched_tokens
+        if self.deterministic and most is not None and most < self.max_num_seqs + PROMPT_BLOCK:
             raise UsageError(
                 f"deterministic needs max_num_batched_tokens of at least max_num_seqs + "
                 f"{PROMPT_BLOCK} ({self.max_num_seqs + PROMPT_BLOCK}): prompts are computed in "
@@ -172,9 +174,9 @@ class EngineConfig:
         for name, weight in {**self.tenant_weights, **self.adapter_weights}.items():
             if not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 raise UsageError(f"the weight of {name!r} must be above 0, got {weight}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if most is not None and most < self.max_num_seqs:
             raise UsageError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_batched_tokens ({most}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): every running sequence needs one token a step"
             )
 

@@ -30,8 +30,8 @@ class EngineMetrics:
     reason."""
 
     num_steps: int = 0
-    num_prompt_tokens: int = 0  # computed in prefill
-    num_cached_tokens: int = 0  # of prompts, taken from the prefix cache
+    num_prompt_tokens: int = 0  # computed in prefill, once the prompt is complete
+    num_cached_tokens: int = 0  # of these prompts, taken from the prefix cache
     num_output_tokens: int = 0
     num_preemptions: int = 0  # times that a sequence lost its slot or blocks to another
     kv: KVUsage = KVUsage(0, 0)

@@ -108,12 +108,13 @@ class OurEngine:
         base = load_base(source, dtype, config.device)
         self.base = base
         indices = magnitude_indices(base, config.k)
+        most = config.max_num_batched_tokens
         settings = EngineConfig(
             dtype=dtype,
             device=config.device,
             max_num_seqs=max(config.concurrency),
             max_model_len=min(config.max_model_len, base.max_model_len),
-            max_num_batched_tokens=max(config.max_num_batched_tokens, *config.concurrency),
+            max_num_batched_tokens=None if most is None else max(most, *config.concurrency),
             deterministic=config.deterministic,
             prefix_cache_memory=0,  # rounds repeat their prompts
         )

@@ -75,10 +75,10 @@ class OfflineConfig:
     threads: int | None = option(
         None, "CPU threads of every engine; default: torch's own number.", "Engine"
     )
-    max_num_batched_tokens: int = redefined(
+    max_num_batched_tokens: int | None = redefined(
         EngineConfig,
         "max_num_batched_tokens",
-        help="Maximum number of tokens that our engine computes in one step.",
+        help="Maximum number of tokens that our engine computes in one step; default: its own.",
         group="Engine",
     )
     deterministic: bool = option(False, "Run our engine with --deterministic.", "Engine")

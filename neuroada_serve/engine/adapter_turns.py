@@ -119,6 +119,11 @@ class AdapterTurns:
                 self._need = sequence.version, self._step
         return state
 
+    def fetch(self, sequence: Sequence) -> None:
+        """Have a sequence's adapter brought, as `request`, but do not hold it."""
+        if sequence.version is not None and not self._is_kept_from(sequence):
+            self._adapters.request(sequence.version)
+
     def make_room(self, starved: list[Sequence]) -> None:
         """Let the starved sequence that has had least go on in place of adapters that have had
         more, once their turn is over."""

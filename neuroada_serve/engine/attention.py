@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from neuroada_serve.engine import triton_prefill
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.triton_attention import decode_attention, fits_decode, runs_on
 from neuroada_serve.engine.triton_prefill import Tiles, cut, prefill_attention, tile_tokens
@@ -45,6 +46,7 @@ class PackedStep:
     prefills: Sequence[PrefillSpan]
     one_by_one: bool = False  # no decode may be computed in a shape that depends on the others
     is_static: bool = False  # recorded in a CUDA graph: lengths are known on the device only
+    warms_up: bool = False  # chunks of prompts are not computed; their kernels are compiled
     # made once per step, not per layer
     _masks: dict[Any, Tensor] = field(default_factory=dict)
     _tiles: dict[int, Tiles] = field(default_factory=dict)
@@ -123,21 +125,23 @@ def attend(
     layer = _Layer(module.layer_idx, scaling, sliding_window, softcap)
     k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
     step.cache.write(layer.number, k, v, step.slots, step.positions)
-    parts = []
+    queries = query[0].transpose(0, 1)
+    out = query.new_empty(*queries.shape[:2], value.shape[-1])
     if n := step.num_decodes:
-        parts.append(_decode(module, query[0, :, :n].transpose(0, 1), step, layer))
+        _decode(module, queries[:n], step, layer, out[:n])
     if step.prefills and _fits_prefill(query, step, layer):
-        parts.append(_prefill_paged(query[0, :, n:].transpose(0, 1), step, layer))
+        _prefill_paged(queries[n:], step, layer, out[n:])
     else:
         for span in step.prefills:
             rows = slice(span.start, span.stop)
             new = query[:, :, rows], key[:, :, rows], value[:, :, rows]
-            parts.append(_prefill(*new, step, span, layer)[0].transpose(0, 1))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+            out[rows] = _prefill(*new, step, span, layer)[0].transpose(0, 1)
+    return out.unsqueeze(0), None
 
 
-def _decode(module: Any, query: Tensor, step: PackedStep, layer: _Layer) -> Tensor:
-    """Attention of one token of each sequence, [n, heads, head_dim] for query of that shape."""
+def _decode(module: Any, query: Tensor, step: PackedStep, layer: _Layer, out: Tensor) -> None:
+    """Attention of one token of each sequence, into out [n, heads, head_dim] for query of that
+    shape."""
     n, heads, dim = query.shape
     cache = step.cache
     keys, values = cache.layer(layer.number)
@@ -146,27 +150,28 @@ def _decode(module: Any, query: Tensor, step: PackedStep, layer: _Layer) -> Tens
     kinds = layer.scaling, layer.window, layer.softcap
     is_alike = keys.shape == values.shape
     if is_alike and runs_on(query) and fits_decode(dim, heads // kv_heads):
-        return decode_attention(query, keys, values, *where, *kinds)
+        decode_attention(query, keys, values, *where, *kinds, out=out)
+        return
     if is_alike and cpu_attention.fits(query):
-        return cpu_attention.decode_attention(query, keys, values, *where, *kinds)
+        cpu_attention.decode_attention(query, keys, values, *where, *kinds, out=out)
+        return
     if step.is_static:
         raise ModelError(f"{type(module).__name__} has no decode kernel that a graph can replay")
     # Grouped queries become the query length, so K and V are read once per group.
     grouped = query.reshape(n, kv_heads, heads // kv_heads, dim)
     if step.one_by_one:
-        outs = []
         for i, length in enumerate(step.decode_lengths):
             keys, values = cache.gather(layer.number, step.slots[i : i + 1], length)
             first = 0 if layer.window is None else max(0, length - layer.window)
             seen = keys[:, :, first:], values[:, :, first:]
-            outs.append(_attention(grouped[i : i + 1], *seen, None, layer))
-        return torch.cat(outs).reshape(n, heads, -1)
+            out[i] = _attention(grouped[i : i + 1], *seen, None, layer).reshape(heads, -1)
+        return
     keys, values = cache.gather(layer.number, step.slots[:n], max(step.decode_lengths))
     mask = step.decode_mask(layer.window)
     hidden = ~mask.transpose(2, 3)
     # What nobody has written may be no number: no weight of 0 would hide it.
     keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
-    return _attention(grouped, keys, values, mask, layer).reshape(n, heads, -1)
+    out.copy_(_attention(grouped, keys, values, mask, layer).reshape(n, heads, -1))
 
 
 def _fits_prefill(query: Tensor, step: PackedStep, layer: _Layer) -> bool:
@@ -182,14 +187,19 @@ def _fits_prefill(query: Tensor, step: PackedStep, layer: _Layer) -> bool:
     return not is_plain or any(span.num_past for span in step.prefills)
 
 
-def _prefill_paged(query: Tensor, step: PackedStep, layer: _Layer) -> Tensor:
-    """Attention of all chunks of prompts, [tokens, heads, head_dim] for query of that shape."""
+def _prefill_paged(query: Tensor, step: PackedStep, layer: _Layer, out: Tensor) -> None:
+    """Attention of all chunks of prompts, into out [tokens, heads, head_dim] for query of that
+    shape."""
     keys, values = step.cache.layer(layer.number)
     _, heads, dim = query.shape
+    kinds = layer.scaling, layer.window, layer.softcap
+    if step.warms_up:
+        triton_prefill.warm_up(query[:1], keys, values, step.cache.tables, *kinds)
+        out.zero_()
+        return
     tokens = tile_tokens(heads, keys.shape[1], dim, query.element_size())
     tiles = step.tiles(tokens)
-    kinds = layer.scaling, layer.window, layer.softcap
-    return prefill_attention(query, keys, values, step.cache.tables, tiles, *kinds)
+    prefill_attention(query, keys, values, step.cache.tables, tiles, *kinds, out=out)
 
 
 def _prefill(

@@ -27,6 +27,8 @@ class Batcher:
         pace: bounds the tokens of a step.
         weakest_first: returns the running sequences by their claim to room.
         preempt: takes slot and blocks from a sequence.
+        on_found: called with a sequence and how many of its tokens others have computed since it
+            started.
         deterministic: prompts are cut at multiples of PROMPT_BLOCK.
     """
 
@@ -38,6 +40,7 @@ class Batcher:
         weakest_first: Callable[[], Seq[Sequence]],
         preempt: Callable[[Sequence], None],
         deterministic: bool,
+        on_found: Callable[[Sequence, int], None] = lambda sequence, num_tokens: None,
     ) -> None:
         self._running = running
         self._tables = tables
@@ -45,6 +48,7 @@ class Batcher:
         self._weakest_first = weakest_first
         self._preempt = preempt
         self._deterministic = deterministic
+        self._on_found = on_found
 
     def batch(self) -> tuple[list[Sequence], list[Chunk]]:
         """Return the sequences that decode, by slot, and chunks of prompts; all have the blocks
@@ -69,8 +73,7 @@ class Batcher:
     def _prefills(self, decodes: Seq[Sequence]) -> list[Chunk]:
         """Return chunks of prompts that fit into the step and into the blocks that are free."""
         waiting = [s for s in self._running.values() if s.has_adapter and not s.is_decoding]
-        # Without those for whom another computes what they need.
-        able = [s for s in waiting if self._tables.advance(s) is not None]
+        able = [s for s in waiting if self._advance(s)]
         context = sum(s.num_computed for s in decodes)
         prefills = []
         for sequence, num_tokens in self._pace.divide(able, len(decodes), context, self._ranks()):
@@ -82,6 +85,15 @@ class Batcher:
                 self._tables.reserve(sequence, num_tokens)
                 prefills.append(Chunk(sequence, num_tokens))
         return prefills
+
+    def _advance(self, sequence: Sequence) -> bool:
+        """Move a sequence beyond what has become known; return False if another is just computing
+        what it needs next."""
+        before = sequence.num_computed
+        is_able = self._tables.advance(sequence) is not None
+        if found := sequence.num_computed - before:
+            self._on_found(sequence, found)
+        return is_able
 
     def _ranks(self) -> Callable[[Sequence], tuple[bool, int]]:
         """Return what ranks prompts: those that fit into a step, as they were admitted, before

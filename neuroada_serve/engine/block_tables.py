@@ -73,7 +73,7 @@ class BlockTables:
         free = self.blocks.num_free - promised - len(others)
         if freed is not None:
             free += sum(not self.blocks.is_shared(number) for number in freed.blocks)
-        return self._num_needed(sequence) - self._num_known(sequence) <= free
+        return self._num_needed(sequence) - self._num_known(sequence, freed) <= free
 
     def room_of(self, sequence: Sequence) -> int:
         """Return how many more tokens a running sequence could compute now."""
@@ -102,8 +102,6 @@ class BlockTables:
         """
         assert not sequence.blocks
         sequence.num_computed = 0
-        if not sequence.output_token_ids:
-            sequence.num_cached = 0
         if self._may_reuse(sequence):
             self.num_queries += sequence.num_prefill
             self._coming.open(sequence)
@@ -201,14 +199,18 @@ class BlockTables:
         num = self._num_most(sequence) if self._deterministic else sequence.num_prefill + 1
         return -(-num // self._size)
 
-    def _num_known(self, sequence: Sequence) -> int:
-        """Return the blocks at a waiting sequence's beginning that others use just now."""
+    def _num_known(self, sequence: Sequence, besides: Sequence | None) -> int:
+        """Return the blocks at a waiting sequence's beginning that others than `besides` use just
+        now."""
         if not self._may_reuse(sequence):
             return 0
         num = 0
         while (num + 1) * self._size < sequence.num_prefill:
             number = self.blocks.find(self._keys.key(sequence, num))
             if number is None or self.blocks.is_idle(number):
+                break
+            is_leaving = besides is not None and number in besides.blocks
+            if is_leaving and not self.blocks.is_shared(number):
                 break
             num += 1
         return num
@@ -220,7 +222,7 @@ class BlockTables:
     def _count_hits(self, sequence: Sequence, before: int) -> None:
         num = sequence.num_computed - before
         self.num_hits += num
-        if not sequence.output_token_ids:
+        if not sequence.num_preempted:  # what it finds then may be its own
             sequence.num_cached += num
 
     def _copy_common(self, sequence: Sequence, last: int) -> None:
@@ -243,7 +245,11 @@ class BlockTables:
         for copy in [copy for copy in self.changes.copies if copy[1] in sequence.blocks]:
             self.changes.copies.remove(copy)
             self.blocks.release([copy[0]])
-            sequence.num_computed -= sequence.num_computed % self._size
+            dropped = sequence.num_computed % self._size
+            sequence.num_computed -= dropped
+            self.num_hits -= dropped
+            if not sequence.num_preempted:
+                sequence.num_cached -= dropped
 
     def _register_rest(self, sequence: Sequence) -> None:
         """Make the tokens in a sequence's last, partly filled block findable."""

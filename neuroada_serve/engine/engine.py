@@ -8,14 +8,14 @@ import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
-from neuroada_serve.config import PROMPT_BLOCK, EngineConfig
+from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.adapter_manager import AdapterManager
 from neuroada_serve.engine.block_keys import roots
 from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.fairness import FairQueue
 from neuroada_serve.engine.faults import Faults
 from neuroada_serve.engine.input_processor import InputProcessor
-from neuroada_serve.engine.kv_budget import context_scale, kv_budget
+from neuroada_serve.engine.kv_budget import kv_budget
 from neuroada_serve.engine.merge_policy import Load
 from neuroada_serve.engine.output_processor import OutputProcessor
 from neuroada_serve.engine.pace import StepPace
@@ -23,6 +23,7 @@ from neuroada_serve.engine.runner import ModelRunner, refuse_unsupported
 from neuroada_serve.engine.scheduler import Schedule, Scheduler
 from neuroada_serve.engine.sequence import Sequence
 from neuroada_serve.engine.step_executor import StepExecutor
+from neuroada_serve.engine.step_size import new_pace, step_tokens
 from neuroada_serve.engine.token_names import TokenNames
 from neuroada_serve.errors import RequestError, UsageError
 from neuroada_serve.metrics import EngineMetrics
@@ -91,17 +92,12 @@ class Engine:
         )
         self._scheduler = Scheduler(
             config.max_num_seqs,
-            config.max_num_batched_tokens,
+            step_tokens(config, base.device),
             FairQueue(config.tenant_weights, config.adapter_weights),
             self.adapters.tiers,
             self.adapters.merging.can_leave,
             self._tables,
-            StepPace(
-                None if config.target_itl_ms is None else config.target_itl_ms / 1000,
-                config.max_num_batched_tokens,
-                context_scale(base),
-                PROMPT_BLOCK if config.deterministic else 1,
-            ),
+            new_pace(base, config),
             self._on_preempt,
             deterministic=config.deterministic,
         )

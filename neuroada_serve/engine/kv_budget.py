@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine.block_manager import BlockManager
 from neuroada_serve.engine.kv_cache import KVCache, KVLayout, LayerLayout, block_bytes
+from neuroada_serve.engine.step_size import step_tokens
 from neuroada_serve.errors import ModelError, UsageError
 from neuroada_serve.model.loader import BaseModel
 
@@ -23,7 +24,6 @@ GPU_BLOCK_TOKENS = 16
 _MOST_BYTES_CPU = 8 << 30
 _CPU_SHARE = 4  # of the free memory, one part in so many
 _IDLE_BYTES_CPU = 512 << 20  # of known blocks without a user
-_CPU_ATTENTION = 2.0  # times the seconds of as many multiplications with weights (bench/LOG.md)
 _PROBE = "neuroada-probe"
 
 
@@ -105,18 +105,6 @@ def kv_budget(base: BaseModel, config: EngineConfig, max_model_len: int) -> KVBu
             f"lower --max-model-len, or raise {larger}"
         )
     return KVBudget(layout, block_tokens, num_blocks, min(idle_blocks, num_blocks))
-
-
-def context_scale(base: BaseModel) -> float:
-    """Return the position at which attention over what came before costs a token as much as all
-    products with weights do."""
-    config = base.model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    # By the shapes: a model that was packed for its kernels has hardly any parameters left.
-    num_weights = sum(d_out * d_in for d_out, d_in in base.spec.shapes.values())
-    slower = _CPU_ATTENTION if base.device.type == "cpu" else 1.0
-    return num_weights / (2 * width * config.num_hidden_layers * slower)
 
 
 # --- what a token needs ----------------------------------------------------------------------
@@ -202,7 +190,7 @@ def _step_bytes(base: BaseModel, config: EngineConfig) -> int:
     torch.cuda.reset_peak_memory_stats(base.device)
     before = torch.cuda.memory_allocated(base.device)
     with _probing(base.model):
-        logits = _forward(base, config.max_num_batched_tokens, {}, set())
+        logits = _forward(base, step_tokens(config, base.device), {}, set())
     torch.cuda.synchronize(base.device)
     peak = torch.cuda.max_memory_allocated(base.device) - before
     # Of every sequence, in float32, with what the sampler makes of them.

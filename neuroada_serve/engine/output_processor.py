@@ -56,12 +56,11 @@ class OutputProcessor:
         for sequence in schedule.scheduled:
             self._tables.computed(sequence)
         self._metrics.num_steps += 1
-        self._metrics.num_prompt_tokens += sum(
-            c.num_tokens for c in schedule.prefills if not c.sequence.num_preempted
-        )
         for row, (sequence, token) in enumerate(zip(step.sequences, chosen, strict=True)):
             if not sequence.output_token_ids:
                 self._metrics.num_cached_tokens += sequence.num_cached
+                num_prompt = len(sequence.prompt_token_ids)
+                self._metrics.num_prompt_tokens += num_prompt - sequence.num_cached
             if sequence.task.pools and step.hidden is not None:
                 outputs.append(self._pool(sequence, step.hidden[row]))
             elif token is None:

@@ -26,6 +26,7 @@ from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.ops.cpu_forward import Tokens
 from neuroada_serve.ops.step_plan import StepPlan
 
+_ALIGNED = 16  # tensors in one memory begin at multiples, as Triton compiles by their alignment
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -142,10 +143,14 @@ class ModelRunner:
                 scored.append((sequence, past, range(start, start + min(num_tokens, last - past))))
 
         num_decodes = len(schedule.decodes)
+        last_tokens += [token for _, _, tokens in scored for token in tokens]
+        row_ids, row_slots, row_positions, kept = _on_device(
+            self._base.device, ids, slots, positions, last_tokens
+        )
         step = PackedStep(
             cache=self.cache,
-            slots=self._tensor(slots),
-            positions=self._tensor(positions),
+            slots=row_slots,
+            positions=row_positions,
             num_decodes=num_decodes,
             decode_lengths=[position + 1 for position in positions[:num_decodes]],
             prefills=spans,
@@ -156,14 +161,13 @@ class ModelRunner:
         # 2. One forward; the output head sees only the tokens that are sampled from or scored.
         pools = any(sequence.task.pools for sequence in sampled)
         seen: list[Tensor] = []
-        kept = self._tensor(last_tokens + [token for _, _, tokens in scored for token in tokens])
         decoder = self._cpu_decoder
         if (
             decoder is not None
             and decoder.takes(len(ids))
             and not _adds_biases(residents, in_weights)
         ):
-            inputs = Tokens(self._tensor(ids), step.positions, step.slots, max(positions) + 1)
+            inputs = Tokens(row_ids, step.positions, step.slots, max(positions) + 1)
             logits = decoder.run(inputs, kept, residents, in_weights)
             if pools:
                 seen.append(decoder.seen_by_head(len(kept))[None])
@@ -175,7 +179,7 @@ class ModelRunner:
                     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
                     stack.callback(hook.remove)
                 output = self._base.model(
-                    input_ids=self._tensor(ids)[None],
+                    input_ids=row_ids[None],
                     position_ids=step.positions[None],
                     use_cache=False,
                     logits_to_keep=kept,
@@ -206,11 +210,32 @@ class ModelRunner:
         Args:
             progress: called with how many graphs are done, and of how many.
         """
+        if self._base.device.type == "cuda":
+            self.warm_up_prompts()
         if self.graphs is not None:
             in_weights = self._resident(None)
             self.graphs.capture_all(
                 lambda bucket: self._bank.plan([in_weights] * bucket, in_weights, runs=False),
                 progress,
+            )
+
+    @torch.inference_mode()
+    def warm_up_prompts(self) -> None:
+        """Compile what a step needs in which a prompt is prefilled beside decodes. Slots are those
+        of padding, so the cache stays as it is."""
+        ids, slots, positions = _on_device(self._base.device, [0] * 3, [-1] * 3, [1, 1, 2])
+        step = PackedStep(
+            cache=self.cache,
+            slots=slots,
+            positions=positions,
+            num_decodes=1,
+            decode_lengths=[2],
+            prefills=[PrefillSpan(1, 3, 0, 1)],
+            warms_up=True,
+        )
+        with self._context.applying(self._bank.plan([None] * 3, None), 1):
+            self._base.model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, step=step
             )
 
     def release(self) -> None:
@@ -275,8 +300,18 @@ class ModelRunner:
     def _resident(self, version: AdapterVersion | None) -> ResidentAdapter | None:
         return None if version is None else self._resident_of(version)
 
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._base.device)
+
+def _on_device(device: torch.device, *lists: list[int]) -> list[Tensor]:
+    """Bring lists to a device as int64, all in one copy that nobody waits for."""
+    values: list[int] = []
+    starts = []
+    for one in lists:
+        starts.append(len(values))
+        values += one
+        values += [0] * (-len(one) % _ALIGNED)
+    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    together = host.to(device, non_blocking=True)
+    return [together[i : i + len(one)] for i, one in zip(starts, lists, strict=True)]
 
 
 def _adds_biases(residents: Seq[ResidentAdapter | None], merged: ResidentAdapter | None) -> bool:

@@ -138,6 +138,7 @@ class Scheduler:
             self._weakest_first,
             self._preempt,
             deterministic,
+            self._refund,
         )
 
     @property
@@ -203,6 +204,11 @@ class Scheduler:
         if not sequence.num_preempted:  # it pays once
             num_new = sequence.num_prefill - num_known
             self.waiting.charge(sequence, PROMPT_COST * num_new)
+
+    def _refund(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take back the charge for tokens that another has computed meanwhile."""
+        if not sequence.num_preempted:
+            self.waiting.charge(sequence, -PROMPT_COST * num_tokens)
 
     def _has_room(self, sequence: Sequence, freed: Sequence | None = None) -> bool:
         """Return whether there are blocks for a waiting sequence, if `freed` gives up its own."""
@@ -295,6 +301,7 @@ class Scheduler:
             if states.get(head) is _FAILED:
                 continue
             if not self._has_room(head):
+                self._turns.fetch(head)  # so that it is there by then
                 return None  # nobody else takes what it waits for
             if not self._turns.hold(head):
                 if place >= _LOOK_AHEAD:

@@ -1,17 +1,16 @@
 """Frozen linear layers with room for bypasses, and the way a step's plan reaches them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neuroada_serve.model.loader import adaptable_modules, is_transposed, matrix_shape
-from neuroada_serve.ops import triton_bypass
 from neuroada_serve.ops.bypass import BypassTable, bypass_add_
+from neuroada_serve.ops.held_values import HeldValues
 from neuroada_serve.ops.matrix import (
     DenseMatrix,
     FrozenMatrix,
@@ -22,7 +21,6 @@ from neuroada_serve.ops.matrix import (
     packs_faster,
 )
 from neuroada_serve.ops.step_plan import StepPlan
-from neuroada_serve.ops.weights import add_entries_, write_entries_
 
 # Layers of one parent that read the same input in every model that has them.
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -135,18 +133,21 @@ class BypassSite:
 
     def _multiply_runs(self, x: Tensor, plan: StepPlan) -> Tensor:
         """Multiply x [tokens, d_in], each run by a weight and a bias that hold its values."""
-        products, done = [], 0
-        for run in plan.runs:
-            if run.start > done:
-                products.append(self.matrix.multiply(x[done : run.start], self.bias))
-            adds = run.added(self.name)
-            with self._added(adds):
-                bias = self._bias_with(adds)
-                products.append(self.matrix.multiply(x[run.start : run.stop], bias))
-            done = run.stop
+        y = x.new_empty(len(x), self._d_out)
+        done = 0
+        with HeldValues(self.matrix).for_a_while() as held:
+            for run in plan.runs:
+                if run.start > done:
+                    held.release()
+                    self.matrix.multiply(x[done : run.start], self.bias, y[done : run.start])
+                adds = run.added(self.name)
+                held.hold(adds)
+                rows = slice(run.start, run.stop)
+                self.matrix.multiply(x[rows], self._bias_with(adds), y[rows])
+                done = run.stop
         if done < len(x):
-            products.append(self.matrix.multiply(x[done:], self.bias))
-        return products[0] if len(products) == 1 else torch.cat(products)
+            self.matrix.multiply(x[done:], self.bias, y[done:])
+        return y
 
     def _bias_with(self, adds: Sequence[tuple[BypassTable, int, int]]) -> Tensor | None:
         """Return the bias with values added, summed in float32 and rounded once."""
@@ -157,32 +158,6 @@ class BypassSite:
         for table, slot, sign in adds:
             total[table.rows] += sign * table.bypass[slot, :, 0].float()
         return total.to(self.bias.dtype)
-
-    @contextmanager
-    def _added(self, adds: Sequence[tuple[BypassTable, int, int]]) -> Iterator[None]:
-        """Keep values in the weight for a block; then restore its entries, in reverse order."""
-        undo: list[Callable[[], None]] = []
-        try:
-            for table, slot, sign in adds:
-                if table.index is not None:
-                    values = table.bypass[slot] if sign > 0 else -table.bypass[slot]
-                    undo.append(self._add(table, table.index, values))
-            yield
-        finally:
-            for restore in reversed(undo):
-                restore()
-
-    def _add(self, table: BypassTable, index: Tensor, values: Tensor) -> Callable[[], None]:
-        """Add values [rows, k] to the weight; return a function that restores its entries."""
-        entries = self.matrix.entries
-        if entries.is_cuda and triton_bypass.HAS_TRITON:
-            weight = self.matrix.dense()[table.rows]
-            before = triton_bypass.add_entries_(weight, index, values.contiguous())
-            return partial(triton_bypass.restore_entries_, weight, index, before)
-        if table.positions is None:
-            table.positions = self.matrix.positions(index, table.first_row)
-        saved = add_entries_(entries, table.positions, values.reshape(-1))
-        return partial(write_entries_, entries, table.positions, saved)
 
 
 class BypassLinear(nn.Module):

@@ -80,6 +80,7 @@ def decode_attention(
     scaling: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of tokens over what precedes them in their sequences, and themselves.
 
@@ -98,6 +99,7 @@ def decode_attention(
         tables: [num_slots, max_blocks] int32.
         slots, positions: [n] int64 or int32.
         scaling: None is head_dim ** -0.5.
+        out: [n, heads, head_dim], contiguous, of query's dtype; filled and returned if given.
 
     Returns:
         [n, heads, head_dim], dtype of query; sums are float32.
@@ -106,7 +108,8 @@ def decode_attention(
     slots, positions = _int64(slots), _int64(positions)
     n, heads, dim = query.shape
     kv_heads = keys.shape[1]
-    out = query.new_empty(n, heads, dim)
+    out = query.new_empty(n, heads, dim) if out is None else out
+    assert out.is_contiguous()
     if n == 0:
         return out
     block = AttentionBlock(

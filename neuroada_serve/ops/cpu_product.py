@@ -33,16 +33,18 @@ class BlockProduct:
             epilogue=STORE,
         )
 
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """
         Args:
             x: [num_tokens, d_in] bf16.
             bias: [d_out] bf16, contiguous.
+            out: [num_tokens, d_out] bf16, contiguous; filled and returned if given.
 
         Returns:
             [num_tokens, d_out] bf16; sums are float32.
         """
-        y = x.new_empty(len(x), self._d_out)
+        y = x.new_empty(len(x), self._d_out) if out is None else out
+        assert y.is_contiguous()
         for first in range(0, len(x), _MOST_TOKENS):
             self._multiply(x[first : first + _MOST_TOKENS], bias, y[first : first + _MOST_TOKENS])
         return y

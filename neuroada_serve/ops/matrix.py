@@ -30,8 +30,12 @@ class FrozenMatrix(Protocol):
 
     entries: Tensor
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., d_in] times the weight, plus bias [d_out]: [..., d_out]."""
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """x [..., d_in] times the weight, plus bias [d_out]: [..., d_out].
+
+        Args:
+            out: [num_tokens, d_out], contiguous, for x [num_tokens, d_in]; filled and returned.
+        """
         ...
 
     def positions(self, index: Tensor, first_row: int = 0) -> Tensor:
@@ -79,8 +83,13 @@ class DenseMatrix:
         self.transposed = transposed
         self._weight = weight
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self._weight.t() if self.transposed else self._weight, bias)
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        weight = self.dense()
+        if out is None:
+            return F.linear(x, weight, bias)
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
 
     def positions(self, index: Tensor, first_row: int = 0) -> Tensor:
         rows = torch.arange(first_row, first_row + len(index), device=index.device).unsqueeze(1)
@@ -117,9 +126,9 @@ class OneDnnMatrix(PackedMatrix):
         self.d_out, self.d_in = weight.shape
         self.in_blocks_of_64 = _lies_in_blocks_of_64(weight.detach(), self.entries)
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
-        return product
+        return product if out is None else out.copy_(product)
 
     def positions(self, index: Tensor, first_row: int = 0) -> Tensor:
         layout = _layout(self.d_out, self.d_in)
@@ -149,8 +158,9 @@ class BlockMatrix(PackedMatrix):
         self.entries = padded.transpose(1, 2).reshape(-1).clone()
         self._product = cpu_product.BlockProduct(self.entries, self.d_out, self.d_in)
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._product(x.reshape(-1, self.d_in), bias).view(*x.shape[:-1], self.d_out)
+    def multiply(self, x: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        y = self._product(x.reshape(-1, self.d_in), bias, out)
+        return y.view(*x.shape[:-1], self.d_out)
 
     def positions(self, index: Tensor, first_row: int = 0) -> Tensor:
         rows = torch.arange(first_row, first_row + len(index)).unsqueeze(1)

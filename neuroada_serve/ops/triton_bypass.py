@@ -173,18 +173,36 @@ def add_entries_(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """
     _check_entries(weight, index, values)
     saved = torch.empty(index.shape, dtype=weight.dtype, device=weight.device)
-    _launch_entries(weight, index, values, saved, restore=False)
+    _launch_entries(weight, index, values, saved, save=True, add=True)
     return saved
 
 
+def swap_entries_(weight: Tensor, index: Tensor, values: Tensor, saved: Tensor) -> None:
+    """Put other values in the place of those that `add_entries_` has added, in one write.
+
+    Semantics:
+        weight[i, index[i, j]] = round(float(saved[i, j]) + float(values[i, j]))
+
+    Args:
+        weight, index, values: as in `add_entries_`.
+        saved: what it returned.
+
+    Raises:
+        ShapeError: names the shapes that disagree.
+    """
+    _check_entries(weight, index, values)
+    _check_entries(weight, index, saved)
+    _launch_entries(weight, index, values, saved, save=False, add=True)
+
+
 def restore_entries_(weight: Tensor, index: Tensor, saved: Tensor) -> None:
-    """Undo `add_entries_`, bit for bit: weight[i, index[i, j]] = saved[i, j].
+    """Undo `add_entries_` and `swap_entries_`, bit for bit: weight[i, index[i, j]] = saved[i, j].
 
     Raises:
         ShapeError: names the shapes that disagree.
     """
     _check_entries(weight, index, saved)
-    _launch_entries(weight, index, saved, saved, restore=True)
+    _launch_entries(weight, index, saved, saved, save=False, add=False)
 
 
 def put_entries_(weights: Tensor, places: Tensor, values: Tensor) -> None:
@@ -214,7 +232,7 @@ def put_entries_(weights: Tensor, places: Tensor, values: Tensor) -> None:
 
 
 def _launch_entries(
-    weight: Tensor, index: Tensor, values: Tensor, saved: Tensor, restore: bool
+    weight: Tensor, index: Tensor, values: Tensor, saved: Tensor, *, save: bool, add: bool
 ) -> None:
     d_out, k = index.shape
     if index.numel() == 0:
@@ -224,7 +242,8 @@ def _launch_entries(
         *(weight.stride(0), weight.stride(1), index.stride(0)),
         K=k,
         BLOCK=_ENTRIES,
-        RESTORE=restore,
+        SAVE=save,
+        ADD=add,
         num_warps=4,
     )
 
@@ -378,7 +397,8 @@ def _entries_kernel(
     index_stride,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
-    RESTORE: tl.constexpr,
+    SAVE: tl.constexpr,
+    ADD: tl.constexpr,
 ) -> None:
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = entry < nnz
@@ -387,9 +407,12 @@ def _entries_kernel(
     touched = ok & (column >= 0) & (column < d_in)
     at = weight + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
     value = tl.load(values + entry, mask=ok, other=0.0)
-    if not RESTORE:
-        original = tl.load(at, mask=touched, other=0.0)
-        tl.store(saved + entry, original, mask=ok)
+    if ADD:
+        if SAVE:
+            original = tl.load(at, mask=touched, other=0.0)
+            tl.store(saved + entry, original, mask=ok)
+        else:
+            original = tl.load(saved + entry, mask=ok, other=0.0)
         value = original.to(tl.float32) + value.to(tl.float32)
     tl.store(at, value.to(weight.dtype.element_ty), mask=touched)
 

@@ -25,6 +25,7 @@ from neuroada_serve.metrics import EngineMetrics
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.request import Output, SamplingParams
 from neuroada_serve.server.heartbeat import Heartbeat
+from neuroada_serve.server.tasks import heard
 from neuroada_serve.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -125,10 +126,11 @@ class EngineThread:
 
     Args:
         deliver: gets the outputs of a step, on the event loop.
-        on_death: called once on the event loop when the engine has failed.
+        on_death: called once on the event loop when the engine has failed, or its outputs cannot be
+            delivered.
         heartbeat: entered for every step.
 
-    dead: the engine has failed.
+    dead: one of both has happened.
     """
 
     def __init__(
@@ -157,7 +159,8 @@ class EngineThread:
 
     def start(self) -> None:
         self._thread.start()
-        self._watching = self._loop.create_task(self.heartbeat.watch())
+        watch = self._loop.create_task(self.heartbeat.watch())
+        self._watching = heard(watch, "the watch over hanging steps")
 
     async def stop(self) -> None:
         """End after the current step, or leave a long one behind."""
@@ -199,6 +202,15 @@ class EngineThread:
             else:
                 reply.set_exception(error)
 
+    def _die(self, error: BaseException) -> None:
+        if self.dead:
+            return
+        cause = f"{type(error).__name__}: {error}"
+        logger.critical("the engine failed and the server stops: %s", cause, exc_info=error)
+        self.dead = True
+        self._engine.wakeup.notify()
+        self._on_death()
+
     # --- the engine's thread --------------------------------------------------------------------
 
     def _main(self) -> None:
@@ -210,16 +222,13 @@ class EngineThread:
                 if outputs:
                     self._post(self._deliver, outputs)
         except BaseException as error:
-            cause = f"{type(error).__name__}: {error}"
-            logger.critical("the engine failed and the server stops: %s", cause, exc_info=True)
-            self.dead = True
-            self._post(self._on_death)
+            self._call_soon(self._die, error)
 
     def _take(self) -> list[_Command] | None:
         """Wait for work; return the commands to run before the next step, or None to stop."""
-        has_work = self._inbox or self._closing or self._engine.has_unfinished
+        has_work = self._inbox or not self.takes_commands or self._engine.has_unfinished
         self._engine.wakeup.wait(0 if has_work else None)
-        if self._closing:
+        if not self.takes_commands:
             return None
         return [self._inbox.popleft() for _ in range(len(self._inbox))]
 
@@ -242,7 +251,19 @@ class EngineThread:
             self._post(self._answer, replies)
 
     def _post(self, deliver: Callable[..., None], *args: Any) -> None:
+        """Hand something over to the event loop. If it fails there, nobody would get an answer any
+        more, so that is the end."""
+
+        def run() -> None:
+            try:
+                deliver(*args)
+            except Exception as error:
+                self._die(error)
+
+        self._call_soon(run)
+
+    def _call_soon(self, function: Callable[..., None], *args: Any) -> None:
         try:
-            self._loop.call_soon_threadsafe(deliver, *args)
+            self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:  # the loop is closed: nobody is left to hear it
             logger.debug("an engine output came after the event loop had closed")

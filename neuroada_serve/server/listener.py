@@ -9,6 +9,7 @@ from collections.abc import Callable, MutableSet
 from typing import Any
 
 from neuroada_serve.errors import UsageError
+from neuroada_serve.server.tasks import heard
 
 try:
     import resource
@@ -115,6 +116,7 @@ class Listener:
         connections: the open ones.
         waiting: those that have not sent a whole request, oldest first; the first one is evicted
             if there is no place for a new connection.
+        on_failure: called if it can accept none any more.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Listener:
         connections: MutableSet[Any],
         waiting: dict[Any, None],
         max_connections: int,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._socket = bound
         self._make = make
@@ -135,7 +138,8 @@ class Listener:
         self._loop = asyncio.get_running_loop()
         bound.setblocking(False)
         listen(bound)
-        self._accepting = self._loop.create_task(self._accept())
+        accepting = self._loop.create_task(self._accept())
+        self._accepting = heard(accepting, "the accepting of connections", on_failure)
 
     async def close(self) -> None:
         ending = [self._accepting, *self._lingering]
@@ -153,13 +157,21 @@ class Listener:
                 self._evict()
                 await asyncio.sleep(_ACCEPT_RETRY_S)
                 continue
-            if self._is_full and not self._evict():
-                self._refuse(accepted)
-            else:
-                opening = self._loop.create_task(self._open(accepted))
-                self._opening.add(opening)
-                opening.add_done_callback(self._opening.discard)
+            try:
+                self._take(accepted)
+            except BaseException:
+                accepted.close()
+                raise
             await asyncio.sleep(0)  # let others run, as many may come at once
+
+    def _take(self, accepted: socket.socket) -> None:
+        """Open a connection, or refuse it where there is no place."""
+        if self._is_full and not self._evict():
+            self._refuse(accepted)
+            return
+        opening = self._loop.create_task(self._open(accepted))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
 
     async def _open(self, accepted: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the client has left already

@@ -24,6 +24,7 @@ from neuroada_serve.server.listener import Listener, bind, most_connections
 from neuroada_serve.server.rescans import Rescans, summary
 from neuroada_serve.server.signals import RESCAN_SIGNAL, EarlySignals
 from neuroada_serve.server.stats import ThroughputLog
+from neuroada_serve.server.tasks import heard
 from neuroada_serve.server.timeouts import ConnectionLimits
 from neuroada_serve.server.worker import Worker
 
@@ -88,16 +89,20 @@ async def _serve(
     ready = (lambda: None) if on_ready is None else partial(on_ready, host, port)
     server = _Server(engine, config, early, limits, max_connections, ready)
     async with server.worker:
-        log = asyncio.create_task(ThroughputLog(engine).run())
+        log = heard(asyncio.create_task(ThroughputLog(engine).run()), "the throughput log")
         try:
             await server.serve(sockets=[bound])
         finally:
             log.cancel()
-    return os.EX_SOFTWARE if server.worker.dead or server.worker.hangs else os.EX_OK
+    failed = server.failed or server.worker.dead or server.worker.hangs
+    return os.EX_SOFTWARE if failed else os.EX_OK
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, whose shutdown lets running requests finish while new ones get 503."""
+    """uvicorn, whose shutdown lets running requests finish while new ones get 503.
+
+    failed: it has stopped by itself, as it could not go on.
+    """
 
     def __init__(
         self,
@@ -132,6 +137,11 @@ class _Server(uvicorn.Server):
         self._rescans = rescans
         self._rescanning: set[asyncio.Task[None]] = set()
         self._on_ready = on_ready
+        self.failed = False
+
+    def fail(self) -> None:
+        self.failed = True
+        self.stop()
 
     def stop(self) -> None:
         self.should_exit = True
@@ -151,7 +161,9 @@ class _Server(uvicorn.Server):
             waiting=waiting,
         )
         connections = self.server_state.connections
-        self._listener = Listener(sockets[0], make, connections, waiting, self._max_connections)
+        self._listener = Listener(
+            sockets[0], make, connections, waiting, self._max_connections, self.fail
+        )
         self.servers = []
         self.started = True
         if self._early.hung_up:
@@ -175,7 +187,7 @@ class _Server(uvicorn.Server):
         if self._rescans.is_pending:  # it will see the change that this signal announces
             return
         rescanning = asyncio.get_running_loop().create_task(self._rescan_and_log())
-        self._rescanning.add(rescanning)
+        self._rescanning.add(heard(rescanning, "the rescan of SIGHUP"))
         rescanning.add_done_callback(self._rescanning.discard)
 
     async def _rescan_and_log(self) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from bench import (
     choices,
+    contexts,
     harness,
     memory,
     pool,
@@ -114,6 +115,27 @@ def test_scaling_writes_and_draws_its_series(model, run, tmp_path):
         assert all(entry["step_ms"] > 0 for entry in entries)
         assert (tmp_path / f"found_{name}.png").stat().st_size > 1000
     assert result["nnz_fit"]["r2"] <= 1
+
+
+def test_one_series_of_scaling_has_a_file_of_its_own(model, run, tmp_path):
+    flags = ["--series", "context", "--rounds", 1, "--steps", 2, "--max-batch", 4]
+    scaling.main([model, *map(str, flags), "--out", str(tmp_path / "scaling.json")])
+    result = json.loads((tmp_path / "scaling_context.json").read_text())
+    assert list(result["series"]) == ["context"]
+    assert [entry["x"] for entry in result["series"]["context"]] == [16, 64, 256]
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {"scaling_context.png"}
+
+
+def test_contexts_of_two_checkouts_are_timed_in_turn(model, run, tmp_path):
+    sides = ["--before", harness.ROOT, "--after", harness.ROOT]
+    flags = ["--model", model, "--requests", 1, 3, "--contexts", 8, 100, "--most-tokens", 200]
+    result = run(contexts, *sides, *flags, "--rounds", 2, "--steps", 2, "--limit", 1e9)
+    cases = result["cases"]
+    assert [(case["requests"], case["context"]) for case in cases] == [(1, 8), (1, 100), (3, 8)]
+    assert all(len(case["ratios"]) == 2 and case["ratio"] > 0 for case in cases)
+    assert str(harness.ROOT) not in json.dumps(result)
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_start_is_told_by_phase(model, run):

@@ -436,7 +436,7 @@ def test_cached_tokens_are_those_of_the_prompt_that_were_found():
     assert second.num_cached == 8, "what is found of an answer is not counted"
 
 
-def test_cached_tokens_are_counted_once_after_a_preemption_before_the_first_token():
+def test_what_a_sequence_computed_before_a_preemption_is_not_counted_as_cached():
     run = Run()
     first = run.start()
     run.step(first)
@@ -445,7 +445,19 @@ def test_cached_tokens_are_counted_once_after_a_preemption_before_the_first_toke
     run.step(second, most=2)
     run.preempt(second)
     run.resume(second)
-    assert second.num_cached == second.num_computed == 10
+    assert second.num_computed == 10
+    assert second.num_cached == 8, "two tokens are its own"
+
+
+def test_copy_that_was_not_made_is_not_counted_as_cached():
+    run = Run()
+    first = run.start()
+    run.step(first)
+    run.end(first)
+    second = run.start("abcdefgX")
+    assert second.num_cached == 7
+    run.preempt(second)
+    assert second.num_cached == run.tables.num_hits == 4
 
 
 # --- room ------------------------------------------------------------------------------------
@@ -498,6 +510,22 @@ def test_blocks_in_use_that_can_be_shared_need_no_room():
     assert run.tables.has_room_for(second, [first])
     other = new_sequence("w", 10)
     assert not run.tables.has_room_for(other, [first])
+
+
+def test_blocks_that_only_a_leaving_one_uses_are_room_but_not_shared_too():
+    run = Run(num_blocks=7)
+    leaving, staying = run.start(max_tokens=1), run.start("XYZ", max_tokens=1)
+    run.step(leaving, staying)
+    assert (len(leaving.blocks), len(staying.blocks), run.blocks.num_free) == (3, 1, 3)
+    waiting = new_sequence("w", 1)  # 6 blocks, the first two as those of the leaving one
+    waiting.prompt_token_ids = [ord(letter) for letter in PROMPT[:8] + 12 * "W"]
+    waiting.num_prefill = 20
+    assert not run.tables.has_room_for(waiting, [leaving, staying])
+    # One more is kept for the one that stays: 5 are left, the two known ones among them.
+    assert not run.tables.has_room_for(waiting, [leaving, staying], freed=leaving)
+    waiting.prompt_token_ids = waiting.prompt_token_ids[:19]
+    waiting.num_prefill = 19
+    assert run.tables.has_room_for(waiting, [leaving, staying], freed=leaving)
 
 
 def test_idle_blocks_are_room():

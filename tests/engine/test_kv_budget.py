@@ -13,13 +13,7 @@ from neuroada_serve import SamplingParams
 from neuroada_serve.config import EngineConfig
 from neuroada_serve.engine import kv_budget as module
 from neuroada_serve.engine.engine import Engine
-from neuroada_serve.engine.kv_budget import (
-    CPU_BLOCK_TOKENS,
-    KVBudget,
-    context_scale,
-    kv_budget,
-    kv_layout,
-)
+from neuroada_serve.engine.kv_budget import CPU_BLOCK_TOKENS, KVBudget, kv_budget, kv_layout
 from neuroada_serve.engine.kv_cache import KVLayout, LayerLayout, block_bytes
 from neuroada_serve.errors import RequestError, UsageError
 from neuroada_serve.model.loader import load_base
@@ -100,19 +94,6 @@ def test_measuring_leaves_the_model_as_it_was(source):
         kv_layout(base)
         assert base.model.config._attn_implementation == attention
         assert torch.equal(base.model(input_ids=ids).logits, before)
-
-
-def test_context_costs_what_weights_do_at_a_position_of_the_models_shapes(source):
-    base = load_base(source)
-    config = base.model.config
-    heads = config.num_attention_heads * config.head_dim
-    attention = 2 * heads * config.num_hidden_layers  # products with keys and values, a position
-    weights = sum(out * width for out, width in base.spec.shapes.values())
-    expected = weights / attention / module._CPU_ATTENTION
-    assert context_scale(base) == expected > 1
-    # Kernels of their own take the weights out of the model's parameters.
-    engine = Engine(base, EngineConfig(max_num_seqs=2))
-    assert engine.pace.context_scale == expected
 
 
 # --- what there is room for ------------------------------------------------------------------

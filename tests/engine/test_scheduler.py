@@ -151,6 +151,34 @@ def test_prompt_tokens_at_hand_are_neither_computed_nor_charged():
     assert engine.scheduler.waiting.rank(sequence)[0] - before == 4 * PROMPT_COST + OUTPUT_COST
 
 
+def test_prompt_tokens_that_another_computes_meanwhile_are_not_charged():
+    engine = FakeEngine(2, budget=20, tables=new_tables(40, 2))
+    one, other = (new_sequence(name, 10, max_tokens=20) for name in "ab")
+    engine.add(one, other)
+    rank = engine.scheduler.waiting.rank
+    before = rank(other)[0]
+    while not other.output_token_ids:
+        engine.step()
+    assert other.num_cached >= 8
+    computed = 20 - other.num_cached  # of both
+    num_answered = len(one.output_token_ids) + len(other.output_token_ids)
+    assert rank(other)[0] - before == computed * PROMPT_COST + num_answered * OUTPUT_COST
+
+
+def test_adapter_is_brought_while_its_sequence_waits_for_blocks():
+    holding, coming = Version("holding"), Version("coming")
+    adapters = FakeAdapters(room=2, load_steps=3)
+    engine = FakeEngine(2, budget=64, adapters=adapters, tables=new_tables(10, 2))
+    engine.add(new_sequence("h", 10, 9, holding))
+    engine.run(4)
+    late = new_sequence("late", 10, 1, coming)
+    engine.add(late)
+    engine.run(4)
+    assert late.slot is None, "there are no blocks for it"
+    assert adapters.is_ready(coming)
+    engine.drain()
+
+
 def test_nothing_to_do_is_an_empty_schedule():
     scheduler = Scheduler(2, 4)
     assert scheduler.schedule().is_empty

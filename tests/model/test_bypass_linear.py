@@ -163,7 +163,7 @@ def test_failing_run_puts_the_weights_back(monkeypatch):
     before = {n: w.clone() for n, w in served.model.state_dict().items()}
     site = served.model.layers[0].q_proj.site
 
-    def fail(x, bias):
+    def fail(x, bias, out):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(site.matrix, "multiply", fail)

@@ -47,6 +47,21 @@ def test_product_is_that_of_the_dense_weight(d_out, d_in):
             torch.testing.assert_close(product, expected, rtol=2**-6, atol=2**-6)
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_product_is_written_where_it_is_wanted(dtype, has_bias):
+    weight = random_weight(33, 77, dtype)
+    bias = torch.randn(33).to(dtype) if has_bias else None
+    x = torch.randn(20, 77).to(dtype)
+    for stored in matrices(weight):
+        out = torch.zeros(24, 33, dtype=dtype)
+        product = stored.multiply(x, bias, out[2:22])
+        assert product.data_ptr() == out[2:].data_ptr()
+        assert torch.equal(out[2:22], stored.multiply(x, bias))
+        assert not out[:2].any()
+        assert not out[22:].any()
+
+
 @pytest.mark.parametrize(("d_out", "d_in"), SIZES)
 def test_dense_gives_the_weight_back_bit_for_bit(d_out, d_in):
     weight = random_weight(d_out, d_in)

@@ -155,3 +155,18 @@ def test_connections_are_as_many_as_there_are_descriptors_for(
     limits[:] = 1024, 4096  # it may have more, and takes them
     assert most_connections(None) == 4096 - 128
     assert limits[0] == 4096
+
+
+def test_server_that_can_accept_no_connection_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: object) -> bool:
+        raise KeyError("of the listener")
+
+    def visit(url: str) -> None:
+        assert httpx.get(f"{url}/health").status_code == 200
+        monkeypatch.setattr(listener.Listener, "_is_full", property(fail))
+        with socket.create_connection(address_of(url)):
+            wait_for(lambda: "the accepting of connections failed" in caplog.text)
+
+    assert serve_while(FakeEngine(), visit) == 70

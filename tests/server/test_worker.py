@@ -6,6 +6,8 @@ from contextlib import AsyncExitStack
 import pytest
 import torch
 
+from neuroada_serve.server.tasks import heard
+from neuroada_serve.server.worker import Stream
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import (
     ENDLESS,
@@ -140,3 +142,47 @@ async def test_device_that_fails_between_two_steps_ends_the_engine_too() -> None
         error_of(await client.complete(), 500)
         await until(client.died.is_set)
         assert "its engine failed" in error_of(await client.get("/health"), 503)["message"]
+
+
+async def test_outputs_that_cannot_be_delivered_end_every_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(FakeEngine(max_num_seqs=2)) as client:
+        tasks = [
+            asyncio.create_task(client.complete(**ENDLESS)),
+            asyncio.create_task(client.chat(**ENDLESS, stream=True)),
+        ]
+        await until(lambda: client.engine.num_running == 2)
+
+        def fail(*args: object) -> None:
+            raise KeyError("of the server")
+
+        monkeypatch.setattr(Stream, "_push", fail)
+        whole, stream = await asyncio.gather(*tasks)
+        error_of(whole, 500)
+        assert events(stream)[-1]["error"]["code"] == 500
+        assert client.died.is_set()
+        assert (await client.get("/health")).status_code == 503
+        assert "the server stops: KeyError: 'of the server'" in caplog.text
+
+
+async def test_failure_of_a_task_beside_the_requests_is_heard(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail() -> None:
+        raise KeyError("of the task")
+
+    failed: list[str] = []
+    kept = heard(asyncio.create_task(fail()), "the task", lambda: failed.append("the task"))
+    await asyncio.wait([kept])
+    await until(lambda: failed == ["the task"])
+    [record] = caplog.records
+    assert record.levelname == "CRITICAL"
+    assert record.getMessage() == "the task failed: KeyError: 'of the task'"
+    assert record.exc_info
+
+    cancelled = heard(asyncio.create_task(asyncio.sleep(60)), "another", failed.clear)
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+    await asyncio.sleep(0)
+    assert (failed, caplog.records) == (["the task"], [record])

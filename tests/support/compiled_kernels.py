@@ -59,8 +59,8 @@ def main() -> None:
                 EARLY=early,
             )
         compile_kernel(triton_bypass._lanes_kernel, K=k, ROWS=64, LANES=64)
-        for restore in (False, True):
-            compile_kernel(triton_bypass._entries_kernel, K=k, BLOCK=1024, RESTORE=restore)
+        for save, add in ((True, True), (False, True), (False, False)):
+            compile_kernel(triton_bypass._entries_kernel, K=k, BLOCK=1024, SAVE=save, ADD=add)
     compile_kernel(triton_attention._write_kernel, DIM=128, BLOCK_TOKENS=16, BLOCK=1024)
     for dtype, block_n, splits in (("*bf16", 64, 1), ("*bf16", 64, 32), ("*fp32", 32, 4)):
         compile_kernel(

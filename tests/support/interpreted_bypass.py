@@ -20,6 +20,7 @@ from neuroada_serve.ops.triton_bypass import (
     bypass_tile,
     put_entries_,
     restore_entries_,
+    swap_entries_,
 )
 from tests.support.bypass_cases import NUM_SLOTS, assert_close, random_case, slots_of
 from tests.support.triton_interpreter import DEVICE
@@ -214,6 +215,12 @@ def test_entries_are_added_and_restored_exactly(transposed, dtype, k):
             assert_close(weight, expected)
         else:
             assert torch.equal(weight, expected)
+        for slot in (2, 3):  # others take their place, as often as one likes
+            swap_entries_(weight, index, bypass[slot], saved)
+            other = before.clone()
+            add_entries_(other, index, bypass[slot])
+            assert torch.equal(weight, other)
+            assert torch.equal(saved, originals)
         restore_entries_(weight, index, saved)
         assert torch.equal(weight, before)
 
@@ -230,6 +237,8 @@ def test_bad_column_writes_nothing(column):
     index[2, 1] = column
 
     saved = add_entries_(weight, index, bypass[0])
+    assert torch.equal(weight, expected)
+    swap_entries_(weight, index, bypass[0], saved)
     assert torch.equal(weight, expected)
     restore_entries_(weight, index, saved)
     assert torch.equal(guarded, before)
@@ -271,5 +280,7 @@ def test_entries_of_wrong_shape_are_named():
     for wrong in ((weight[:6], index, bypass[0]), (weight, index, bypass[0, :, :2])):
         with pytest.raises(ShapeError):
             add_entries_(*wrong)
+    with pytest.raises(ShapeError):
+        swap_entries_(weight, index, bypass[0], bypass[0, :, :2])
     with pytest.raises(ShapeError, match="contiguous"):
         restore_entries_(weight, index, bypass[0].t().contiguous().t())

@@ -4,7 +4,7 @@ test_cuda_graphs.py in a process of its own (see interpreted_bypass.py)."""
 import torch
 
 from neuroada_serve import LLM, SamplingParams
-from neuroada_serve.engine import triton_attention
+from neuroada_serve.engine import triton_attention, triton_prefill
 from neuroada_serve.engine.cuda_graphs import cuda_capture
 from neuroada_serve.engine.runner import ModelRunner
 from neuroada_serve.model import bypass_linear
@@ -68,3 +68,25 @@ def test_replayed_steps_equal_eager_ones(tmp_path, monkeypatch):
     assert len(graphs) == known, "the last round met nothing new"
     assert not graphs.num_failed_captures
     assert not torch.cuda.is_available() or engine.base.device.type == "cuda"
+
+
+def test_warm_up_of_prompts_leaves_the_cache_as_it_was(tmp_path, monkeypatch):
+    source = save_tiny_model(tmp_path, "gemma2")  # layers of two kinds
+    llm = LLM(str(source.path), max_num_seqs=2, device=DEVICE.type)
+    engine, warmed = llm.engine, []
+    warm_up = triton_prefill.warm_up
+
+    def noted(query, keys, values, tables, scaling, window, softcap):
+        assert query.shape[0] == 1
+        warmed.append(window)
+        warm_up(query, keys, values, tables, scaling, window, softcap)
+
+    monkeypatch.setattr(triton_prefill, "warm_up", noted)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    expected = llm.generate([PROMPTS[1]], params)[0].token_ids
+    before = engine._cache._pool.clone()
+    engine._runner.warm_up_prompts()
+    assert len(warmed) == engine.base.model.config.num_hidden_layers
+    assert len(set(warmed)) == 2
+    assert torch.equal(engine._cache._pool, before)
+    assert llm.generate([PROMPTS[1]], params)[0].token_ids == expected
