@@ -15,7 +15,7 @@ Add = tuple[BypassTable, int, int]
 
 
 class HeldValues:
-    """What a weight holds of adapters for a while; then it is again what it was, bit for bit.
+    """Values of adapters in a weight for a while; then it is again what it was, bit for bit.
 
     Of two adapters on the same index, one takes the other's place in one write.
 
