@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "model": args.model,
                 "threads": args.threads,
                 "most_requests": max(args.requests),
-                "most_tokens": max(args.contexts) + (args.rounds + 1) * args.steps + 2,
+                # Some steps more than are timed: prompts are computed one after the other.
+                "most_tokens": 2 * max(args.contexts) + (args.rounds + 1) * args.steps + 2,
             }
             command = [sys.executable, str(WORKER)]
             with console.status(f"loading the model in {checkout}"):

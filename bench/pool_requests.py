@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.scheduler import Schedule
@@ -115,9 +116,9 @@ def together(engine: Engine, requests: Sequence[Asked], done: Callable[[int], No
     """
     run, execute = Run(), engine._executor.run
 
-    def counting(schedule: Schedule) -> list[Output]:
+    def counting(schedule: Schedule, early: Any = None) -> list[Output]:
         run.count(schedule)
-        return execute(schedule)
+        return execute(schedule, early)
 
     engine._executor.run = counting
     sequences: list[EngineSequence] = []

@@ -32,6 +32,7 @@ from neuroada_serve.ops.triton_bypass import (
     add_entries_,
     bypass_add_triton_,
     restore_entries_,
+    swap_entries_,
 )
 from neuroada_serve.tasks import Classify
 
@@ -83,6 +84,9 @@ def check_entries(report: Report) -> None:
         merged = (originals.float() + values.float()).to(dtype)
         saved = add_entries_(weight, index, values)
         right = torch.equal(weight, before.scatter(1, index.long(), merged))
+        swap_entries_(weight, index, -values, saved)
+        merged = (originals.float() - values.float()).to(dtype)
+        right &= torch.equal(weight, before.scatter(1, index.long(), merged))
         restore_entries_(weight, index, saved)
         report.checks[f"entries {dtype}"] = right and torch.equal(weight, before)
 

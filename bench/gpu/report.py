@@ -38,6 +38,9 @@ TARGETS: dict[str, tuple[float, str, str]] = {
         *(1.0, "mixed/base/both", "mixed/base/one after the other"),
     ),
     "mixed step of four adapters k=1, of the base's": (1.06, "mixed/k1/both", "mixed/base/both"),
+    "step with text made meanwhile, of text in between": (
+        *(1.0, "text/meanwhile", "text/in between"),
+    ),
     "batch of 10,000 resident k=1, of one of 64": (1.05, "resident/many", "resident/few"),
     "swap of the merged adapter k=1, of 1 ms": (1.0, "swap/k1", "one millisecond"),
 }

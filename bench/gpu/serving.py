@@ -30,6 +30,7 @@ from neuroada_serve.request import SamplingParams
 
 # Of a mixed step, at most; prompts each of an adapter of its own.
 NUM_DECODES, NUM_PROMPTS = 64, 4
+TEXT_STEPS = 8  # timed together
 
 
 def count_launches(call: Callable[[], Any], device: torch.device) -> Counter[str]:
@@ -123,6 +124,9 @@ def measure_warm_up(report: Report, engine: Engine, shape: Shape) -> None:
     capture = None if on_gpu else stand_in
     runner = new_runner(engine, max(shape.batches), shape.context, capture=capture)
     assert runner.graphs is not None
+    begun = time.perf_counter()
+    runner.warm_up_prompts()
+    prompts_s = time.perf_counter() - begun
     free = torch.cuda.mem_get_info()[0] if on_gpu else 0
     started = time.perf_counter()
     bank = engine.adapters.bank
@@ -133,6 +137,7 @@ def measure_warm_up(report: Report, engine: Engine, shape: Shape) -> None:
     report.facts["warm-up"] = {
         "graphs": number,
         "seconds": time.perf_counter() - started,
+        "seconds of prompts' kernels": prompts_s,
         "bytes": free - torch.cuda.mem_get_info()[0] if on_gpu else None,
     }
     captured = len(runner.graphs)
@@ -142,12 +147,12 @@ def measure_warm_up(report: Report, engine: Engine, shape: Shape) -> None:
     )
 
 
-class NoText:
+class Letters:
     """A tokenizer of a model that has no words."""
 
     def decode(self, ids: list[int], **kwargs: Any) -> str:
-        """Return nothing, whatever the tokens."""
-        return ""
+        """Return a letter for each token."""
+        return "".join(chr(97 + number % 26) for number in ids)
 
 
 def measure_filled(report: Report, shape: Shape) -> None:
@@ -156,7 +161,7 @@ def measure_filled(report: Report, shape: Shape) -> None:
     filled = shape.filled
     if not report.may_start("filled card", 120):
         return
-    base = replace(random_base(shape, report.device, torch.bfloat16), tokenizer=NoText())
+    base = replace(random_base(shape, report.device, torch.bfloat16), tokenizer=Letters())
     config = EngineConfig(
         max_num_seqs=filled.max_num_seqs,
         max_num_batched_tokens=filled.step_tokens,
@@ -167,6 +172,7 @@ def measure_filled(report: Report, shape: Shape) -> None:
     try:
         add_adapters(engine, shape.ks[:1], 4)
         report.facts["filled card"] = serve_filled(report, engine, filled, f"k{shape.ks[0]}")
+        measure_text(report, engine, shape)
     finally:
         engine.adapters.tiers.close()
 
@@ -211,3 +217,30 @@ def serve_filled(report: Report, engine: Engine, filled: Filled, k: str) -> dict
         "peak bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "card bytes": torch.cuda.mem_get_info()[1] if on_gpu else None,
     }
+
+
+def measure_text(report: Report, engine: Engine, shape: Shape) -> None:
+    """Time steps whose text is made while the device computes the next one, and in between."""
+    if not report.may_start("text", 20):
+        return
+    # Longer than they are needed, and no more than there are blocks for.
+    length = min(engine.max_model_len, 4 * shape.samples * (TEXT_STEPS + 1))
+    number = min(NUM_DECODES, engine.config.max_num_seqs, engine.kv_budget.num_tokens // length)
+    params = SamplingParams(temperature=0, max_tokens=length - 1, ignore_eos=True)
+    names = [f"text{i}" for i in range(number)]
+    for name in names:
+        engine.add_request(name, [1], params)
+    while engine.num_waiting:
+        engine.step()
+    for _ in range(shape.samples):
+        for way, defers in (("meanwhile", True), ("in between", False)):
+            engine._outputs._defers = defers
+            engine.step()
+            started = time.perf_counter()
+            for _ in range(TEXT_STEPS):
+                engine.step()
+            ms = (time.perf_counter() - started) * 1000 / TEXT_STEPS
+            report.samples_ms.setdefault(f"text/{way}", []).append(ms)
+    for name in names:
+        engine.abort(name)
+    engine.step()

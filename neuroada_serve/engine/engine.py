@@ -108,6 +108,7 @@ class Engine:
             self._scheduler,
             self._tables,
             self.metrics,
+            defers=base.device.type != "cpu",
         )
         self._faults = Faults(base.device)
         self._executor = StepExecutor(
@@ -223,18 +224,22 @@ class Engine:
 
     # --- the loop ----------------------------------------------------------------------------
 
-    def step(self) -> list[Output]:
+    def step(self, early: Callable[[list[Output]], None] | None = None) -> list[Output]:
         """Advance every scheduled sequence; at most one new token each.
 
         A failing forward ends the sequences of this step with FinishReason.ERROR; the engine and
         all other sequences go on. Where memory is short, only the one that asks for most ends.
         Where nothing can run before an adapter has come, it waits for that, for a moment.
 
+        Args:
+            early: gets outputs that are ready while the device still computes: on a GPU, the text
+                of the step before. Default: they are returned, before the others.
+
         Raises:
             EngineError: the engine is at its end; every further step raises it again.
         """
         with self._faults.watch():
-            outputs = self._advance()
+            outputs = self._advance(early)
             if not self._scheduler.running:  # however the last one ended
                 self._runner.release()
                 self._cache.give_back(self._tables.blocks.take_unused())
@@ -242,7 +247,7 @@ class Engine:
         self.metrics.num_failed_compilations = self._runner.num_failed_compilations
         return outputs
 
-    def _advance(self) -> list[Output]:
+    def _advance(self, early: Callable[[list[Output]], None] | None) -> list[Output]:
         self._step += 1
         outputs, self._ended = self._ended, []
         for version in self.adapters.poll(self._loads):
@@ -254,11 +259,12 @@ class Engine:
         schedule = self._scheduler.schedule()
         outputs += self._fail_hopeless(schedule)
         if schedule.is_empty:
+            outputs += self._outputs.write()
             if self._scheduler.has_unfinished and not outputs:
                 self.wakeup.wait(_WAIT_S)
             return outputs
 
-        return outputs + self._executor.run(schedule)
+        return outputs + self._executor.run(schedule, early)
 
     def _fail_hopeless(self, schedule: Schedule) -> list[Output]:
         """End sequences whose adapter failed to load, or could not fit even if all others left."""

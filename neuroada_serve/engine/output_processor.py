@@ -20,7 +20,12 @@ from neuroada_serve.request import FinishReason, Output, TokenLogprob
 
 class OutputProcessor:
     """Hand out the outputs of sequences: each gets exactly one final output, with which all that
-    it holds is released."""
+    it holds is released.
+
+    Args:
+        defers: the text of a token that does not end its sequence is made by the next `write`, so
+            that a device computes the next step meanwhile.
+    """
 
     def __init__(
         self,
@@ -29,12 +34,15 @@ class OutputProcessor:
         scheduler: Scheduler,
         tables: BlockTables,
         metrics: EngineMetrics,
+        defers: bool,
     ) -> None:
         self._names = names
         self._tiers = tiers
         self._scheduler = scheduler
         self._tables = tables
         self._metrics = metrics
+        self._defers = defers
+        self._unwritten: dict[Sequence, Sampled] = {}  # last tokens without text, oldest first
 
     def score_prompt(self, prompt: PromptLogits) -> list[TokenLogprob]:
         """Score the prompt tokens that these logits are for."""
@@ -47,16 +55,19 @@ class OutputProcessor:
     def process(
         self, schedule: Schedule, step: StepLogits, chosen: Seq[Sampled | None]
     ) -> list[Output]:
-        """Make the outputs of one step.
+        """Add the tokens of one step to their sequences, and make outputs of those that have text.
 
         Args:
             chosen: tokens of the step's sequences; None where the logits were not finite.
         """
         outputs = []
         for sequence in schedule.scheduled:
-            self._tables.computed(sequence)
+            if not sequence.has_ended:
+                self._tables.computed(sequence)
         self._metrics.num_steps += 1
         for row, (sequence, token) in enumerate(zip(step.sequences, chosen, strict=True)):
+            if sequence.has_ended:  # by the text of the token before
+                continue
             if not sequence.output_token_ids:
                 self._metrics.num_cached_tokens += sequence.num_cached
                 num_prompt = len(sequence.prompt_token_ids)
@@ -65,9 +76,18 @@ class OutputProcessor:
                 outputs.append(self._pool(sequence, step.hidden[row]))
             elif token is None:
                 outputs.append(self.fail(sequence, "the model gave non-finite logits"))
+            elif self._defers and not self._is_last(sequence, token):
+                self._append(sequence, token)
+                self._unwritten[sequence] = token
             else:
-                outputs.append(self._append(sequence, token))
+                self._append(sequence, token)
+                outputs.append(self._write(sequence, token))
         return outputs
+
+    def write(self) -> list[Output]:
+        """Make outputs of the tokens that have no text yet."""
+        unwritten, self._unwritten = self._unwritten, {}
+        return [self._write(sequence, token) for sequence, token in unwritten.items()]
 
     def end(
         self,
@@ -77,7 +97,11 @@ class OutputProcessor:
         logprobs: tuple[TokenLogprob, ...] = (),
         stop_reason: str | int | None = None,
     ) -> Output:
-        """End a sequence: release everything it holds, and make its final output."""
+        """End a sequence: release everything it holds, and make its final output. A token without
+        text is dropped."""
+        if self._unwritten.pop(sequence, None) is not None:
+            sequence.output_token_ids.pop()
+        sequence.has_ended = True
         output = _output(sequence, token_ids, logprobs, reason, stop_reason)
         self._scheduler.remove(sequence)
         if sequence.lease is not None:
@@ -95,12 +119,23 @@ class OutputProcessor:
         self._tables.release(sequence, forget=True)
         return self.end_with_error(sequence, error)
 
-    def _append(self, sequence: Sequence, token: Sampled) -> Output:
-        """Add a token to its sequence, and end the sequence if that token says so."""
+    def _append(self, sequence: Sequence, token: Sampled) -> None:
+        """Add a token to its sequence."""
         self._metrics.num_output_tokens += 1
         self._scheduler.waiting.charge(sequence, OUTPUT_COST)
+        sequence.output_token_ids.append(token.token_id)
+
+    def _is_last(self, sequence: Sequence, token: Sampled) -> bool:
+        """Return whether a sequence ends with its next token, whatever its text is."""
+        num_tokens = len(sequence.output_token_ids) + 1
+        is_end = token.token_id in sequence.end_token_ids
+        return num_tokens >= sequence.max_tokens or (
+            is_end and num_tokens >= sequence.params.min_tokens
+        )
+
+    def _write(self, sequence: Sequence, token: Sampled) -> Output:
+        """Make the output of a sequence's last token, and end the sequence if that says so."""
         params, token_id = sequence.params, token.token_id
-        sequence.output_token_ids.append(token_id)
         num_tokens = len(sequence.output_token_ids)
         offset = sequence.detokenizer.num_chars
         logprobs = () if token.logprob is None else (self._names.describe(token, offset),)

@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 from neuroada_serve.adapters.readiness import Readiness
@@ -66,6 +67,11 @@ class Schedule:
             decodes=tuple(s for s in self.decodes if s is not sequence),
             prefills=tuple(c for c in self.prefills if c.sequence is not sequence),
         )
+
+    def unended(self) -> "Schedule":
+        """Return the same step without sequences that have ended since it was made."""
+        ended = [sequence for sequence in self.scheduled if sequence.has_ended]
+        return reduce(Schedule.without, ended, self)
 
     def halves(self) -> "tuple[Schedule, ...]":
         """Return the same step as two of about half the tokens; one with half a chunk where there

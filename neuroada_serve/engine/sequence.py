@@ -66,6 +66,7 @@ class Sequence:
     num_prefill: int = field(init=False)  # tokens to compute before the next one is chosen
     num_preempted: int = 0  # times that it lost its slot to another
     slot: int | None = None  # KV cache slot while running
+    has_ended: bool = False  # its final output is made
     has_adapter: bool = False  # running, its adapter held on the device; of the base: running
     parked_at: int = 0  # the step in which it last lost its adapter to another
     blocks: list[int] = field(default_factory=list)  # of the KV cache, while running

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 
 from neuroada_serve.engine.block_tables import BlockTables
 from neuroada_serve.engine.faults import Faults
@@ -50,33 +51,48 @@ class StepExecutor:
         self._pace = pace
         self._faults = faults
 
-    def run(self, schedule: Schedule) -> list[Output]:
+    def run(
+        self, schedule: Schedule, early: Callable[[list[Output]], None] | None = None
+    ) -> list[Output]:
         """Run one step.
 
         Where memory is short, what is only kept for speed is released, and the step is tried again
         in halves, down to eighths. In one that finds none either, the request that asks for most
         ends. Any other failure ends the requests of its part.
+
+        Args:
+            early: gets the outputs that are made while the device computes; default: they are
+                returned with the others.
         """
         outputs: list[Output] = []
+        hand_out = outputs.extend if early is None else early
         parts = deque([(schedule, _MOST_HALVINGS)])
         while parts:
             part, halvings = parts.popleft()
+            part = part.unended()
             if part.is_empty:
                 continue
             computed = {s: s.num_computed for s in part.scheduled}
             cost = self._cost(part)
             started = time.perf_counter()
             try:
-                step, chosen = self._compute(part)
+                step, chosen = self._compute(part, hand_out)
             except Exception as error:
                 for sequence, num_computed in computed.items():
                     sequence.num_computed = num_computed
                 self._faults.judge(error)
                 if not is_out_of_memory(error):
                     self._faults.count(error)
-                    outputs += [self._outputs.fail(sequence, _FAILED) for sequence in computed]
+                    outputs += [
+                        self._outputs.fail(sequence, _FAILED)
+                        for sequence in computed
+                        if not sequence.has_ended
+                    ]
                     continue
                 self._runner.release()
+                if any(sequence.has_ended for sequence in computed):  # it is smaller now
+                    parts.appendleft((part, halvings))
+                    continue
                 if halves := part.halves() if halvings else ():
                     logger.warning("a step found no memory, and runs in parts: %s", error)
                     parts.extendleft((half, halvings - 1) for half in reversed(halves))
@@ -98,10 +114,14 @@ class StepExecutor:
         chunks = ((c.sequence.num_computed, c.num_tokens) for c in schedule.prefills)
         return sum(self._pace.cost(past, num_tokens) for past, num_tokens in chunks)
 
-    def _compute(self, schedule: Schedule) -> tuple[StepLogits, list[Sampled | None]]:
+    def _compute(
+        self, schedule: Schedule, hand_out: Callable[[list[Output]], None]
+    ) -> tuple[StepLogits, list[Sampled | None]]:
         self._cache.change(self._tables.changes)
         self._tables.made()
         step = self._runner.run(schedule, self._merging.version)
+        if written := self._outputs.write():  # while the device computes
+            hand_out(written)
         scores = [self._outputs.score_prompt(prompt) for prompt in step.prompts]
         chosen = sample(step.logits, step.sequences)
         self._faults.forget()

@@ -110,7 +110,7 @@ class Engine(Protocol):
         client: str = "",
     ) -> None: ...
     def abort(self, request_id: str) -> None: ...
-    def step(self) -> list[Output]: ...
+    def step(self, early: Callable[[list[Output]], None] | None = None) -> list[Output]: ...
 
 
 @dataclass(frozen=True)
@@ -218,11 +218,14 @@ class EngineThread:
             while (commands := self._take()) is not None:
                 with self.heartbeat:
                     self._execute(commands)
-                    outputs = self._engine.step()
+                    outputs = self._engine.step(self._hand_over)
                 if outputs:
-                    self._post(self._deliver, outputs)
+                    self._hand_over(outputs)
         except BaseException as error:
             self._call_soon(self._die, error)
+
+    def _hand_over(self, outputs: list[Output]) -> None:
+        self._post(self._deliver, outputs)
 
     def _take(self) -> list[_Command] | None:
         """Wait for work; return the commands to run before the next step, or None to stop."""

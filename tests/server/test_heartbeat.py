@@ -23,10 +23,10 @@ class HangingEngine(FakeEngine):
         super().__init__()
         self.may_end = threading.Event()
 
-    def step(self):
+    def step(self, early=None):
         if self.present:
             self.hang_here()
-        return super().step()
+        return super().step(early)
 
     def hang_here(self) -> None:
         self.may_end.wait(120)

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -406,7 +406,7 @@ class FakeEngine:
         self._on_own_thread()
         self._abort([s for s in self.present if s.request_id == request_id])
 
-    def step(self) -> list[Output]:
+    def step(self, early: Callable[[list[Output]], None] | None = None) -> list[Output]:
         self._on_own_thread()
         time.sleep(0.001)
         if self.dies and self.present:
