@@ -23,6 +23,7 @@ from rich.console import Console
 from bench.harness import new_parser, result_of, settings_of, write
 from bench.pool_requests import (
     ADAPTERS,
+    SLOTS,
     Asked,
     Run,
     Token,
@@ -38,8 +39,6 @@ from neuroada_serve.engine.engine import Engine
 from neuroada_serve.model.source import resolve_model
 from neuroada_serve.request import FinishReason
 
-SLOTS = 256  # more than the pool has blocks for
-FULL = 0.9  # of the blocks in use
 LENGTH = FinishReason.LENGTH.value
 
 
@@ -119,6 +118,8 @@ def figures(engine: Engine, requests: Sequence[Asked], run: Run) -> dict[str, An
             "block_tokens": kv.block_tokens,
             "most_used": max(used for used, _ in run.held),
             "used_after": kv.used,
+            "most_running": run.most_running,
+            "steps_short_of_blocks": run.num_short,
             "cells_to_tokens_median": statistics.median(ratios),
         },
         "preemptions": engine.metrics.num_preemptions,
@@ -139,8 +140,9 @@ def promises_of(found: dict[str, Any]) -> dict[str, bool]:
         "every request ends exactly once, at its full length": (
             requests["ended_once"] == requests["asked"]
         ),
-        "blocks run out, and preempted ones are asked alone": (
-            found["pool"]["most_used"] >= FULL * found["pool"]["blocks"]
+        "requests wait for blocks, not for slots, and preempted ones are asked alone": (
+            found["pool"]["steps_short_of_blocks"] > 0
+            and found["pool"]["most_running"] < SLOTS
             and found["preemptions"] > 0
             and alone["preempted"] > 0
         ),
@@ -160,6 +162,10 @@ def show(found: dict[str, Any], promises: dict[str, bool], console: Console) -> 
     console.print(
         f"{found['preemptions']} preemptions of {found['requests_preempted']} requests, "
         f"{found['recomputed_share']:.1%} of all tokens computed again"
+    )
+    console.print(
+        f"{pool['most_running']} run at a time, others wait for blocks after "
+        f"{pool['steps_short_of_blocks']} of {found['steps']} steps"
     )
     console.print(
         f"blocks: {pool['blocks']}, at most {pool['most_used']} in use; room in them "

@@ -16,6 +16,7 @@ ADAPTERS = 8
 PROMPT, ANSWER = (10, 400), (5, 80)  # least and most tokens
 COMMON = 64  # tokens of a common beginning
 ROOM = 0.1  # of all tokens
+SLOTS = 256  # more than the pool has blocks for
 TOP_K = 5  # of draws
 ARRIVALS = 0.1  # steps in which they arrive, for each request
 
@@ -45,6 +46,8 @@ class Run:
     answers: tokens with their log probabilities by request. reasons: of each final output, too.
     preempted: times by request.
     held: after every step, blocks in use, and the tokens in them; a shared one counts once.
+    most_running: sequences at a time. num_short: steps after which some waited though there were
+        slots: for blocks.
     computed, recomputed: tokens, and those of them that preempted sequences computed as prompts.
     """
 
@@ -52,6 +55,8 @@ class Run:
     reasons: dict[str, list[str]] = field(default_factory=dict)
     preempted: dict[str, int] = field(default_factory=dict)
     held: list[tuple[int, int]] = field(default_factory=list)
+    most_running: int = 0
+    num_short: int = 0
     computed: int = 0
     recomputed: int = 0
     seconds: float = 0.0
@@ -132,6 +137,8 @@ def together(engine: Engine, requests: Sequence[Asked], done: Callable[[int], No
             run.add(output)
         if engine.num_running:
             run.held.append((engine.metrics.kv.used, tokens_held(engine)))
+        run.most_running = max(run.most_running, engine.num_running)
+        run.num_short += bool(engine.num_waiting and engine.num_running < SLOTS)
         step += 1
         done(len(run.reasons))
     run.seconds = time.perf_counter() - started
