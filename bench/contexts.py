@@ -25,7 +25,7 @@ from bench.harness import interleaved, new_parser, ratio, result_of, settings_of
 from bench.versus import SIDES, environment_of
 from neuroada_serve.benchmark.peers import PeerProcess
 from neuroada_serve.benchmark.workload import random_prompts
-from neuroada_serve.plots import COLOURS, new_figure, png
+from neuroada_serve.plots import COLOURS, legend_beside, new_figure, png
 
 WORKER = Path(__file__).with_name("contexts_worker.py")
 
@@ -127,7 +127,7 @@ def show(cases: Sequence[Mapping[str, Any]], console: Console) -> None:
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Draw steps by context, a colour for each number of requests, before and after."""
-    figure, axes = new_figure(7, 4.5)
+    figure, axes = new_figure(8, 4.5)
     for colour, requests in zip(
         COLOURS[::2], dict.fromkeys(case["requests"] for case in result["cases"]), strict=False
     ):
@@ -135,13 +135,15 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         contexts = [case["context"] for case in cases]
         for side, style in zip(SIDES, ("o--", "o-"), strict=True):
             medians = [case["step_ms"][side]["median"] for case in cases]
-            label = f"{requests} requests, {side}"
+            label = f"{requests} {'request' if requests == 1 else 'requests'}, {side}"
             axes.plot(contexts, medians, style, color=colour, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("decode step (ms)")
-    axes.legend(frameon=False, ncols=2)
+    legend_beside(axes)
     path.write_bytes(png(figure))
 
 

@@ -1,6 +1,8 @@
 """`neuroada demo` and `neuroada serve`."""
 
+import os
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from neuroada_serve.server.signals import EarlySignals
 
 _MOST_LISTED = 20  # adapters named when the server is ready
+_LAST_S = 10.0  # for threads to end after a failure
 
 
 @command
@@ -98,10 +101,20 @@ def _load_and_serve(
         notify(f"Serving {served} on http://{where}/v1; adapters: {listed or 'none yet'}")
 
     code = run_server(llm.engine, config, on_ready, notify, bound=bound, early=early)
+    if code:
+        _end_at_latest(code)
     metrics = llm.engine.metrics
     endings = ", ".join(f"{count} {reason.value}" for reason, count in metrics.num_finished.items())
     notify(f"Stopped. Answers by ending: {endings}; {metrics.num_output_tokens} tokens in all.")
     return code
+
+
+def _end_at_latest(code: int) -> None:
+    """End the process with this code before long, even if a thread never comes back from a device
+    that has failed."""
+    timer = threading.Timer(_LAST_S, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _shown_in(progress: "Progress") -> Callable[[str, int, int], None]:

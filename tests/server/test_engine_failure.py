@@ -22,7 +22,8 @@ pytestmark = pytest.mark.timeout(300)
 ENDLESS = {"prompt": "hello", "ignore_eos": True, "max_tokens": 200}
 # `neuroada serve`, whose step number N fails, and every one after it.
 FAILING = """
-import itertools, sys, torch
+import itertools, sys, time, torch
+from concurrent.futures import ThreadPoolExecutor
 from neuroada_serve.cli.main import app
 from neuroada_serve.engine.runner import ModelRunner
 
@@ -32,7 +33,9 @@ run, numbers = ModelRunner.run, itertools.count()
 def fail(self, *args):
     if next(numbers) < first:
         return run(self, *args)
-    if kind == "device":
+    if kind == "stuck":
+        ThreadPoolExecutor(1).submit(time.sleep, 600)
+    if kind in ("device", "stuck"):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     return 1 / 0
 
@@ -87,6 +90,14 @@ def test_fault_of_the_device_ends_every_request_and_the_process(tmp_path: Path) 
         code, log = ended()
     assert code == 70
     assert re.search(r"CRITICAL .*the server stops: DeviceError: .*illegal memory access", log)
+
+
+def test_thread_that_is_stuck_in_the_device_does_not_keep_the_process_alive(tmp_path: Path) -> None:
+    with failing(tmp_path, 2, "stuck") as (url, ended):
+        assert ask(url, stream=False)[0] == 500
+        code, log = ended()
+    assert code == 70
+    assert "the server stops: DeviceError" in log
 
 
 def test_steps_that_fail_again_and_again_end_the_process(tmp_path: Path) -> None:
