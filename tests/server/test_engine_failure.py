@@ -81,7 +81,8 @@ def ask(url: str, stream: bool) -> tuple[int, str]:
 
 
 def test_fault_of_the_device_ends_every_request_and_the_process(tmp_path: Path) -> None:
-    with failing(tmp_path, 40, "device") as (url, ended), ThreadPoolExecutor(4) as pool:
+    # So many steps that all four have come; the answers are longer.
+    with failing(tmp_path, 150, "device") as (url, ended), ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, url, stream) for stream in (False, True, False, True)]
         for reply in asked:  # two of them run, two wait
             status, text = reply.result(60)
