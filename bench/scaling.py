@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
 
     base = load_base(resolve_model(args.model), args.dtype, args.device)
-    longest = min(max(CONTEXTS), base.max_model_len - args.steps - 2)
+    longest = min(max(CONTEXTS), base.max_model_len - args.steps - args.max_batch - 2)
     contexts = [c for c in CONTEXTS if c <= longest]
     ks = [k for k in KS if k <= min(d_in for _, d_in in base.spec.shapes.values())]
     indices = magnitude_indices(base, ks)
@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=args.dtype,
         device=args.device,
         max_num_seqs=args.max_batch,
-        max_num_batched_tokens=max(512, args.max_batch),
-        max_model_len=longest + args.steps + 2,
+        max_num_batched_tokens=512 + args.max_batch,
+        max_model_len=base.max_model_len,
         prefix_cache_memory=0,
     )
     engine = Engine(base, config)
@@ -148,7 +148,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def measure(point: Point, number: int, steps: int) -> float:
         prompts = random_prompts(len(point.adapters), point.context, vocab, number)
-        return statistics.median(run_requests(engine, prompts, point.adapters, steps + 1).step_ms)
+        # The first ones decode while the last ones' prompts are computed, and must not end yet.
+        a_step = engine.pace.most_tokens - len(prompts)
+        more = -(-len(prompts) * point.context // max(a_step, 1))
+        timeline = run_requests(engine, prompts, point.adapters, steps + more + 1)
+        return statistics.median(timeline.step_ms[:steps])
 
     with progress_bar(console) as progress:
         for point in progress.track(points, description="warming up"):

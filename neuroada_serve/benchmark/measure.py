@@ -174,7 +174,8 @@ def run_requests(
     adapters: Sequence[str | None],
     output_len: int,
 ) -> Timeline:
-    """Answer all prompts in one batch, greedily and at full length.
+    """Answer all prompts in one batch, greedily and at full length. As in `LLM`, prompts take all
+    the tokens of a step that they can.
 
     Raises:
         EngineError: a request failed.
@@ -185,13 +186,14 @@ def run_requests(
     for i, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
         token_s[f"bench-{i}"] = []
         engine.add_request(f"bench-{i}", prompt, params, adapter)
-    while engine.has_unfinished:
-        outputs = engine.step()
-        now = time.perf_counter() - started
-        for output in outputs:
-            if output.error is not None:
-                raise EngineError(f"a request of the benchmark failed: {output.error}")
-            token_s[output.request_id] += [now] * len(output.token_ids)
+    with engine.pace.unbounded():
+        while engine.has_unfinished:
+            outputs = engine.step()
+            now = time.perf_counter() - started
+            for output in outputs:
+                if output.error is not None:
+                    raise EngineError(f"a request of the benchmark failed: {output.error}")
+                token_s[output.request_id] += [now] * len(output.token_ids)
     wall_s = time.perf_counter() - started
     return Timeline(
         token_s=tuple(tuple(times) for times in token_s.values()),
