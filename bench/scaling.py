@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompts = random_prompts(len(point.adapters), point.context, vocab, number)
         # The first ones decode while the last ones' prompts are computed, and must not end yet.
         a_step = engine.pace.most_tokens - len(prompts)
-        more = -(-len(prompts) * point.context // max(a_step, 1))
+        more = -(-len(prompts) * point.context // a_step)
         timeline = run_requests(engine, prompts, point.adapters, steps + more + 1)
         return statistics.median(timeline.step_ms[:steps])
 
@@ -176,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         series["nnz"] += [each | {"x": quarter * each["x"] * all_nnz / 1e6} for each in series["k"]]
         x, sparse_ms = ([each[name] for each in series["nnz"]] for name in ("x", "sparse_ms"))
         found["nnz_fit"] = linear_fit(x, sparse_ms)
+    if args.series is not None:
+        found["series"] = {args.series: series[args.series]}
     settings = settings_of(args, dtype=str(base.dtype), device=str(base.device))
     out = args.out
     if args.series is not None:

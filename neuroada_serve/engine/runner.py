@@ -1,6 +1,7 @@
 """The model runner: one forward over a schedule, giving the logits of every sequence that gets a
 token."""
 
+import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from neuroada_serve.config import PROMPT_BLOCK
 from neuroada_serve.engine.attention import ATTENTION, PackedStep, PrefillSpan
 from neuroada_serve.engine.cpu_decoder import cpu_decoder
 from neuroada_serve.engine.cuda_graphs import Capture, DecodeGraphs, DecodeRows, cuda_capture
+from neuroada_serve.engine.faults import raise_device_fault
 from neuroada_serve.engine.fused import Elementwise, compile_elementwise, use_cpu_kernels
 from neuroada_serve.engine.kv_cache import KVCache
 from neuroada_serve.engine.scheduler import Schedule
@@ -25,6 +27,8 @@ from neuroada_serve.model.bypass_linear import BypassContext
 from neuroada_serve.model.loader import BaseModel
 from neuroada_serve.ops.cpu_forward import Tokens
 from neuroada_serve.ops.step_plan import StepPlan
+
+logger = logging.getLogger(__name__)
 
 _ALIGNED = 16  # tensors in one memory begin at multiples, as Triton compiles by their alignment
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -209,9 +213,12 @@ class ModelRunner:
 
         Args:
             progress: called with how many graphs are done, and of how many.
+
+        Raises:
+            DeviceError: the device has failed. Whatever else fails is done when first needed.
         """
         if self._base.device.type == "cuda":
-            self.warm_up_prompts()
+            _tried(self.warm_up_prompts, self._base.device)
         if self.graphs is not None:
             in_weights = self._resident(None)
             self.graphs.capture_all(
@@ -299,6 +306,19 @@ class ModelRunner:
 
     def _resident(self, version: AdapterVersion | None) -> ResidentAdapter | None:
         return None if version is None else self._resident_of(version)
+
+
+def _tried(warm_up: Callable[[], None], device: torch.device) -> None:
+    """Do what a step would do later if it fails now.
+
+    Raises:
+        DeviceError: the device has failed.
+    """
+    try:
+        warm_up()
+    except Exception as error:
+        raise_device_fault(error, device)
+        logger.warning("prompts' kernels are compiled when first needed", exc_info=True)
 
 
 def _on_device(device: torch.device, *lists: list[int]) -> list[Tensor]:

@@ -202,14 +202,14 @@ class EngineThread:
             else:
                 reply.set_exception(error)
 
-    def _die(self, error: BaseException) -> None:
+    def _is_first_failure(self, error: BaseException) -> bool:
+        """Log what ends this, in any thread; return False if something has before."""
         if self.dead:
-            return
+            return False
         cause = f"{type(error).__name__}: {error}"
         logger.critical("the engine failed and the server stops: %s", cause, exc_info=error)
         self.dead = True
-        self._engine.wakeup.notify()
-        self._on_death()
+        return True
 
     # --- the engine's thread --------------------------------------------------------------------
 
@@ -222,7 +222,8 @@ class EngineThread:
                 if outputs:
                     self._hand_over(outputs)
         except BaseException as error:
-            self._call_soon(self._die, error)
+            if self._is_first_failure(error):
+                self._call_soon(self._on_death)
 
     def _hand_over(self, outputs: list[Output]) -> None:
         self._post(self._deliver, outputs)
@@ -261,7 +262,9 @@ class EngineThread:
             try:
                 deliver(*args)
             except Exception as error:
-                self._die(error)
+                if self._is_first_failure(error):
+                    self._engine.wakeup.notify()
+                    self._on_death()
 
         self._call_soon(run)
 

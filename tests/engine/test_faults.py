@@ -8,7 +8,7 @@ import torch
 from neuroada_serve import LLM, SamplingParams
 from neuroada_serve.adapters.bank import AdapterBank
 from neuroada_serve.config import EngineConfig
-from neuroada_serve.engine import step_executor
+from neuroada_serve.engine import runner, step_executor
 from neuroada_serve.engine.engine import Engine
 from neuroada_serve.engine.faults import (
     MAX_FAILED_STEPS,
@@ -223,6 +223,19 @@ def test_want_of_memory_is_no_failed_step(tiny, monkeypatch):
     for i in range(2 * MAX_FAILED_STEPS):
         engine.add_request(f"r{i}", [5], GREEDY)
         engine.step()
+
+
+def test_warm_up_that_fails_is_left_to_the_steps_unless_the_device_has_failed(caplog):
+    def fail(message):
+        def warm_up():
+            raise RuntimeError(message)
+
+        return warm_up
+
+    runner._tried(fail("no such kernel"), torch.device("cpu"))
+    assert "prompts' kernels are compiled when first needed" in caplog.text
+    with pytest.raises(DeviceError):
+        runner._tried(fail("CUDA error: an illegal memory access"), torch.device("cpu"))
 
 
 def test_ended_engine_begins_no_step():
